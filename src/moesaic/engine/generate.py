@@ -1,0 +1,123 @@
+"""Writing on from a prompt, token by token.
+
+B batch, S sequence.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from moesaic.engine.sampling import Sampling, sample
+from moesaic.errors import GenerationError
+from moesaic.layers.kv_cache import KeyValueCache
+from moesaic.models.decoder import Decoder
+
+Prompts = Sequence[int] | Sequence[Sequence[int]] | Tensor
+
+
+@torch.no_grad()
+def generate(
+    model: Decoder,
+    prompt_ids: Prompts,
+    max_new_tokens: int = 128,
+    *,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int | None = None,
+    eos_token_ids: Iterable[int] | None = None,
+    on_token: Callable[[int, int], None] | None = None,
+    cache: KeyValueCache | None = None,
+) -> list[int] | list[list[int]]:
+    """Continue one prompt (token ids) or several (a list of them, lengths may differ).
+
+    Returns the new token ids only: one list for one prompt, a list of lists for several. A sequence ends with an
+    end-of-sequence token (kept; by default those of the model's configuration), after `max_new_tokens`, or where the
+    context is full. temperature 0 is greedy; the same seed gives the same text. `on_token(sequence, token_id)` hears
+    each token as it is made. `cache` continues a conversation: it must hold a prefix of the one prompt.
+
+    Raises GenerationError for an empty prompt, a token id outside the vocabulary, or a prompt as long as the context.
+    """
+    prompts, single = _as_lists(prompt_ids)
+    _check(model, prompts, max_new_tokens)
+    sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
+    stops = frozenset(model.config.eos_token_ids if eos_token_ids is None else eos_token_ids)
+    longest = max(map(len, prompts))
+    budget = min(max_new_tokens, model.config.context_length - longest)
+    if cache is None:
+        cache = _new_cache(model, len(prompts), longest + budget)
+    written = _write(model, prompts, budget, sampling, stops, cache, on_token)
+    return written[0] if single else written
+
+
+def _write(
+    model: Decoder,
+    prompts: list[list[int]],
+    budget: int,
+    sampling: Sampling,
+    stops: frozenset[int],
+    cache: KeyValueCache,
+    on_token: Callable[[int, int], None] | None,
+) -> list[list[int]]:
+    device = model.embedding.weight.device
+    generator = sampling.generator()
+    written: list[list[int]] = [[] for _ in prompts]
+    running = [True] * len(prompts)
+    new_ids, mask = _pad_left([prompt[cache.length :] for prompt in prompts], device)
+    for step in range(budget):
+        hidden = model.hidden(new_ids, mask if step == 0 else None, cache=cache)
+        chosen = sample(model.logits(hidden[:, -1]).float().cpu(), sampling, generator).tolist()
+        for sequence, token in enumerate(chosen):
+            if running[sequence]:
+                written[sequence].append(token)
+                running[sequence] = token not in stops
+                if on_token:
+                    on_token(sequence, token)
+        if not any(running):
+            break
+        new_ids = torch.tensor(chosen, device=device)[:, None]
+    return written
+
+
+def _new_cache(model: Decoder, batch_size: int, max_length: int) -> KeyValueCache:
+    weight = model.embedding.weight
+    return KeyValueCache(
+        model.config, batch_size=batch_size, max_length=max_length, dtype=weight.dtype, device=weight.device
+    )
+
+
+def _as_lists(prompt_ids: Prompts) -> tuple[list[list[int]], bool]:
+    ids = prompt_ids.tolist() if isinstance(prompt_ids, Tensor) else list(prompt_ids)
+    if ids and not isinstance(ids[0], int):
+        return [list(cast(Sequence[int], prompt)) for prompt in ids], False
+    return [cast(list[int], ids)], True
+
+
+def _check(model: Decoder, prompts: list[list[int]], max_new_tokens: int) -> None:
+    context, vocab = model.config.context_length, model.config.vocab_size
+    if max_new_tokens < 0:
+        raise GenerationError(f"max_new_tokens={max_new_tokens}; use 0 or more")
+    for prompt in prompts:
+        if not prompt:
+            raise GenerationError("an empty prompt; give at least one token (the model's bos token, for example)")
+        if len(prompt) >= context:
+            raise GenerationError(
+                f"a prompt of {len(prompt)} tokens leaves no room in a context of {context}; "
+                f"shorten it to {context - 1} tokens or fewer"
+            )
+        if not 0 <= min(prompt) <= max(prompt) < vocab:
+            raise GenerationError(
+                f"token ids {min(prompt)} to {max(prompt)} in the prompt; the model knows 0 to {vocab - 1}"
+            )
+
+
+def _pad_left(prompts: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor | None]:
+    """Prompts as one tensor, shorter ones padded in front, and the mask (None when there is no padding)."""
+    longest = max(map(len, prompts))
+    ids_BS = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts], device=device)
+    if all(len(prompt) == longest for prompt in prompts):
+        return ids_BS, None
+    missing_B = torch.tensor([longest - len(prompt) for prompt in prompts], device=device)
+    return ids_BS, torch.arange(longest, device=device) >= missing_B[:, None]

@@ -1,0 +1,1 @@
+"""Experts: the way from T tokens to R rows, through the experts that own them, and back."""

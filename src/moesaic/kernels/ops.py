@@ -1,0 +1,248 @@
+"""The hot operations as torch sees them: registered operators with shapes for tracing, and gradients.
+
+T tokens, R rows sorted by expert, E experts, K choices, I inputs, O outputs, D hidden.
+
+Where nothing is traced and no gradient is wanted, a call goes straight to the backend: a registered operator costs
+tens of microseconds a call, which decoding one token would feel. Everything else (training, torch.compile, tensors
+that are not plain CPU ones) goes through the registered operators.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from moesaic.kernels import backend
+
+_PLAIN = (Tensor, Parameter)
+
+
+def _direct(*inputs: Tensor) -> bool:
+    """Whether the backend may be called without torch's dispatcher in between."""
+    if torch.compiler.is_compiling():
+        return False
+    wants_grad = torch.is_grad_enabled()
+    for tensor in inputs:
+        if type(tensor) not in _PLAIN or tensor.device.type != "cpu" or (wants_grad and tensor.requires_grad):
+            return False
+    return True
+
+
+def select_topk(scores_TE: Tensor, top_k: int) -> Tensor:
+    """Ids of each token's `top_k` best experts, best first; among equals the lower id wins. int64 [T, K].
+
+    Has no gradient: weights are read from the scores at these ids.
+    """
+    scores_TE = scores_TE.detach()
+    return backend.kernels.select_topk(scores_TE, top_k) if _direct(scores_TE) else _select_topk(scores_TE, top_k)
+
+
+def sort_rows(expert_ids_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(token_ids_R, choice_R, offsets): the pairs (token, choice) sorted by expert, stably. Expert -1 means no row.
+
+    offsets is int64 [E+1] on the CPU: expert e owns rows offsets[e] to offsets[e+1].
+    """
+    if _direct(expert_ids_TK):
+        return backend.kernels.sort_rows(expert_ids_TK, num_experts)
+    return _sort_rows(expert_ids_TK, num_experts)
+
+
+def gather_rows(x_TD: Tensor, token_ids_R: Tensor, row_ids_R: Tensor, token_offsets: Tensor) -> Tensor:
+    """x_RD: each row's token. `row_ids_R` and `token_offsets` (see Rows.by_token) order the sums of the gradient."""
+    if _direct(x_TD, token_ids_R):
+        return backend.kernels.gather_rows(x_TD, token_ids_R)
+    return _gather_rows(x_TD, token_ids_R, row_ids_R, token_offsets)
+
+
+def combine_rows(
+    out_RD: Tensor, weights_R: Tensor, row_ids_R: Tensor, token_offsets: Tensor, token_ids_R: Tensor
+) -> Tensor:
+    """y_TD: each token's rows, times their weights, summed in the order of `row_ids_R` (see Rows.by_token).
+
+    Gradients reach `out_RD` and `weights_R`; `token_ids_R` is what they need to find their tokens.
+    """
+    if _direct(out_RD, weights_R):
+        return backend.kernels.combine_rows(out_RD, weights_R, row_ids_R, token_offsets)
+    return _combine_rows(out_RD, weights_R, row_ids_R, token_offsets, token_ids_R)
+
+
+def grouped_linear(x_RI: Tensor, weight_EOI: Tensor, offsets: Tensor) -> Tensor:
+    """y_RO: each expert's rows times its own matrix, x @ W[e].T. `offsets` is int64 [E+1] on the CPU."""
+    if _direct(x_RI, weight_EOI):
+        return backend.kernels.grouped_linear(x_RI, weight_EOI, offsets)
+    return _grouped_linear(x_RI, weight_EOI, offsets)
+
+
+def silu_mul(gate_up: Tensor) -> Tensor:
+    """silu(gate) * up, where the last dimension holds gate then up, F each (SwiGLU, arXiv:2002.05202, eq. 6)."""
+    return backend.kernels.silu_mul(gate_up) if _direct(gate_up) else _silu_mul(gate_up)
+
+
+@torch.library.custom_op("moesaic::select_topk", mutates_args=())
+def _select_topk(scores_TE: Tensor, top_k: int) -> Tensor:
+    return backend.kernels.select_topk(scores_TE, top_k)
+
+
+@_select_topk.register_fake
+def _(scores_TE: Tensor, top_k: int) -> Tensor:
+    return scores_TE.new_empty(scores_TE.shape[0], top_k, dtype=torch.int64)
+
+
+@torch.library.custom_op("moesaic::sort_rows", mutates_args=())
+def _sort_rows(expert_ids_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    return backend.kernels.sort_rows(expert_ids_TK, num_experts)
+
+
+@_sort_rows.register_fake
+def _(expert_ids_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    num_rows = torch.library.get_ctx().new_dynamic_size()
+    token_ids_R = expert_ids_TK.new_empty(num_rows, dtype=torch.int64)
+    offsets = torch.empty(num_experts + 1, dtype=torch.int64, device="cpu")
+    return token_ids_R, torch.empty_like(token_ids_R), offsets
+
+
+@torch.library.custom_op("moesaic::gather_rows", mutates_args=())
+def _gather_rows(x_TD: Tensor, token_ids_R: Tensor, row_ids_R: Tensor, token_offsets: Tensor) -> Tensor:
+    return backend.kernels.gather_rows(x_TD, token_ids_R)
+
+
+@_gather_rows.register_fake
+def _(x_TD: Tensor, token_ids_R: Tensor, row_ids_R: Tensor, token_offsets: Tensor) -> Tensor:
+    return x_TD.new_empty(token_ids_R.shape[0], x_TD.shape[1])
+
+
+def _keep_gather(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    _, token_ids_R, row_ids_R, token_offsets = inputs
+    ctx.save_for_backward(token_ids_R, row_ids_R, token_offsets)
+
+
+def _gather_backward(ctx: Any, dx_RD: Tensor) -> tuple[Tensor | None, ...]:
+    token_ids_R, row_ids_R, token_offsets = ctx.saved_tensors
+    ones_R = dx_RD.new_ones(dx_RD.shape[0], dtype=_weight_dtype(dx_RD.dtype))
+    return _combine_rows(dx_RD.contiguous(), ones_R, row_ids_R, token_offsets, token_ids_R), None, None, None
+
+
+def _weight_dtype(dtype: torch.dtype) -> torch.dtype:
+    """fp32 for narrow rows, so that their sum is not rounded at each addend."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+torch.library.register_autograd("moesaic::gather_rows", _gather_backward, setup_context=_keep_gather)
+
+
+@torch.library.custom_op("moesaic::combine_rows", mutates_args=())
+def _combine_rows(
+    out_RD: Tensor, weights_R: Tensor, row_ids_R: Tensor, token_offsets: Tensor, token_ids_R: Tensor
+) -> Tensor:
+    return backend.kernels.combine_rows(out_RD, weights_R, row_ids_R, token_offsets)
+
+
+@_combine_rows.register_fake
+def _(
+    out_RD: Tensor, weights_R: Tensor, row_ids_R: Tensor, token_offsets: Tensor, token_ids_R: Tensor
+) -> Tensor:
+    return out_RD.new_empty(token_offsets.shape[0] - 1, out_RD.shape[1])
+
+
+@torch.library.custom_op("moesaic::combine_rows_grad", mutates_args=())
+def _combine_rows_grad(
+    dy_TD: Tensor, out_RD: Tensor, weights_R: Tensor, token_ids_R: Tensor
+) -> tuple[Tensor, Tensor]:
+    return backend.kernels.combine_rows_grad(dy_TD, out_RD, weights_R, token_ids_R)
+
+
+@_combine_rows_grad.register_fake
+def _(dy_TD: Tensor, out_RD: Tensor, weights_R: Tensor, token_ids_R: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(out_RD), torch.empty_like(weights_R)
+
+
+def _keep_combine(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    out_RD, weights_R, _, _, token_ids_R = inputs
+    ctx.save_for_backward(out_RD, weights_R, token_ids_R)
+
+
+def _combine_backward(ctx: Any, dy_TD: Tensor) -> tuple[Tensor | None, ...]:
+    d_out_RD, d_weights_R = _combine_rows_grad(dy_TD.contiguous(), *ctx.saved_tensors)
+    return d_out_RD, d_weights_R, None, None, None
+
+
+torch.library.register_autograd("moesaic::combine_rows", _combine_backward, setup_context=_keep_combine)
+
+
+@torch.library.custom_op("moesaic::grouped_linear", mutates_args=())
+def _grouped_linear(x_RI: Tensor, weight_EOI: Tensor, offsets: Tensor) -> Tensor:
+    return backend.kernels.grouped_linear(x_RI, weight_EOI, offsets)
+
+
+@_grouped_linear.register_fake
+def _(x_RI: Tensor, weight_EOI: Tensor, offsets: Tensor) -> Tensor:
+    return x_RI.new_empty(x_RI.shape[0], weight_EOI.shape[1])
+
+
+@torch.library.custom_op("moesaic::grouped_linear_input_grad", mutates_args=())
+def _grouped_linear_input_grad(dy_RO: Tensor, weight_EOI: Tensor, offsets: Tensor) -> Tensor:
+    return backend.kernels.grouped_linear_input_grad(dy_RO, weight_EOI, offsets)
+
+
+@_grouped_linear_input_grad.register_fake
+def _(dy_RO: Tensor, weight_EOI: Tensor, offsets: Tensor) -> Tensor:
+    return dy_RO.new_empty(dy_RO.shape[0], weight_EOI.shape[2])
+
+
+@torch.library.custom_op("moesaic::grouped_linear_weight_grad", mutates_args=())
+def _grouped_linear_weight_grad(dy_RO: Tensor, x_RI: Tensor, offsets: Tensor) -> Tensor:
+    return backend.kernels.grouped_linear_weight_grad(dy_RO, x_RI, offsets)
+
+
+@_grouped_linear_weight_grad.register_fake
+def _(dy_RO: Tensor, x_RI: Tensor, offsets: Tensor) -> Tensor:
+    return dy_RO.new_empty(offsets.shape[0] - 1, dy_RO.shape[1], x_RI.shape[1])
+
+
+def _keep_linear(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    x_RI, weight_EOI, offsets = inputs
+    ctx.save_for_backward(x_RI, weight_EOI, offsets)
+
+
+def _linear_backward(ctx: Any, dy_RO: Tensor) -> tuple[Tensor | None, ...]:
+    x_RI, weight_EOI, offsets = ctx.saved_tensors
+    needs_x, needs_weight, _ = ctx.needs_input_grad
+    dy_RO = dy_RO.contiguous()
+    dx_RI = _grouped_linear_input_grad(dy_RO, weight_EOI, offsets) if needs_x else None
+    dw_EOI = _grouped_linear_weight_grad(dy_RO, x_RI, offsets) if needs_weight else None
+    return dx_RI, dw_EOI, None
+
+
+torch.library.register_autograd("moesaic::grouped_linear", _linear_backward, setup_context=_keep_linear)
+
+
+@torch.library.custom_op("moesaic::silu_mul", mutates_args=())
+def _silu_mul(gate_up: Tensor) -> Tensor:
+    return backend.kernels.silu_mul(gate_up)
+
+
+@_silu_mul.register_fake
+def _(gate_up: Tensor) -> Tensor:
+    return gate_up.new_empty(*gate_up.shape[:-1], gate_up.shape[-1] // 2)
+
+
+@torch.library.custom_op("moesaic::silu_mul_grad", mutates_args=())
+def _silu_mul_grad(dy: Tensor, gate_up: Tensor) -> Tensor:
+    return backend.kernels.silu_mul_grad(dy, gate_up)
+
+
+@_silu_mul_grad.register_fake
+def _(dy: Tensor, gate_up: Tensor) -> Tensor:
+    return gate_up.new_empty(gate_up.shape)
+
+
+def _keep_silu_mul(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+    ctx.save_for_backward(inputs[0])
+
+
+def _silu_mul_backward(ctx: Any, dy: Tensor) -> Tensor:
+    return _silu_mul_grad(dy.contiguous(), ctx.saved_tensors[0])
+
+
+torch.library.register_autograd("moesaic::silu_mul", _silu_mul_backward, setup_context=_keep_silu_mul)

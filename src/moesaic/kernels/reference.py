@@ -1,0 +1,97 @@
+"""Every hot operation in plain torch: the definition of correct. Slow where plainness costs speed.
+
+T tokens, R rows sorted by expert, E experts, K choices, I inputs, O outputs, F expert inner, D hidden.
+`offsets` is int64 [E+1] on the CPU: expert e owns rows offsets[e] to offsets[e+1].
+"""
+
+import torch
+from torch import Tensor
+
+
+def select_topk(scores_TE: Tensor, top_k: int) -> Tensor:
+    """Ids of each token's `top_k` best experts, best first; among equals the lower id wins. int64 [T, K]."""
+    return torch.sort(scores_TE, dim=-1, descending=True, stable=True).indices[:, :top_k].contiguous()
+
+
+def sort_rows(expert_ids_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(token_ids_R, choice_R, offsets): the pairs (token, choice) sorted by expert, stably. Expert -1 means no row."""
+    top_k = expert_ids_TK.shape[1]
+    flat = expert_ids_TK.reshape(-1)
+    order = torch.argsort(flat, stable=True)
+    order = order[int((flat < 0).sum()) :]
+    counts = torch.bincount(flat[order], minlength=num_experts).cpu()
+    offsets = torch.zeros(num_experts + 1, dtype=torch.int64)
+    offsets[1:] = counts.cumsum(0)
+    return order // top_k, order % top_k, offsets
+
+
+def gather_rows(x_TD: Tensor, token_ids_R: Tensor) -> Tensor:
+    """x_RD: each row's token."""
+    return x_TD[token_ids_R]
+
+
+def combine_rows(out_RD: Tensor, weights_R: Tensor, row_ids_R: Tensor, token_offsets: Tensor) -> Tensor:
+    """y_TD: each token's rows, times their weights, summed in the order of `row_ids_R` (see Rows.by_token)."""
+    counts_T = token_offsets.diff()
+    y_TD = out_RD.new_zeros(counts_T.numel(), out_RD.shape[1])
+    for choice in range(int(counts_T.max()) if counts_T.numel() else 0):
+        tokens = (counts_T > choice).nonzero()[:, 0]
+        rows = row_ids_R[token_offsets[tokens] + choice]
+        y_TD[tokens] += out_RD[rows] * weights_R[rows, None].to(out_RD.dtype)
+    return y_TD
+
+
+def combine_rows_grad(
+    dy_TD: Tensor, out_RD: Tensor, weights_R: Tensor, token_ids_R: Tensor
+) -> tuple[Tensor, Tensor]:
+    """(d_out_RD, d_weights_R) of combine_rows."""
+    dy_RD = dy_TD[token_ids_R]
+    return dy_RD * weights_R[:, None].to(dy_RD.dtype), (dy_RD * out_RD).sum(-1, dtype=weights_R.dtype)
+
+
+def grouped_linear(x_RI: Tensor, weight_EOI: Tensor, offsets: Tensor) -> Tensor:
+    """y_RO: each expert's rows times its own matrix, x @ W[e].T."""
+    y_RO = x_RI.new_empty(x_RI.shape[0], weight_EOI.shape[1])
+    for expert, (start, end) in enumerate(_spans(offsets)):
+        if end > start:
+            torch.mm(x_RI[start:end], weight_EOI[expert].T, out=y_RO[start:end])
+    return y_RO
+
+
+def grouped_linear_input_grad(dy_RO: Tensor, weight_EOI: Tensor, offsets: Tensor) -> Tensor:
+    """dx_RI: dy @ W[e]."""
+    dx_RI = dy_RO.new_empty(dy_RO.shape[0], weight_EOI.shape[2])
+    for expert, (start, end) in enumerate(_spans(offsets)):
+        if end > start:
+            torch.mm(dy_RO[start:end], weight_EOI[expert], out=dx_RI[start:end])
+    return dx_RI
+
+
+def grouped_linear_weight_grad(dy_RO: Tensor, x_RI: Tensor, offsets: Tensor) -> Tensor:
+    """dW_EOI: dy.T @ x over each expert's rows; exact zeros for an expert without rows."""
+    dw_EOI = dy_RO.new_empty(offsets.numel() - 1, dy_RO.shape[1], x_RI.shape[1])
+    for expert, (start, end) in enumerate(_spans(offsets)):
+        if end > start:
+            torch.mm(dy_RO[start:end].T, x_RI[start:end], out=dw_EOI[expert])
+        else:
+            dw_EOI[expert].zero_()
+    return dw_EOI
+
+
+def silu_mul(gate_up: Tensor) -> Tensor:
+    """silu(gate) * up, where the last dimension holds gate then up, F each (SwiGLU, arXiv:2002.05202, eq. 6)."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return torch.nn.functional.silu(gate) * up
+
+
+def silu_mul_grad(dy: Tensor, gate_up: Tensor) -> Tensor:
+    """d_gate_up of silu_mul."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    sigmoid = torch.sigmoid(gate)
+    d_gate = dy * up * sigmoid * (1 + gate * (1 - sigmoid))
+    return torch.cat([d_gate, dy * gate * sigmoid], dim=-1)
+
+
+def _spans(offsets: Tensor) -> list[tuple[int, int]]:
+    bounds = offsets.tolist()
+    return list(zip(bounds[:-1], bounds[1:], strict=True))

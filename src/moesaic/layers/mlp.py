@@ -1,0 +1,22 @@
+"""The dense feed-forward block."""
+
+import torch
+from torch import Tensor, nn
+
+from moesaic.config import MlpConfig
+from moesaic.kernels.activations import GATED_ACTIVATIONS
+
+
+class Mlp(nn.Module):
+    """down(act(gate(x)) * up(x)) (SwiGLU, arXiv:2002.05202, eq. 6)."""
+
+    def __init__(self, config: MlpConfig, hidden_size: int) -> None:
+        super().__init__()
+        inner = config.intermediate_size
+        self.gate_proj = nn.Linear(hidden_size, inner, bias=config.bias)
+        self.up_proj = nn.Linear(hidden_size, inner, bias=config.bias)
+        self.down_proj = nn.Linear(inner, hidden_size, bias=config.bias)
+        self.activation = GATED_ACTIVATIONS[config.activation]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(self.activation(torch.cat([self.gate_proj(x), self.up_proj(x)], dim=-1)))

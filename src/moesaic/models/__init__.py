@@ -1,0 +1,1 @@
+"""Whole models, built from a ModelConfig. They know no family names."""

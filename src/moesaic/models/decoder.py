@@ -1,0 +1,153 @@
+"""The decoder: embedding, layers, norm, head. It knows parts, not families.
+
+B batch, S sequence, N slots, D hidden, V vocab.
+"""
+
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+
+from moesaic.config import LayerConfig, ModelConfig, MoeConfig
+from moesaic.errors import ConfigError
+from moesaic.layers.attention import Attention, Sight
+from moesaic.layers.kv_cache import KeyValueCache, LayerState
+from moesaic.layers.mlp import Mlp
+from moesaic.layers.moe import MoeLayer
+from moesaic.layers.norm import RmsNorm
+from moesaic.models.init import initialize
+from moesaic.routing import Rows, RoutingTape
+
+
+class DecoderLayer(nn.Module):
+    """x + attention(norm(x)), then x + feed_forward(norm(x))."""
+
+    def __init__(self, config: LayerConfig, hidden_size: int, layer: int) -> None:
+        super().__init__()
+        self.attention_norm = RmsNorm(config.norm, hidden_size)
+        self.attention = Attention(config.attention, hidden_size)
+        self.feed_forward_norm = RmsNorm(config.norm, hidden_size)
+        self.feed_forward = (
+            MoeLayer(config.feed_forward, hidden_size, layer)
+            if isinstance(config.feed_forward, MoeConfig)
+            else Mlp(config.feed_forward, hidden_size)
+        )
+
+    def forward(
+        self,
+        x_BSD: Tensor,
+        sight: Sight,
+        state: LayerState | None,
+        token_ids_BS: Tensor,
+        mask_BS: Tensor | None,
+        tape: RoutingTape | None,
+    ) -> Tensor:
+        x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), sight, state)
+        normed_BSD = self.feed_forward_norm(x_BSD)
+        if isinstance(self.feed_forward, MoeLayer):
+            return x_BSD + self.feed_forward(normed_BSD, token_ids_BS, mask_BS, tape)
+        return x_BSD + self.feed_forward(normed_BSD)
+
+
+class Decoder(nn.Module):
+    """A causal language model.
+
+    Weights are left unset: load them (`moesaic.load`) or draw them (`initialize`). `device="meta"` builds shapes only.
+    """
+
+    def __init__(
+        self, config: ModelConfig, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> None:
+        super().__init__()
+        self.config = config
+        previous = torch.get_default_dtype()
+        torch.set_default_dtype(dtype or previous)
+        try:
+            with torch.device("meta"):  # no time spent on weights that will be replaced
+                self._build()
+        finally:
+            torch.set_default_dtype(previous)
+        if str(device) != "meta":
+            self.to_empty(device=device or "cpu")
+
+    def _build(self) -> None:
+        config = self.config
+        self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(
+            DecoderLayer(layer, config.hidden_size, index) for index, layer in enumerate(config.layers)
+        )
+        self.final_norm = RmsNorm(config.decoder.final_norm, config.hidden_size)
+        self.head = (
+            None if config.tie_word_embeddings else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        )
+
+    def initialize(self, seed: int = 0) -> Self:
+        """Draw all weights anew (see models/init.py)."""
+        initialize(self.config, dict(self.state_dict(keep_vars=True)), seed)
+        return self
+
+    def hidden(
+        self,
+        token_ids_BS: Tensor,
+        mask_BS: Tensor | None = None,
+        *,
+        cache: KeyValueCache | None = None,
+        tape: RoutingTape | None = None,
+    ) -> Tensor:
+        """x_BSD before the head: what the loss may multiply chunk by chunk."""
+        self._check(token_ids_BS, mask_BS)
+        mask_BS = mask_BS.bool() if mask_BS is not None else None
+        sight = _sight(token_ids_BS, mask_BS, cache)
+        x_BSD = self.embedding(token_ids_BS)
+        for index, layer in enumerate(self.layers):
+            state = cache.states[index] if cache else None
+            x_BSD = layer(x_BSD, sight, state, token_ids_BS, mask_BS, tape)
+        return self.final_norm(x_BSD)
+
+    def logits(self, x_BSD: Tensor) -> Tensor:
+        """The head: logits_BSV from what `hidden` returned."""
+        weight = self.embedding.weight if self.head is None else self.head.weight
+        return torch.nn.functional.linear(x_BSD, weight)
+
+    def forward(
+        self,
+        token_ids_BS: Tensor,
+        mask_BS: Tensor | None = None,
+        *,
+        cache: KeyValueCache | None = None,
+        tape: RoutingTape | None = None,
+    ) -> Tensor:
+        """logits_BSV of every token.
+
+        mask_BS: true (or 1) where there is a token, false for padding on either side. cache: the past of the batch; the
+        new tokens are appended to it. tape: hears every routing decision, or dictates them.
+        """
+        return self.logits(self.hidden(token_ids_BS, mask_BS, cache=cache, tape=tape))
+
+    def _check(self, token_ids_BS: Tensor, mask_BS: Tensor | None) -> None:
+        if token_ids_BS.dim() != 2:
+            raise ConfigError(f"token ids of shape {tuple(token_ids_BS.shape)}; give [batch, sequence]")
+        if mask_BS is not None and mask_BS.shape != token_ids_BS.shape:
+            raise ConfigError(
+                f"a mask of shape {tuple(mask_BS.shape)} for token ids of {tuple(token_ids_BS.shape)}; they must match"
+            )
+
+
+def _sight(token_ids_BS: Tensor, mask_BS: Tensor | None, cache: KeyValueCache | None) -> Sight:
+    if cache is None:
+        if mask_BS is None:
+            positions_BS = torch.arange(token_ids_BS.shape[1], device=token_ids_BS.device)[None]
+            return Sight(positions_BS)
+        return Sight((mask_BS.long().cumsum(1) - 1).clamp(min=0), valid_BN=mask_BS)
+    first_slot = cache.length
+    positions_BS = cache.begin(torch.ones_like(token_ids_BS, dtype=torch.bool) if mask_BS is None else mask_BS)
+    valid_BN = cache.valid_BN[:, : cache.length]
+    return Sight(positions_BS, first_slot, None if bool(valid_BN.all()) else valid_BN)
+
+
+@torch.no_grad()
+def route(model: Decoder, token_ids_BS: Tensor, mask_BS: Tensor | None = None) -> dict[int, Rows]:
+    """The rows of every MoE layer for these tokens, by layer index; `.as_topk()` gives expert ids and weights."""
+    tape = RoutingTape()
+    model.hidden(token_ids_BS, mask_BS, tape=tape)
+    return {layer: decision.rows for layer, decision in tape.decisions.items()}

@@ -1,0 +1,42 @@
+"""How the weights of a new model are drawn: one table of distributions."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from moesaic.config import ModelConfig, TensorSpec
+
+EMBEDDING_STD = 0.02
+ROUTER_STD = 0.02
+
+
+def initial_std(tensor: TensorSpec, num_layers: int) -> float:
+    """The standard deviation of a matrix.
+
+    Embedding, head and router: 0.02 (GPT-2). Projections: 1/sqrt(inputs), so that outputs keep the scale of inputs;
+    those that write to the residual stream (o_proj, down) are divided by sqrt(2 L), so that their sum does too
+    (GPT-2, sec. 2.3).
+    """
+    if tensor.role in ("embedding", "head"):
+        return EMBEDDING_STD
+    if tensor.role == "router":
+        return ROUTER_STD
+    std = 1 / math.sqrt(tensor.shape[-1])
+    writes_residual = any(name in tensor.name for name in (".o_proj.", ".down_proj.", ".experts.down"))
+    return std / math.sqrt(2 * num_layers) if writes_residual else std
+
+
+@torch.no_grad()
+def initialize(config: ModelConfig, tensors: dict[str, Tensor], seed: int) -> None:
+    """Fill `tensors` (our names) in place: norms one, biases zero, matrices normal. The same seed gives the same bits."""
+    generator = torch.Generator().manual_seed(seed)
+    for spec in config.tensors():
+        tensor = tensors[spec.name]
+        if spec.role == "norm":
+            tensor.fill_(1.0)
+        elif len(spec.shape) == 1:
+            tensor.zero_()
+        else:
+            drawn = torch.empty(spec.shape).normal_(0.0, initial_std(spec, len(config.layers)), generator=generator)
+            tensor.copy_(drawn)

@@ -1,0 +1,5 @@
+"""Deciding which expert serves which token, and keeping the load even."""
+
+from moesaic.routing.routing import Rows, RoutingDecision, RoutingTape, TokenOrder
+
+__all__ = ["RoutingDecision", "RoutingTape", "Rows", "TokenOrder"]
