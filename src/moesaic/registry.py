@@ -39,6 +39,9 @@ class Registry(Mapping[str, T]):
             raise unknown_name(self.what, name, sorted(self._things))
         return self._things[name]
 
+    def __contains__(self, name: object) -> bool:  # Mapping's own would ask by __getitem__, which explains instead
+        return name in self._things
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._things)
 

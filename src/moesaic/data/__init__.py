@@ -1,0 +1,1 @@
+"""Text on its way to a model: corpora of labelled domains, tokenizers, packed tokens and batches, chat prompts."""

@@ -1,0 +1,140 @@
+"""Listens to routing and counts: rows per expert, tokens and router entropy, over whole steps.
+
+T tokens, E experts, M domains, R routed rows.
+"""
+
+import torch
+from torch import Tensor
+
+from moesaic.config import ModelConfig, MoeConfig
+from moesaic.errors import ConfigError
+from moesaic.routing import RoutingDecision, RoutingTape, Rows
+from moesaic.telemetry.load import LayerLoad, StepLoad
+
+
+def entropy_sum(scores_TE: Tensor, mask_T: Tensor | None = None) -> Tensor:
+    """The sum over tokens of the entropy of their scores, in nats, fp64 scalar on the scores' device.
+
+    Scores are divided by their sum first, so sigmoid scores are judged as shares too:
+    H = ln S - sum(s ln s) / S, with S = sum(s). Tokens where `mask_T` is false do not count.
+    """
+    tiny = torch.finfo(scores_TE.dtype).tiny
+    total_T = scores_TE.sum(-1).clamp_min(tiny)
+    # torch.special.entr says the same and takes four times as long on a CPU: its logarithm is not vectorised.
+    entropy_T = total_T.log() - (scores_TE * scores_TE.clamp_min(tiny).log()).sum(-1) / total_T
+    if mask_T is not None:
+        entropy_T = entropy_T.masked_fill(~mask_T, 0.0)
+    return entropy_T.sum(dtype=torch.float64)
+
+
+class _LayerSums:
+    """What one layer has heard since the step began."""
+
+    def __init__(self, layer: int, num_experts: int, top_k: int, num_domains: int) -> None:
+        self.layer, self.top_k, self.num_domains = layer, top_k, num_domains
+        self.counts_E = torch.zeros(num_experts, dtype=torch.int64)
+        self.domain_counts_ME = torch.zeros(num_domains, num_experts, dtype=torch.int64)
+        self.num_tokens: Tensor | int = 0
+        self.entropy: Tensor | float = 0.0
+
+    def add(self, decision: RoutingDecision, domains_T: Tensor | int | None) -> None:
+        rows, num_experts = decision.rows, self.counts_E.numel()
+        if rows.num_experts != num_experts:
+            raise ConfigError(
+                f"layer {self.layer} routes over {rows.num_experts} experts and the recorder was made for "
+                f"{num_experts}; make one with LoadRecorder.for_model(model.config)"
+            )
+        counts_E = rows.counts_E
+        self.counts_E += counts_E
+        # The sums stay tensors until the step ends: reading a mask here would wait for the device.
+        self.num_tokens = self.num_tokens + (rows.num_tokens if decision.mask_T is None else decision.mask_T.sum())
+        self.entropy = self.entropy + entropy_sum(decision.scores_TE, decision.mask_T)
+        if isinstance(domains_T, int):
+            self.domain_counts_ME[domains_T] += counts_E
+        elif domains_T is not None:
+            cells_R = domains_T.flatten()[rows.token_ids_R] * num_experts + rows.expert_ids_R
+            found = torch.bincount(cells_R, minlength=self.domain_counts_ME.numel()).cpu()
+            self.domain_counts_ME += found.view_as(self.domain_counts_ME)
+
+    def load(self) -> LayerLoad:
+        num_tokens = int(self.num_tokens)
+        return LayerLoad(
+            layer=self.layer,
+            top_k=self.top_k,
+            counts_E=self.counts_E.numpy().copy(),
+            num_tokens=num_tokens,
+            router_entropy=float(self.entropy) / num_tokens if num_tokens else float("nan"),
+            domain_counts_ME=self.domain_counts_ME.numpy().copy() if self.num_domains else None,
+        )
+
+
+class LoadRecorder(RoutingTape):
+    """A routing tape that adds up loads instead of keeping decisions, until `finish_step`.
+
+    num_experts_by_layer: layer index -> E, for the layers that route. top_k: experts a token, one
+    for all layers or one for each.
+    num_domains: M > 0 to count domains apart; say whose tokens come next with `set_domains`.
+    It only reads: results with and without it are the same bits. With activation checkpointing, hand it to the
+    first forward only, since a recomputed layer would be counted twice.
+    """
+
+    def __init__(
+        self,
+        num_experts_by_layer: dict[int, int],
+        top_k: int | dict[int, int],
+        *,
+        num_domains: int = 0,
+        replay: dict[int, Rows] | None = None,
+    ) -> None:
+        super().__init__(replay)
+        self.num_experts_by_layer = dict(sorted(num_experts_by_layer.items()))
+        self.top_k_by_layer = dict.fromkeys(self.num_experts_by_layer, top_k) if isinstance(top_k, int) else top_k
+        self.num_domains = num_domains
+        self.step = 0
+        self._domains_T: Tensor | int | None = None
+        self._reset()
+
+    @classmethod
+    def for_model(cls, config: ModelConfig, *, num_domains: int = 0) -> "LoadRecorder":
+        """A recorder for all routed layers of a model. A dense model's recorder hears nothing."""
+        routers = {
+            index: layer.feed_forward.router
+            for index, layer in enumerate(config.layers)
+            if isinstance(layer.feed_forward, MoeConfig)
+        }
+        num_experts = {index: router.num_experts for index, router in routers.items()}
+        return cls(num_experts, {index: router.top_k for index, router in routers.items()}, num_domains=num_domains)
+
+    def set_domains(self, domains: Tensor | int | None) -> None:
+        """Say which domain the next forward's tokens belong to: one id for all, or an integer tensor of B x S ids.
+
+        Holds until the next call; None stops counting domains. Raises ConfigError for a domain that is not there.
+        """
+        if isinstance(domains, int) and not 0 <= domains < self.num_domains:
+            raise ConfigError(f"domain {domains} of {self.num_domains}; use 0 to {self.num_domains - 1}")
+        if domains is not None and not self.num_domains:
+            raise ConfigError("this recorder counts no domains; make it with num_domains=...")
+        self._domains_T = domains
+
+    def hear(self, layer: int, decision: RoutingDecision) -> None:
+        """Add one layer's decision to the running step; the decision itself is not kept."""
+        if layer not in self._sums:
+            known = ", ".join(map(str, self._sums)) or "none"
+            raise ConfigError(
+                f"layer {layer} routes and the recorder does not know it; it was made for layers: {known}"
+            )
+        with torch.no_grad():
+            self._sums[layer].add(decision, self._domains_T)
+
+    def finish_step(self, step: int | None = None) -> StepLoad:
+        """The loads of everything heard since the last call, then start anew. Steps number themselves from 1."""
+        self.step = self.step + 1 if step is None else step
+        load = StepLoad(step=self.step, layers=tuple(sums.load() for sums in self._sums.values()))
+        self._reset()
+        return load
+
+    def _reset(self) -> None:
+        self._sums = {
+            layer: _LayerSums(layer, num_experts, self.top_k_by_layer[layer], self.num_domains)
+            for layer, num_experts in self.num_experts_by_layer.items()
+        }

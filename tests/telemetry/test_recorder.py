@@ -1,0 +1,128 @@
+import math
+
+import pytest
+import torch
+
+from moesaic.config import (
+    AttentionConfig,
+    LayerConfig,
+    MlpConfig,
+    ModelConfig,
+    MoeConfig,
+    RouterConfig,
+    StackConfig,
+)
+from moesaic.errors import ConfigError
+from moesaic.routing import RoutingDecision, Rows
+from moesaic.telemetry.recorder import LoadRecorder, entropy_sum
+
+
+def decide(num_tokens: int, num_experts: int, top_k: int, seed: int, mask_T: torch.Tensor | None = None):
+    generator = torch.Generator().manual_seed(seed)
+    logits_TE = torch.randn(num_tokens, num_experts, generator=generator)
+    scores_TE = logits_TE.softmax(-1)
+    weights_TK, expert_ids_TK = scores_TE.topk(top_k)
+    rows = Rows.from_topk(expert_ids_TK, weights_TK, num_experts, mask_T=mask_T)
+    return RoutingDecision(rows=rows, logits_TE=logits_TE, scores_TE=scores_TE, mask_T=mask_T), expert_ids_TK
+
+
+def test_a_step_sums_all_its_micro_batches_and_then_starts_anew():
+    recorder = LoadRecorder({1: 5, 3: 7}, 2)
+    first, first_ids = decide(11, 5, 2, seed=0)
+    second, second_ids = decide(6, 5, 2, seed=1)
+    other, _ = decide(4, 7, 2, seed=2)
+    for layer, decision in ((1, first), (3, other), (1, second)):
+        recorder.hear(layer, decision)
+    load = recorder.finish_step()
+    expected = torch.bincount(torch.cat([first_ids, second_ids]).flatten(), minlength=5)
+    assert [layer.layer for layer in load.layers] == [1, 3]
+    assert load.layers[0].counts_E.tolist() == expected.tolist()
+    assert load.layers[0].num_tokens == 17
+    assert load.step == 1
+    assert recorder.decisions == {}
+    again = recorder.finish_step()
+    assert again.step == 2
+    assert again.layers[0].counts_E.sum() == 0
+    assert math.isnan(again.layers[0].router_entropy)
+    assert load.layers[0].counts_E.sum() == 34  # what was handed out does not change afterwards
+
+
+def test_padding_counts_nowhere():
+    mask_T = torch.tensor([True, False, True, True, False])
+    masked, _ = decide(5, 4, 2, seed=3, mask_T=mask_T)
+    recorder = LoadRecorder({0: 4}, 2, num_domains=2)
+    recorder.set_domains(torch.tensor([0, 1, 1, 1, 0]))
+    recorder.hear(0, masked)
+    load = recorder.finish_step().layers[0]
+    scores_TE = masked.scores_TE[mask_T]
+    assert load.num_tokens == 3
+    assert load.counts_E.sum() == 6
+    assert load.router_entropy == pytest.approx(float(torch.distributions.Categorical(scores_TE).entropy().mean()))
+    assert load.domain_counts_ME is not None
+    assert load.domain_counts_ME.sum(1).tolist() == [2, 4]
+
+
+def test_domains_by_token_and_by_batch():
+    decision, expert_ids_TK = decide(9, 6, 3, seed=4)
+    domains_BS = torch.tensor([[0, 1, 2], [2, 1, 0], [1, 1, 1]])
+    recorder = LoadRecorder({0: 6}, 3, num_domains=3)
+    recorder.set_domains(domains_BS)
+    recorder.hear(0, decision)
+    recorder.set_domains(2)
+    recorder.hear(0, decision)
+    load = recorder.finish_step().layers[0]
+    expected = torch.zeros(3, 6, dtype=torch.int64)
+    for token, domain in enumerate(domains_BS.flatten().tolist()):
+        for expert in expert_ids_TK[token].tolist():
+            expected[domain, expert] += 1
+            expected[2, expert] += 1
+    assert load.domain_counts_ME is not None
+    assert load.domain_counts_ME.tolist() == expected.tolist()
+    assert load.domain_counts_ME.sum(0).tolist() == load.counts_E.tolist()
+
+
+def test_entropy_of_sigmoid_scores_is_that_of_their_shares():
+    scores_TE = torch.rand(8, 5)
+    shares_TE = scores_TE / scores_TE.sum(-1, keepdim=True)
+    expected = torch.distributions.Categorical(shares_TE).entropy().sum()
+    assert float(entropy_sum(scores_TE)) == pytest.approx(float(expected), rel=1e-5)
+    certain_TE = torch.tensor([[0.0, 1.0, 0.0], [1.0, 0.0, 0.0]])
+    assert float(entropy_sum(certain_TE)) == 0
+    assert math.isfinite(float(entropy_sum(torch.zeros(2, 5))))
+
+
+def test_listening_leaves_no_trace_in_the_gradient():
+    logits_TE = torch.randn(4, 3, requires_grad=True)
+    scores_TE = logits_TE.softmax(-1)
+    weights_TK, ids_TK = scores_TE.topk(2)
+    rows = Rows.from_topk(ids_TK, weights_TK, 3)
+    recorder = LoadRecorder({0: 3}, 2)
+    recorder.hear(0, RoutingDecision(rows=rows, logits_TE=logits_TE, scores_TE=scores_TE))
+    assert not recorder._sums[0].entropy.requires_grad  # type: ignore[union-attr]
+
+
+def test_for_model_finds_the_routed_layers():
+    attention = AttentionConfig(num_heads=2, num_key_value_heads=1, head_dim=4)
+    moe = MoeConfig(router=RouterConfig(name="softmax_topk", num_experts=6, top_k=2), intermediate_size=5)
+    layers = (
+        LayerConfig(attention=attention, feed_forward=MlpConfig(intermediate_size=7)),
+        LayerConfig(attention=attention, feed_forward=moe),
+    )
+    config = ModelConfig(
+        family="qwen3_moe", vocab_size=11, hidden_size=8, context_length=16, decoder=StackConfig(layers=layers)
+    )
+    recorder = LoadRecorder.for_model(config, num_domains=2)
+    assert recorder.num_experts_by_layer == {1: 6}
+    assert recorder.finish_step(step=40).layers[0].top_k == 2
+
+
+def test_mistakes_are_named():
+    recorder = LoadRecorder({0: 4}, 2)
+    with pytest.raises(ConfigError, match="made for layers: 0"):
+        recorder.hear(2, decide(3, 4, 2, seed=0)[0])
+    with pytest.raises(ConfigError, match="over 5 experts"):
+        recorder.hear(0, decide(3, 5, 2, seed=0)[0])
+    with pytest.raises(ConfigError, match="counts no domains"):
+        recorder.set_domains(torch.tensor([0]))
+    with pytest.raises(ConfigError, match="domain 3 of 2; use 0 to 1"):
+        LoadRecorder({0: 4}, 2, num_domains=2).set_domains(3)

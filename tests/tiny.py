@@ -1,0 +1,63 @@
+"""Tiny models with unequal odd sizes, so that no transposition hides in a square."""
+
+import torch
+
+from moesaic.config import (
+    AttentionConfig,
+    LayerConfig,
+    MlpConfig,
+    ModelConfig,
+    MoeConfig,
+    NormConfig,
+    RouterConfig,
+    StackConfig,
+)
+from moesaic.models.decoder import Decoder
+
+
+def tiny_config(
+    *,
+    windows: tuple[int | None, ...] = (None, 5),
+    router: str = "softmax_topk",
+    selection_bias: bool = False,
+    shared: bool = False,
+    tied: bool = False,
+    vocab_size: int = 61,
+    eos_token_ids: tuple[int, ...] = (),
+) -> ModelConfig:
+    """One layer a window, the last of them dense."""
+    moe = MoeConfig(
+        router=RouterConfig(name=router, num_experts=5, top_k=2, selection_bias=selection_bias),
+        intermediate_size=13,
+        shared=MlpConfig(intermediate_size=7) if shared else None,
+    )
+    layers = tuple(
+        LayerConfig(
+            attention=AttentionConfig(
+                num_heads=4, num_key_value_heads=2, head_dim=6, window=window, head_norm=NormConfig()
+            ),
+            feed_forward=moe if index < len(windows) - 1 or len(windows) == 1 else MlpConfig(intermediate_size=17),
+        )
+        for index, window in enumerate(windows)
+    )
+    return ModelConfig(
+        family="qwen3_moe",
+        vocab_size=vocab_size,
+        hidden_size=20,
+        context_length=48,
+        decoder=StackConfig(layers=layers),
+        tie_word_embeddings=tied,
+        eos_token_ids=eos_token_ids,
+    )
+
+
+def lively(config: ModelConfig, seed: int = 0) -> Decoder:
+    """A model whose weights are large enough for every part to matter."""
+    torch.manual_seed(seed)
+    model = Decoder(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.normal_(0.0, 0.3)
+            if "norm" in name:
+                parameter.add_(1.0)
+    return model.eval()
