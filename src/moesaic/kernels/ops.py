@@ -24,7 +24,7 @@ def _direct(*inputs: Tensor) -> bool:
         return False
     wants_grad = torch.is_grad_enabled()
     for tensor in inputs:
-        if type(tensor) not in _PLAIN or tensor.device.type != "cpu" or (wants_grad and tensor.requires_grad):
+        if type(tensor) not in _PLAIN or not tensor.is_cpu or (wants_grad and tensor.requires_grad):
             return False
     return True
 
@@ -139,16 +139,12 @@ def _combine_rows(
 
 
 @_combine_rows.register_fake
-def _(
-    out_RD: Tensor, weights_R: Tensor, row_ids_R: Tensor, token_offsets: Tensor, token_ids_R: Tensor
-) -> Tensor:
+def _(out_RD: Tensor, weights_R: Tensor, row_ids_R: Tensor, token_offsets: Tensor, token_ids_R: Tensor) -> Tensor:
     return out_RD.new_empty(token_offsets.shape[0] - 1, out_RD.shape[1])
 
 
 @torch.library.custom_op("moesaic::combine_rows_grad", mutates_args=())
-def _combine_rows_grad(
-    dy_TD: Tensor, out_RD: Tensor, weights_R: Tensor, token_ids_R: Tensor
-) -> tuple[Tensor, Tensor]:
+def _combine_rows_grad(dy_TD: Tensor, out_RD: Tensor, weights_R: Tensor, token_ids_R: Tensor) -> tuple[Tensor, Tensor]:
     return backend.kernels.combine_rows_grad(dy_TD, out_RD, weights_R, token_ids_R)
 
 

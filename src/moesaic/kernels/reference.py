@@ -1,8 +1,12 @@
 """Every hot operation in plain torch: the definition of correct. Slow where plainness costs speed.
 
+Sums and activations of bf16 rows are computed in fp32 and rounded once, at the end.
+
 T tokens, R rows sorted by expert, E experts, K choices, I inputs, O outputs, F expert inner, D hidden.
 `offsets` is int64 [E+1] on the CPU: expert e owns rows offsets[e] to offsets[e+1].
 """
+
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -33,20 +37,21 @@ def gather_rows(x_TD: Tensor, token_ids_R: Tensor) -> Tensor:
 def combine_rows(out_RD: Tensor, weights_R: Tensor, row_ids_R: Tensor, token_offsets: Tensor) -> Tensor:
     """y_TD: each token's rows, times their weights, summed in the order of `row_ids_R` (see Rows.by_token)."""
     counts_T = token_offsets.diff()
-    y_TD = out_RD.new_zeros(counts_T.numel(), out_RD.shape[1])
+    wide = torch.promote_types(out_RD.dtype, weights_R.dtype)
+    y_TD = out_RD.new_zeros(counts_T.numel(), out_RD.shape[1], dtype=wide)
     for choice in range(int(counts_T.max()) if counts_T.numel() else 0):
         tokens = (counts_T > choice).nonzero()[:, 0]
         rows = row_ids_R[token_offsets[tokens] + choice]
-        y_TD[tokens] += out_RD[rows] * weights_R[rows, None].to(out_RD.dtype)
-    return y_TD
+        y_TD[tokens] += out_RD[rows].to(wide) * weights_R[rows, None].to(wide)
+    return y_TD.to(out_RD.dtype)
 
 
-def combine_rows_grad(
-    dy_TD: Tensor, out_RD: Tensor, weights_R: Tensor, token_ids_R: Tensor
-) -> tuple[Tensor, Tensor]:
+def combine_rows_grad(dy_TD: Tensor, out_RD: Tensor, weights_R: Tensor, token_ids_R: Tensor) -> tuple[Tensor, Tensor]:
     """(d_out_RD, d_weights_R) of combine_rows."""
-    dy_RD = dy_TD[token_ids_R]
-    return dy_RD * weights_R[:, None].to(dy_RD.dtype), (dy_RD * out_RD).sum(-1, dtype=weights_R.dtype)
+    wide = torch.promote_types(out_RD.dtype, weights_R.dtype)
+    dy_RD = dy_TD[token_ids_R].to(wide)
+    d_out_RD = dy_RD * weights_R[:, None].to(wide)
+    return d_out_RD.to(out_RD.dtype), (dy_RD * out_RD.to(wide)).sum(-1).to(weights_R.dtype)
 
 
 def grouped_linear(x_RI: Tensor, weight_EOI: Tensor, offsets: Tensor) -> Tensor:
@@ -80,18 +85,22 @@ def grouped_linear_weight_grad(dy_RO: Tensor, x_RI: Tensor, offsets: Tensor) -> 
 
 def silu_mul(gate_up: Tensor) -> Tensor:
     """silu(gate) * up, where the last dimension holds gate then up, F each (SwiGLU, arXiv:2002.05202, eq. 6)."""
-    gate, up = gate_up.chunk(2, dim=-1)
-    return torch.nn.functional.silu(gate) * up
+    gate, up = _wide(gate_up).chunk(2, dim=-1)
+    return (torch.nn.functional.silu(gate) * up).to(gate_up.dtype)
 
 
 def silu_mul_grad(dy: Tensor, gate_up: Tensor) -> Tensor:
     """d_gate_up of silu_mul."""
-    gate, up = gate_up.chunk(2, dim=-1)
+    gate, up = _wide(gate_up).chunk(2, dim=-1)
     sigmoid = torch.sigmoid(gate)
     d_gate = dy * up * sigmoid * (1 + gate * (1 - sigmoid))
-    return torch.cat([d_gate, dy * gate * sigmoid], dim=-1)
+    return torch.cat([d_gate, dy * gate * sigmoid], dim=-1).to(gate_up.dtype)
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _spans(offsets: Tensor) -> list[tuple[int, int]]:
     bounds = offsets.tolist()
-    return list(zip(bounds[:-1], bounds[1:], strict=True))
+    return list(pairwise(bounds))

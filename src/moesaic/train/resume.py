@@ -80,8 +80,9 @@ class RunFolder:
         if not place.exists():
             write_beside(place, text)
         elif json.loads(place.read_text()) != json.loads(text):
+            difference = _difference(json.loads(place.read_text()), json.loads(text))
             raise RunFolderError(
-                f"{self.path} holds a run of another recipe: {_difference(json.loads(place.read_text()), facts)}; "
+                f"{self.path} holds a run of another recipe: {difference}; "
                 "choose another folder with --out, or delete this one"
             )
 

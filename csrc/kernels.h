@@ -1,0 +1,60 @@
+// The table of operations that exist once per instruction set, and the types they share.
+// T tokens, R rows sorted by expert, E experts, I inputs, O outputs, F expert inner, D hidden.
+#pragma once
+
+#include <cstdint>
+
+namespace moesaic {
+
+// The upper half of a float; arithmetic happens in float.
+struct bf16 {
+    uint16_t bits;
+};
+
+struct Grouped {
+    int64_t num_experts, inputs, outputs;
+    const int64_t *offsets;  // [E+1]
+    int64_t max_rows;        // experts with more rows are left to the caller
+};
+
+template <class T>
+struct Typed {
+    void (*silu_mul)(const T *gate_up, T *y, int64_t rows, int64_t inner, int threads);
+    void (*silu_mul_grad)(const T *dy, const T *gate_up, T *d_gate_up, int64_t rows, int64_t inner, int threads);
+    void (*combine_rows)(const T *out, const float *weights, const int64_t *row_ids, const int64_t *token_offsets, T *y,
+                         int64_t tokens, int64_t hidden, int threads);
+    void (*combine_rows_grad)(const T *dy, const T *out, const float *weights, const int64_t *token_ids, T *d_out,
+                              float *d_weights, int64_t rows, int64_t hidden, int threads);
+    void (*grouped_linear)(const T *x, const T *weight, T *y, const Grouped &grouped, int threads);
+};
+
+struct Kernels {
+    const char *isa;
+    Typed<float> f32;
+    Typed<bf16> b16;
+
+    const Typed<float> &of(const float *) const { return f32; }
+    const Typed<bf16> &of(const bf16 *) const { return b16; }
+};
+
+// Each instruction set is a namespace that holds one table.
+namespace portable {
+extern const Kernels kernels;
+}
+namespace neon {
+extern const Kernels kernels;
+}
+namespace avx2 {
+extern const Kernels kernels;
+}
+namespace avx512 {
+extern const Kernels kernels;
+}
+
+// Operations without arithmetic worth a variant.
+void select_topk(const float *scores, int64_t *ids, int64_t tokens, int64_t num_experts, int64_t top_k, int threads);
+int64_t sort_rows(const int64_t *expert_ids, int64_t *token_ids, int64_t *choices, int64_t *offsets, int64_t tokens,
+                  int64_t top_k, int64_t num_experts);
+void gather_rows(const void *x, const int64_t *token_ids, void *rows_out, int64_t rows, int64_t row_bytes, int threads);
+
+}  // namespace moesaic

@@ -1,0 +1,14 @@
+// The table of this instruction set.
+#include "variants.h"
+
+#define MOESAIC_TEXT_(x) #x
+#define MOESAIC_TEXT(x) MOESAIC_TEXT_(x)
+
+namespace moesaic::MOESAIC_ISA {
+
+template <class T>
+static constexpr Typed<T> typed = {silu_mul<T>, silu_mul_grad<T>, combine_rows<T>, combine_rows_grad<T>, grouped_linear<T>};
+
+extern const Kernels kernels = {MOESAIC_TEXT(MOESAIC_ISA), typed<float>, typed<bf16>};
+
+}  // namespace moesaic::MOESAIC_ISA

@@ -1,0 +1,21 @@
+// What each instruction set compiles: declared here, defined in one file an operation, tabled in variants.cpp.
+#pragma once
+
+#include "simd.h"
+
+namespace moesaic::MOESAIC_ISA {
+
+template <class T>
+void silu_mul(const T *gate_up, T *y, int64_t rows, int64_t inner, int threads);
+template <class T>
+void silu_mul_grad(const T *dy, const T *gate_up, T *d_gate_up, int64_t rows, int64_t inner, int threads);
+template <class T>
+void combine_rows(const T *out, const float *weights, const int64_t *row_ids, const int64_t *token_offsets, T *y,
+                  int64_t tokens, int64_t hidden, int threads);
+template <class T>
+void combine_rows_grad(const T *dy, const T *out, const float *weights, const int64_t *token_ids, T *d_out,
+                       float *d_weights, int64_t rows, int64_t hidden, int threads);
+template <class T>
+void grouped_linear(const T *x, const T *weight, T *y, const Grouped &grouped, int threads);
+
+}  // namespace moesaic::MOESAIC_ISA

@@ -1,0 +1,174 @@
+"""The compiled kernels under the names and signatures of reference.py. Importing this fails where they were not built.
+
+What they do not take (other dtypes than fp32 and bf16, tensors that are not on the CPU) goes to the reference.
+Results are bit-equal for any number of threads. `MOESAIC_ISA` forces a lower instruction set than the best.
+"""
+
+import os
+import re
+import sys
+from importlib import import_module
+from itertools import pairwise
+from pathlib import Path
+
+import torch  # before _native, whose OpenMP is the libgomp.so.1 that torch brings
+from torch import Tensor
+from torch.utils.dlpack import to_dlpack  # pyright: ignore[reportPrivateImportUsage]  documented, not exported
+
+from moesaic.errors import ConfigError
+from moesaic.kernels import reference
+
+_FLOATS = (torch.float32, torch.bfloat16)
+
+
+def _openmp_runtimes() -> set[str]:
+    """Files of OpenMP runtimes mapped into this process (Linux; elsewhere none are seen)."""
+    maps = Path("/proc/self/maps")
+    if not maps.exists():
+        return set()
+    return set(re.findall(r"/\S*/lib(?:g|i)?omp\S*\.so\S*", maps.read_text(encoding="utf-8", errors="replace")))
+
+
+_before = _openmp_runtimes()  # torch's, counted before _native is loaded
+_native = import_module("moesaic._native")
+
+ADDED_RUNTIMES = _openmp_runtimes() - _before
+"""OpenMP runtimes beside torch's that our extension brought along; a sound installation has none."""
+
+_THREADED = _native.has_threads() and not ADDED_RUNTIMES
+
+if ADDED_RUNTIMES:
+    print(
+        f"moesaic: {', '.join(sorted(ADDED_RUNTIMES))} is a second OpenMP beside torch's, whose threads would fight; "
+        "the kernels run on one thread. Reinstall moesaic into the environment that holds torch.",
+        file=sys.stderr,
+    )
+
+
+def _choose_isa(name: str | None) -> None:
+    """Take the instruction set that MOESAIC_ISA names. Raises ConfigError for one that this machine lacks."""
+    if name and not _native.use_isa(name):
+        raise ConfigError(f"MOESAIC_ISA={name!r} cannot run here; use one of {', '.join(_native.available_isas())}")
+
+
+_choose_isa(os.environ.get("MOESAIC_ISA"))
+
+
+def describe() -> str:
+    """Which instruction set, on how many threads."""
+    return f"{_native.isa()}, {_threads()} thread{'s' if _threads() > 1 else ''}"
+
+
+def _threads() -> int:
+    return torch.get_num_threads() if _THREADED else 1
+
+
+def _takes(tensor: Tensor, other: Tensor | None = None) -> bool:
+    """Whether the tensors are on the CPU and of one dtype that the kernels know."""
+    if tensor.dtype not in _FLOATS or not tensor.is_cpu:
+        return False
+    return other is None or (other.dtype == tensor.dtype and other.is_cpu)
+
+
+def _matrix(tensor: Tensor) -> Tensor:
+    """Contiguous, all dimensions but the last in one."""
+    return (tensor if tensor.dim() == 2 else tensor.reshape(-1, tensor.shape[-1])).contiguous()
+
+
+def _array(tensor: Tensor) -> object:
+    """The tensor's memory as a DLPack capsule: much quicker to make than through Tensor.__dlpack__."""
+    return to_dlpack(tensor)
+
+
+def select_topk(scores_TE: Tensor, top_k: int) -> Tensor:
+    """See reference.select_topk."""
+    if scores_TE.dtype != torch.float32 or not _takes(scores_TE):
+        return reference.select_topk(scores_TE, top_k)
+    ids_TK = torch.empty(scores_TE.shape[0], top_k, dtype=torch.int64)
+    _native.select_topk(_array(scores_TE.contiguous()), _array(ids_TK), _threads())
+    return ids_TK
+
+
+def sort_rows(expert_ids_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    """See reference.sort_rows. Raises ValueError for an expert id that is not below `num_experts`."""
+    if expert_ids_TK.dtype != torch.int64 or not expert_ids_TK.is_cpu:
+        return reference.sort_rows(expert_ids_TK, num_experts)
+    token_ids = torch.empty(expert_ids_TK.numel(), dtype=torch.int64)
+    choices = torch.empty_like(token_ids)
+    offsets = torch.empty(num_experts + 1, dtype=torch.int64)
+    rows = _native.sort_rows(_array(expert_ids_TK.contiguous()), _array(token_ids), _array(choices), _array(offsets))
+    return token_ids[:rows], choices[:rows], offsets
+
+
+def gather_rows(x_TD: Tensor, token_ids_R: Tensor) -> Tensor:
+    """See reference.gather_rows."""
+    if not _takes(x_TD):
+        return reference.gather_rows(x_TD, token_ids_R)
+    x_RD = x_TD.new_empty(token_ids_R.shape[0], x_TD.shape[1])
+    _native.gather_rows(_array(x_TD.contiguous()), _array(token_ids_R.contiguous()), _array(x_RD), _threads())
+    return x_RD
+
+
+def combine_rows(out_RD: Tensor, weights_R: Tensor, row_ids_R: Tensor, token_offsets: Tensor) -> Tensor:
+    """See reference.combine_rows."""
+    if weights_R.dtype != torch.float32 or not _takes(out_RD):
+        return reference.combine_rows(out_RD, weights_R, row_ids_R, token_offsets)
+    y_TD = out_RD.new_empty(token_offsets.shape[0] - 1, out_RD.shape[1])
+    inputs = (out_RD.contiguous(), weights_R.contiguous(), row_ids_R.contiguous(), token_offsets.contiguous())
+    _native.combine_rows(*map(_array, inputs), _array(y_TD), _threads())
+    return y_TD
+
+
+def combine_rows_grad(dy_TD: Tensor, out_RD: Tensor, weights_R: Tensor, token_ids_R: Tensor) -> tuple[Tensor, Tensor]:
+    """See reference.combine_rows_grad."""
+    if weights_R.dtype != torch.float32 or not _takes(dy_TD, out_RD):
+        return reference.combine_rows_grad(dy_TD, out_RD, weights_R, token_ids_R)
+    d_out_RD = torch.empty(out_RD.shape, dtype=out_RD.dtype)
+    d_weights_R = torch.empty(weights_R.shape, dtype=weights_R.dtype)
+    inputs = (dy_TD.contiguous(), out_RD.contiguous(), weights_R.contiguous(), token_ids_R.contiguous())
+    _native.combine_rows_grad(*map(_array, inputs), _array(d_out_RD), _array(d_weights_R), _threads())
+    return d_out_RD, d_weights_R
+
+
+# Rows an expert up to which reading weights in strips beats a library GEMM (benchmarks/native_kernels.py).
+_FEW_ROWS = {torch.float32: 16, torch.bfloat16: 4}
+
+
+def grouped_linear(x_RI: Tensor, weight_EOI: Tensor, offsets: Tensor) -> Tensor:
+    """See reference.grouped_linear. Experts with few rows are done here, the others by torch.mm."""
+    if not _takes(x_RI, weight_EOI):
+        return reference.grouped_linear(x_RI, weight_EOI, offsets)
+    bounds = offsets.tolist()
+    few = _FEW_ROWS[x_RI.dtype]
+    y_RO = x_RI.new_empty(x_RI.shape[0], weight_EOI.shape[1])
+    if any(0 < end - start <= few for start, end in pairwise(bounds)):
+        inputs = (x_RI.contiguous(), weight_EOI.contiguous(), offsets.contiguous())
+        _native.grouped_linear(*map(_array, inputs), _array(y_RO), few, _threads())
+    for expert, (start, end) in enumerate(pairwise(bounds)):
+        if end - start > few:
+            torch.mm(x_RI[start:end], weight_EOI[expert].T, out=y_RO[start:end])
+    return y_RO
+
+
+grouped_linear_input_grad = reference.grouped_linear_input_grad
+grouped_linear_weight_grad = reference.grouped_linear_weight_grad
+
+
+def silu_mul(gate_up: Tensor) -> Tensor:
+    """See reference.silu_mul."""
+    if not _takes(gate_up):
+        return reference.silu_mul(gate_up)
+    rows = _matrix(gate_up)
+    y = rows.new_empty(rows.shape[0], rows.shape[1] // 2)
+    _native.silu_mul(_array(rows), _array(y), _threads())
+    return y if gate_up.dim() == 2 else y.view(*gate_up.shape[:-1], y.shape[1])
+
+
+def silu_mul_grad(dy: Tensor, gate_up: Tensor) -> Tensor:
+    """See reference.silu_mul_grad."""
+    if not _takes(dy, gate_up):
+        return reference.silu_mul_grad(dy, gate_up)
+    rows = _matrix(gate_up)
+    d_rows = torch.empty(rows.shape, dtype=rows.dtype)
+    _native.silu_mul_grad(_array(_matrix(dy)), _array(rows), _array(d_rows), _threads())
+    return d_rows.view(gate_up.shape)
