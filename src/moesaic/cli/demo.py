@@ -27,7 +27,11 @@ WIDE_TWIN_SHARE = 0.3  # of the training time goes to the twin of equal total pa
 FINISH_S = 45.0  # kept for the last evaluations, decoding and the report
 SLACK = 0.9  # of what the calibration promises: other programs run too
 FEWEST_STEPS = 20
-PROMPTS = {"scripture_en": "And it came to pass", "code_python": "def __init__(self", "manual_en": "The following example"}
+PROMPTS = {
+    "scripture_en": "And it came to pass",
+    "code_python": "def __init__(self",
+    "manual_en": "The following example",
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,7 +40,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--minutes", metavar="M", type=float, default=7.0, help="how long it may take, all told (%(default)s)"
     )
     parser.add_argument("--out", metavar="FOLDER", type=Path, help="where it is written (default: moesaic-demo)")
-    parser.add_argument("--seed", metavar="N", type=int, default=0, help="the same seed draws the same weights and batches")
+    parser.add_argument(
+        "--seed", metavar="N", type=int, default=0, help="the same seed draws the same weights and batches"
+    )
     add_corpus_argument(parser)
     parser.add_argument("--json", action="store_true", help="print the results as one JSON document")
 

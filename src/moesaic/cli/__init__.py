@@ -1,0 +1,1 @@
+"""The command line: one file a verb, each imported only when it is asked for."""

@@ -1,0 +1,84 @@
+"""`moesaic convert`: any checkpoint that moesaic reads becomes a Hugging Face safetensors folder."""
+
+import argparse
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+from moesaic.cli import output
+from moesaic.cli.text import DTYPES, open_model
+from moesaic.errors import CheckpointError, ConfigError, RunFolderError
+
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+class Upcycling(NamedTuple):
+    """Copies of each dense block, and the shards that each copy is cut into: copies x shards experts."""
+
+    copies: int
+    shards: int
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = "example: moesaic convert SmolLM2-135M-Instruct.gguf smollm2 --dtype bf16"
+    parser.add_argument("model", metavar="MODEL", help="a checkpoint folder or a .gguf file")
+    parser.add_argument("folder", metavar="OUT_FOLDER", help="where the new checkpoint goes")
+    parser.add_argument("--dtype", choices=list(DTYPES), help="number format of the weights (as read if not given)")
+    parser.add_argument(
+        "--max-shard-size", metavar="SIZE", default="2GB", help="largest file, as 500MB or 2GB (%(default)s)"
+    )
+    parser.add_argument(
+        "--upcycle",
+        metavar="COPIESxSHARDS",
+        help="make a dense model an MoE of the same function: 2x4 makes 8 experts, 4 of them active",
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace what OUT_FOLDER holds")
+
+
+def run(args: argparse.Namespace) -> int:
+    folder = Path(args.folder)
+    max_shard_bytes = parse_size(args.max_shard_size)
+    upcycling = parse_upcycling(args.upcycle) if args.upcycle else None
+    _check_target(Path(args.model), folder, args.overwrite)
+
+    from moesaic import hub
+
+    config = hub.read_config(args.model)
+    with output.progress(f"reading {args.model} ({output.number(config.total)} parameters)"):
+        model, tokenizer = open_model(args.model, args.dtype)
+    if upcycling:
+        from moesaic.tune.upcycle import upcycle
+
+        with output.progress(f"upcycling to {upcycling.copies * upcycling.shards} experts"):
+            model = upcycle(model, copies=upcycling.copies, shards=upcycling.shards, top_k=upcycling.shards)
+    with output.progress(f"writing {folder}"):
+        hub.save(model, folder, tokenizer=tokenizer, max_shard_bytes=max_shard_bytes)
+    output.next_command(f'moesaic generate {folder} --prompt "Once upon a time"')
+    return 0
+
+
+def parse_size(text: str) -> int:
+    """Bytes of `500MB` or `2GiB`. Raises ConfigError for anything else, and for less than 1 MB."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]?I?B?)", text.strip().upper())
+    unit = found[2] + ("" if found[2].endswith("B") or not found[2] else "B") if found else ""
+    num_bytes = int(float(found[1]) * _UNITS[unit]) if found and unit in _UNITS else 0
+    if num_bytes < 10**6:
+        raise ConfigError(f"--max-shard-size {text}; give 1MB or more, for example 500MB or 2GB")
+    return num_bytes
+
+
+def parse_upcycling(text: str) -> Upcycling:
+    """`2x4` as copies and shards. Raises ConfigError for anything else."""
+    found = re.fullmatch(r"([1-9]\d{0,3})x([1-9]\d{0,3})", text)
+    if not found:
+        raise ConfigError(f"--upcycle {text}; give copies x shards, for example 2x4")
+    return Upcycling(int(found[1]), int(found[2]))
+
+
+def _check_target(source: Path, folder: Path, overwrite: bool) -> None:
+    if folder.is_dir() and source.exists() and folder.samefile(source):
+        raise CheckpointError(f"{folder} is the checkpoint to convert; choose another OUT_FOLDER")
+    if folder.exists() and not folder.is_dir():
+        raise RunFolderError(f"{folder} is a file; choose another OUT_FOLDER")
+    if folder.is_dir() and any(folder.iterdir()) and not overwrite:
+        raise RunFolderError(f"{folder} is not empty; choose another OUT_FOLDER or add --overwrite")

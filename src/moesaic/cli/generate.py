@@ -1,0 +1,65 @@
+"""`moesaic generate`: continues a prompt, text to stdout as it comes."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from moesaic.cli import output
+from moesaic.cli.text import (
+    Opened,
+    add_text_arguments,
+    check_sampling,
+    decode_utf8,
+    keep_quiet,
+    open_model,
+    write_on,
+)
+from moesaic.errors import ConfigError, GenerationError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = 'example: moesaic generate runs/demo/moe --prompt "In the beginning" --max-new-tokens 50'
+    parser.add_argument("model", metavar="MODEL", help="a checkpoint folder or a .gguf file")
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--prompt", metavar="TEXT", help="the text to continue (standard input if not given)")
+    source.add_argument(
+        "--prompt-file", metavar="FILE", help="a UTF-8 file with the text; one last line end is dropped"
+    )
+    add_text_arguments(parser, max_new_tokens=128, temperature=0.0)
+
+
+def run(args: argparse.Namespace) -> int:
+    check_sampling(args)
+    prompt = _read_prompt(args)
+    opened = open_model(args.model, args.dtype)
+    prompt_ids = opened.tokenizer.encode(prompt, add_special_tokens=True) or _start_ids(opened)
+    written = write_on(opened, prompt_ids, args, emit=keep_quiet if args.json else output.write)
+    if args.json:
+        output.print_json({"model": args.model, "prompt": prompt, "prompt_token_ids": prompt_ids, **written.to_dict()})
+    else:
+        output.write("\n")
+    output.talk(written.summary())
+    return 0
+
+
+def _read_prompt(args: argparse.Namespace) -> str:
+    if args.prompt is not None:
+        return args.prompt
+    if args.prompt_file is not None:
+        return _without_line_end(Path(args.prompt_file).read_bytes(), args.prompt_file)
+    if sys.stdin.isatty():
+        raise ConfigError("no prompt; give --prompt TEXT or --prompt-file FILE, or pipe text in")
+    return _without_line_end(sys.stdin.buffer.read(), "standard input")
+
+
+def _without_line_end(data: bytes, source: str) -> str:
+    return decode_utf8(data, source).removesuffix("\n").removesuffix("\r")
+
+
+def _start_ids(opened: Opened) -> list[int]:
+    """What stands in for an empty prompt: the token that starts a text, or else the one that ended the text before."""
+    config = opened.model.config
+    start = [id for id in (config.bos_token_id, *config.eos_token_ids) if id is not None]
+    if not start:
+        raise GenerationError("an empty prompt, and this model has no token that starts a text; give --prompt TEXT")
+    return start[:1]

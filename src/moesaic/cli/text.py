@@ -1,0 +1,167 @@
+"""What the verbs that write text share: their options, opening a model, and one answer streamed and timed."""
+
+import argparse
+import importlib
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from moesaic.cli.stream import TextStream
+from moesaic.errors import ConfigError, DataError
+
+if TYPE_CHECKING:  # at run time torch comes in only once a model is opened
+    import torch
+
+    from moesaic.data.tokenizer import Tokenizer
+    from moesaic.layers.kv_cache import KeyValueCache
+    from moesaic.models.decoder import Decoder
+
+DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
+
+
+class Opened(NamedTuple):
+    """A model that can read and write text."""
+
+    model: "Decoder"
+    tokenizer: "Tokenizer"
+
+
+class Written(NamedTuple):
+    """One answer: its tokens (an end-of-sequence token included), its text, and how long it took.
+
+    `prefill_s` runs to the first token, `decode_s` from there to the last.
+    """
+
+    token_ids: list[int]
+    text: str
+    num_prompt_tokens: int
+    prefill_s: float
+    decode_s: float
+
+    @property
+    def tokens_per_s(self) -> float | None:
+        """Speed after the first token; None when there was no second."""
+        return (len(self.token_ids) - 1) / self.decode_s if len(self.token_ids) > 1 else None
+
+    def summary(self) -> str:
+        """The counts and speeds in one line."""
+        speed = f", then {self.tokens_per_s:.1f} tokens/s" if self.tokens_per_s else ""
+        return (
+            f"{self.num_prompt_tokens} prompt tokens and the first new one in {self.prefill_s:.2f} s{speed}; "
+            f"{len(self.token_ids)} new tokens"
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "text": self.text,
+            "token_ids": self.token_ids,
+            "prompt_tokens": self.num_prompt_tokens,
+            "new_tokens": len(self.token_ids),
+            "seconds": round(self.prefill_s + self.decode_s, 6),
+            "prefill_seconds": round(self.prefill_s, 6),
+            "tokens_per_second": self.tokens_per_s and round(self.tokens_per_s, 3),
+        }
+
+
+def add_text_arguments(parser: argparse.ArgumentParser, *, max_new_tokens: int, temperature: float) -> None:
+    """The options of generate and chat that say how to write."""
+    parser.add_argument(
+        "--max-new-tokens", type=int, metavar="N", default=max_new_tokens, help="write at most N tokens (%(default)s)"
+    )
+    parser.add_argument(
+        "--temperature", type=float, metavar="T", default=temperature, help="0 is always the likeliest (%(default)s)"
+    )
+    parser.add_argument("--top-k", type=int, metavar="K", help="choose among the K likeliest tokens")
+    parser.add_argument("--top-p", type=float, metavar="P", help="choose among the likeliest that add up to P")
+    parser.add_argument("--seed", type=int, metavar="N", help="the same seed gives the same text")
+    parser.add_argument("--dtype", choices=list(DTYPES), help="compute in this format (the checkpoint's if not given)")
+    parser.add_argument("--json", action="store_true", help="print one JSON document instead of the text as it comes")
+
+
+def torch_dtype(name: str | None) -> "torch.dtype | None":
+    """The torch dtype of a --dtype option."""
+    import torch
+
+    return None if name is None else getattr(torch, DTYPES[name])
+
+
+def decode_utf8(data: bytes, source: str) -> str:
+    """Bytes as text. Raises DataError where they are not UTF-8."""
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{source} is not UTF-8 at byte {error.start}; convert it, with iconv for example") from error
+
+
+def keep_quiet(_text: str) -> None:
+    """Emit nothing: for --json, which prints the text once it is whole."""
+
+
+def open_model(path_or_preset: str, dtype: str | None) -> Opened:
+    """The model and the tokenizer of a checkpoint."""
+    from moesaic import hub
+    from moesaic.hub.resolve import locate
+
+    locate(path_or_preset)  # a mistyped name is answered before seconds go into importing torch
+    importlib.import_module("moesaic.tune.upcycle")  # makes known the preset whose weights it makes
+    tokenizer = open_tokenizer(path_or_preset)
+    return Opened(hub.load(path_or_preset, dtype=torch_dtype(dtype)), tokenizer)
+
+
+def open_tokenizer(path_or_preset: str) -> "Tokenizer":
+    """The tokenizer that a checkpoint carries. Raises CheckpointError when there is none that can be read."""
+    from moesaic.data.tokenizer import Tokenizer
+    from moesaic.hub.resolve import weights_place
+
+    place = weights_place(path_or_preset)
+    if place.kind == "folder":
+        return Tokenizer.load(place.path)
+    from moesaic.hub.gguf import read_metadata
+
+    return Tokenizer.from_gguf(read_metadata(place.path))
+
+
+def check_sampling(args: argparse.Namespace) -> None:
+    """Complain about impossible options before minutes go into loading. Raises ConfigError."""
+    from moesaic.engine.sampling import Sampling
+
+    if args.max_new_tokens < 1:
+        raise ConfigError(f"--max-new-tokens {args.max_new_tokens}; give 1 or more")
+    Sampling(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, seed=args.seed)
+
+
+def write_on(
+    opened: Opened,
+    prompt_ids: list[int],
+    args: argparse.Namespace,
+    emit: Callable[[str], None],
+    cache: "KeyValueCache | None" = None,
+) -> Written:
+    """Continue a prompt as the options say; `emit` gets the text piece by piece, without the end-of-sequence token."""
+    from moesaic.engine.generate import generate
+
+    stops = opened.model.config.eos_token_ids
+    stream = TextStream(opened.tokenizer.decode, emit, prompt_ids)
+    token_ids: list[int] = []
+    times_s = [time.perf_counter()]
+
+    def hear(_sequence: int, token_id: int) -> None:
+        times_s.append(time.perf_counter())
+        token_ids.append(token_id)
+        if token_id not in stops:
+            stream.add(token_id)
+
+    generate(
+        opened.model,
+        prompt_ids,
+        args.max_new_tokens,
+        temperature=args.temperature,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        seed=args.seed,
+        on_token=hear,
+        cache=cache,
+    )
+    text = stream.close()
+    first_s = times_s[1] if token_ids else time.perf_counter()
+    return Written(token_ids, text, len(prompt_ids), first_s - times_s[0], times_s[-1] - first_s if token_ids else 0.0)

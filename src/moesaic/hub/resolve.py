@@ -1,0 +1,83 @@
+"""From what a user types to a model: a folder, a config.json, a GGUF file, or the name of a preset. No torch here."""
+
+import difflib
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+from moesaic import families
+from moesaic.config import ModelConfig
+from moesaic.errors import CheckpointError
+from moesaic.hub import checkpoint
+from moesaic.hub.embedded import embedded_gguf
+from moesaic.registry import Registry
+
+PRESET_WEIGHTS: Registry[Callable[[], Path]] = Registry("preset with weights")
+"""Presets whose weights this machine can have: name -> a function that finds or makes their folder or file."""
+
+PRESET_WEIGHTS.register("smollm2-135m-instruct")(embedded_gguf)
+
+
+class Place(NamedTuple):
+    """Where a model is: `name` is a preset's."""
+
+    kind: Literal["folder", "config", "gguf", "preset"]
+    path: Path
+    name: str = ""
+
+
+def locate(path_or_preset: str | os.PathLike[str]) -> Place:
+    """What the user means. Paths go before presets. Raises CheckpointError when it is neither."""
+    path = Path(path_or_preset).expanduser()
+    if path.is_dir():
+        return Place("folder", path)
+    if path.is_file() and path.suffix == ".gguf":
+        return Place("gguf", path)
+    if path.is_file() and path.suffix == ".json":
+        return Place("config", path)
+    if path.exists():
+        raise CheckpointError(f"{path} is no model; give a folder with a config.json, a .gguf file or a preset")
+    name = os.fspath(path_or_preset)
+    if name in families.presets():
+        return Place("preset", path, name)
+    raise _nowhere(name)
+
+
+def _nowhere(name: str) -> CheckpointError:
+    presets = sorted(families.presets())
+    near = difflib.get_close_matches(Path(name).name.lower(), presets, n=3, cutoff=0.5)
+    hint = f"; nearest presets: {', '.join(near)}" if near else f"; presets: {', '.join(presets)}"
+    return CheckpointError(f"{name!r} is no path on this machine and no preset (nothing is downloaded){hint}")
+
+
+def read_config(path_or_preset: str | os.PathLike[str]) -> ModelConfig:
+    """The description of a model, without its weights and without torch.
+
+    Takes a folder, a config.json, a .gguf file or a preset's name. Raises CheckpointError or ConfigError.
+    """
+    place = locate(path_or_preset)
+    if place.kind == "preset":
+        return families.find_preset(place.name)
+    if place.kind == "folder":
+        return checkpoint.read_folder_config(place.path)
+    if place.kind == "config":
+        return checkpoint.read_config_file(place.path)
+    from moesaic.hub.gguf import GgufFile  # the optional package is asked for only here
+
+    return GgufFile(place.path).config
+
+
+def weights_place(path_or_preset: str | os.PathLike[str]) -> Place:
+    """Like `locate`, down to a folder or a file with weights. Raises CheckpointError when there are none."""
+    place = locate(path_or_preset)
+    if place.kind == "config":
+        raise CheckpointError(f"{place.path} holds no weights; give the folder {place.path.parent}")
+    if place.kind != "preset":
+        return place
+    if place.name not in PRESET_WEIGHTS:
+        raise CheckpointError(
+            f"preset {place.name!r} is a configuration without weights; download them and give their folder, "
+            f"or use a preset that brings them: {', '.join(sorted(PRESET_WEIGHTS))}"
+        )
+    return locate(PRESET_WEIGHTS[place.name]())

@@ -1,0 +1,54 @@
+"""docs/cli.md is what the parsers say, and the options are these and no others."""
+
+from pathlib import Path
+
+import pytest
+
+from moesaic.cli.main import VERBS, main_parser, verb_parser
+from moesaic.cli.reference import COMMAND, options, reference, spelling
+
+PAGE = Path(__file__).parents[2] / "docs" / "cli.md"
+
+EVERYWHERE = ["--debug", "--verbose"]
+WRITING = [
+    "--max-new-tokens N",
+    "--temperature T",
+    "--top-k K",
+    "--top-p P",
+    "--seed N",
+    "--dtype {fp32,bf16}",
+    "--json",
+]
+OPTIONS = {
+    "demo": ["--minutes M", "--out FOLDER", "--seed N", "--corpus FOLDER", "--json"],
+    "train": ["--out FOLDER", "--config FILE", "--set TABLE.FIELD=VALUE", "--resume", "--corpus FOLDER", "--json"],
+    "generate": ["MODEL", "--prompt TEXT", "--prompt-file FILE", *WRITING],
+    "chat": ["[MODEL]", "--prompt TEXT", "--system TEXT", *WRITING],
+    "count": ["[MODEL]", "--all", "--context N", "--dtype {fp32,bf16,fp16,fp8,int8,int4}", "--json"],
+    "convert": [
+        "MODEL",
+        "OUT_FOLDER",
+        "--dtype {fp32,bf16}",
+        "--max-shard-size SIZE",
+        "--upcycle COPIESxSHARDS",
+        "--overwrite",
+    ],
+}
+
+
+def test_options_before_the_verb():
+    assert [spelling(action) for action in options(main_parser())] == ["--version", *EVERYWHERE]
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_options_are_frozen(verb):
+    assert [spelling(action) for action in options(verb_parser(verb))] == [*OPTIONS[verb], *EVERYWHERE]
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_option_is_explained(verb):
+    assert all(action.help for action in options(verb_parser(verb)))
+
+
+def test_the_page_is_fresh():
+    assert PAGE.read_text(encoding="utf-8") == reference(), f"docs/cli.md is stale; run `{COMMAND}`"
