@@ -43,7 +43,7 @@ CONFIG = {
 Step = Callable[[torch.Tensor], None]
 
 
-def transformers_step(model: torch.nn.Module, implementation: str) -> Step:
+def transformers_step(model: transformers.PreTrainedModel, implementation: str) -> Step:
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, weight_decay=0.1, fused=True)
 
     def step(tokens: torch.Tensor) -> None:

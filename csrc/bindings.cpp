@@ -123,6 +123,40 @@ void bound_silu_mul_grad(const Array &dy, const Array &gate_up, const Array &d_g
     });
 }
 
+void bound_rms_norm(const Array &x, const Array &weight, const Array &y, const Array &inverse, float eps, int threads) {
+    check_rank_2("x", x);
+    const int64_t rows = size(x, 0), width = size(x, 1);
+    check("weight", weight, {kind_of(x)}, {width});
+    check("y", y, {kind_of(x)}, {rows, width});
+    check("inverse", inverse, {Kind::f32}, {rows});
+    nb::gil_scoped_release release;
+    for_type(x, [&](auto *type) {
+        using T = std::remove_pointer_t<decltype(type)>;
+        chosen().of(type).rms_norm(data<T>(x), data<T>(weight), data<T>(y), data<float>(inverse), rows, width, eps,
+                                   threads);
+    });
+}
+
+void bound_rms_norm_grad(const Array &dy, const Array &x, const Array &weight, const Array &inverse, const Array &dx,
+                         const Array &d_weight, int threads) {
+    check_rank_2("x", x);
+    const int64_t rows = size(x, 0), width = size(x, 1);
+    check("dy", dy, {kind_of(x)}, {rows, width});
+    check("weight", weight, {kind_of(x)}, {width});
+    check("inverse", inverse, {Kind::f32}, {rows});
+    check("dx", dx, {kind_of(x)}, {rows, width});
+    check("d_weight", d_weight, {Kind::f32}, {width});
+    nb::gil_scoped_release release;
+    for_type(x, [&](auto *type) {
+        using T = std::remove_pointer_t<decltype(type)>;
+        const auto &kernels = chosen().of(type);
+        kernels.rms_norm_input_grad(data<T>(dy), data<T>(x), data<T>(weight), data<float>(inverse), data<T>(dx), rows,
+                                    width, threads);
+        kernels.rms_norm_weight_grad(data<T>(dy), data<T>(x), data<float>(inverse), data<float>(d_weight), rows, width,
+                                     threads);
+    });
+}
+
 void bound_combine_rows(const Array &out, const Array &weights, const Array &row_ids, const Array &token_offsets,
                         const Array &y, int threads) {
     check_rank_2("out_RD", out);
@@ -242,6 +276,10 @@ NB_MODULE(_native, m) {
     m.def("grouped_linear", &bound_grouped_linear, nb::arg("x_RI"), nb::arg("weight_EOI"), nb::arg("offsets"),
           nb::arg("y_RO"), nb::arg("max_rows"), nb::arg("threads"));
     m.def("silu_mul", &bound_silu_mul, nb::arg("gate_up"), nb::arg("y"), nb::arg("threads"));
+    m.def("rms_norm", &bound_rms_norm, nb::arg("x"), nb::arg("weight"), nb::arg("y"), nb::arg("inverse"),
+          nb::arg("eps"), nb::arg("threads"));
+    m.def("rms_norm_grad", &bound_rms_norm_grad, nb::arg("dy"), nb::arg("x"), nb::arg("weight"), nb::arg("inverse"),
+          nb::arg("dx"), nb::arg("d_weight"), nb::arg("threads"));
     m.def("silu_mul_grad", &bound_silu_mul_grad, nb::arg("dy"), nb::arg("gate_up"), nb::arg("d_gate_up"),
           nb::arg("threads"));
 }

@@ -7,7 +7,10 @@
 namespace moesaic::MOESAIC_ISA {
 
 template <class T>
-static constexpr Typed<T> typed = {silu_mul<T>, silu_mul_grad<T>, combine_rows<T>, combine_rows_grad<T>, grouped_linear<T>};
+static constexpr Typed<T> typed = {
+    silu_mul<T>,     silu_mul_grad<T>,     rms_norm<T>,       rms_norm_input_grad<T>, rms_norm_weight_grad<T>,
+    combine_rows<T>, combine_rows_grad<T>, grouped_linear<T>,
+};
 
 extern const Kernels kernels = {MOESAIC_TEXT(MOESAIC_ISA), typed<float>, typed<bf16>};
 

@@ -7,10 +7,10 @@ from zipfile import ZipFile
 import pytest
 
 from moesaic.data import embedded
-from moesaic.hub.embedded import cache_folder
 from moesaic.data.embedded import SOURCES, Harvest, Source, embedded_corpus, fetch_wheel
 from moesaic.data.extract import python_sources
 from moesaic.errors import DataError, MissingDependencyError, RunFolderError
+from moesaic.hub.embedded import cache_folder
 
 CACHED = all((cache_folder() / "wheels" / source.file_name).exists() for source in SOURCES)
 

@@ -1,3 +1,5 @@
+from typing import Literal
+
 import pytest
 import torch
 
@@ -6,8 +8,10 @@ from moesaic.experts import dispatch
 from moesaic.experts.grouped import GroupedExperts
 from moesaic.routing import Rows
 
+WeightOn = Literal["output", "input"]
 
-def make(num_tokens, num_experts, top_k, hidden, inner, dtype=torch.float64, weight_on="output", seed=0):
+
+def make(num_tokens, num_experts, top_k, hidden, inner, dtype=torch.float64, weight_on: WeightOn = "output", seed=0):
     torch.manual_seed(seed)
     router = RouterConfig(name="softmax_topk", num_experts=num_experts, top_k=top_k)
     experts = GroupedExperts(MoeConfig(router=router, intermediate_size=inner), hidden).to(dtype)

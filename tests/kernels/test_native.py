@@ -75,6 +75,23 @@ def test_silu_mul(dtype: torch.dtype, threads: int) -> None:
         close(native.silu_mul_grad(dy, gate_up), reference.silu_mul_grad(dy, gate_up))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rms_norm(dtype: torch.dtype, threads: int) -> None:
+    for size in SIZES[1:]:  # the gradient of a row of one is what cancellation leaves
+        for rows in (0, 1, 5):
+            x, dy, weight = rand(rows, size, dtype=dtype), rand(rows, size, dtype=dtype, seed=1), rand(size, dtype=dtype)
+            y, inverse = native.rms_norm(x, weight, 1e-6)
+            wanted, wanted_inverse = reference.rms_norm(x, weight, 1e-6)
+            close(y, wanted)
+            close(inverse, wanted_inverse)
+            for got, grad in zip(
+                native.rms_norm_grad(dy, x, weight, inverse),
+                reference.rms_norm_grad(dy, x, weight, wanted_inverse),
+                strict=True,
+            ):
+                close(got, grad)
+
+
 def test_silu_mul_of_extreme_gates() -> None:
     gates = torch.tensor([0.0, -0.0, 20.0, -20.0, 88.0, -88.0, 1e4, -1e4, torch.inf, torch.nan])
     gate_up = torch.cat([gates, torch.full_like(gates, 2.0)])[None]
@@ -146,6 +163,8 @@ def test_results_are_bit_equal_on_any_number_of_threads(dtype: torch.dtype) -> N
             *native.combine_rows_grad(x_TD, out_RD, weights_R, token_ids_R),
             native.silu_mul(gate_up),
             native.silu_mul_grad(gate_up[:, :inner], gate_up),
+            *native.rms_norm(gate_up, gate_up[0], 1e-6),
+            *native.rms_norm_grad(gate_up, gate_up, gate_up[0], gate_up[:, 0].float()),
             native.grouped_linear(x_TD[:10], weight_EOI, offsets),
             native.select_topk(scores_TE, 6),
         ]

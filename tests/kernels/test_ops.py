@@ -38,6 +38,11 @@ def test_gradients_of_the_whole_chain(num_tokens: int) -> None:
     assert torch.autograd.gradcheck(moe, inputs)
 
 
+@pytest.mark.parametrize("shape", [(1, 4), (3, 2, 7)])
+def test_gradients_of_the_norm(shape: tuple[int, ...]) -> None:
+    assert torch.autograd.gradcheck(lambda x, weight: ops.rms_norm(x, weight, 1e-6), (leaf(*shape), leaf(shape[-1])))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_gradients_agree_with_those_in_fp64(dtype: torch.dtype) -> None:
     """The compiled kernels' gradients, against the reference's in double precision."""
@@ -81,6 +86,7 @@ def samples() -> list[tuple[str, tuple[object, ...]]]:
         ("combine_rows", (out_RD, weights_R, r["row_ids_R"], r["token_offsets"], r["token_ids_R"])),
         ("grouped_linear", (x_RD, leaf(EXPERTS, 5, 3, dtype=torch.float32), r["offsets"])),
         ("silu_mul", (out_RD,)),
+        ("rms_norm", (out_RD, leaf(out_RD.shape[1]), 1e-6)),
         ("sort_rows", (torch.tensor([[0, 2], [-1, 1]]), EXPERTS)),
     ]
 

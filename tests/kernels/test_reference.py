@@ -1,5 +1,6 @@
 """The definitions against the plainest loops."""
 
+import pytest
 import torch
 
 from moesaic.kernels import reference
@@ -39,3 +40,11 @@ def test_bf16_sums_are_rounded_once() -> None:
     assert reference.combine_rows(out_RD.repeat(1, 2), torch.ones(3), torch.arange(3), torch.tensor([0, 3])).dtype == (
         torch.bfloat16
     )
+
+
+@pytest.mark.parametrize("shape", [(0, 7), (1, 16), (5, 3, 33), (11, 130)])
+def test_rms_norm_is_torchs_own(shape: tuple[int, ...]) -> None:
+    x, weight = torch.randn(shape, dtype=torch.float64), torch.randn(shape[-1], dtype=torch.float64)
+    y, inverse = reference.rms_norm(x, weight, 1e-6)
+    assert inverse.shape == x.shape[:-1]
+    assert torch.allclose(y, torch.nn.functional.rms_norm(x, weight.shape, weight, 1e-6), rtol=1e-12)

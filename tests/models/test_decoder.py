@@ -15,7 +15,7 @@ CONFIGS = {
 }
 
 
-@pytest.fixture(params=CONFIGS.values(), ids=CONFIGS.keys())
+@pytest.fixture(params=CONFIGS.values(), ids=list(CONFIGS))
 def model(request) -> Decoder:
     return lively(request.param)
 

@@ -1,4 +1,5 @@
 import math
+from itertools import pairwise
 
 import pytest
 
@@ -86,7 +87,7 @@ def test_the_schedule_warms_up_peaks_and_falls():
     assert rates[0] == pytest.approx(0.2)
     assert rates[9] == rates[10] == pytest.approx(2.0)
     assert rates[99] == pytest.approx(0.2)
-    assert all(after <= before for before, after in zip(rates[10:], rates[11:], strict=False))
+    assert all(after <= before for before, after in pairwise(rates[10:]))
     assert rates[54] == pytest.approx(0.2 + 1.8 * 0.5 * (1 + math.cos(math.pi * 44 / 89)))
 
 

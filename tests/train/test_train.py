@@ -36,9 +36,7 @@ def packed_text(num_tokens=2000):
         ids = (np.arange(num_tokens) * stride % 60 + 1).astype(np.uint16)
         return PackedDomain(name=name, train=ids, held_out=ids[:200], held_out_bytes=199)
 
-    return Packed(
-        domains=(domain("ones", 1), domain("threes", 3)), byte_lengths=np.ones(61, dtype=np.int64), eos_id=0
-    )
+    return Packed(domains=(domain("ones", 1), domain("threes", 3)), byte_lengths=np.ones(61, dtype=np.int64), eos_id=0)
 
 
 PACKED = packed_text()

@@ -41,10 +41,7 @@ def gather_text(corpus_folder: Path | None, vocab_size: int, tokenizer_folder: P
     from moesaic.data.tokenizer import Tokenizer
 
     cache = cache_folder()
-    if corpus_folder is not None:
-        corpus = folder_corpus(corpus_folder)
-    else:
-        corpus = embedded_corpus(cache, progress=output.talk)
+    corpus = folder_corpus(corpus_folder) if corpus_folder else embedded_corpus(cache, progress=output.talk)
     if tokenizer_folder is not None and (tokenizer_folder / "tokenizer.json").exists():
         tokenizer = Tokenizer.load(tokenizer_folder)
     else:

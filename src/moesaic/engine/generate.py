@@ -4,7 +4,7 @@ B batch, S sequence.
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import cast
+from typing import TypedDict, Unpack, cast, overload
 
 import torch
 from torch import Tensor
@@ -17,6 +17,30 @@ from moesaic.models.decoder import Decoder
 Prompts = Sequence[int] | Sequence[Sequence[int]] | Tensor
 
 
+class _Options(TypedDict, total=False):
+    """The keyword arguments of `generate`, for its overloads."""
+
+    temperature: float
+    top_k: int | None
+    top_p: float | None
+    seed: int | None
+    eos_token_ids: Iterable[int] | None
+    on_token: Callable[[int, int], None] | None
+    cache: KeyValueCache | None
+
+
+@overload
+def generate(
+    model: Decoder, prompt_ids: Sequence[int], max_new_tokens: int = ..., **options: Unpack[_Options]
+) -> list[int]: ...
+@overload
+def generate(
+    model: Decoder, prompt_ids: Sequence[Sequence[int]], max_new_tokens: int = ..., **options: Unpack[_Options]
+) -> list[list[int]]: ...
+@overload
+def generate(
+    model: Decoder, prompt_ids: Tensor, max_new_tokens: int = ..., **options: Unpack[_Options]
+) -> list[int] | list[list[int]]: ...
 @torch.no_grad()
 def generate(
     model: Decoder,

@@ -172,3 +172,26 @@ def silu_mul_grad(dy: Tensor, gate_up: Tensor) -> Tensor:
     d_rows = torch.empty(rows.shape, dtype=rows.dtype)
     _native.silu_mul_grad(_array(_matrix(dy)), _array(rows), _array(d_rows), _threads())
     return d_rows.view(gate_up.shape)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """See reference.rms_norm."""
+    if not _takes(x, weight):
+        return reference.rms_norm(x, weight, eps)
+    rows = _matrix(x)
+    y = torch.empty(rows.shape, dtype=rows.dtype)
+    inverse = torch.empty(rows.shape[0], dtype=torch.float32)
+    _native.rms_norm(_array(rows), _array(weight.contiguous()), _array(y), _array(inverse), eps, _threads())
+    return y.view(x.shape), inverse.view(x.shape[:-1])
+
+
+def rms_norm_grad(dy: Tensor, x: Tensor, weight: Tensor, inverse: Tensor) -> tuple[Tensor, Tensor]:
+    """See reference.rms_norm_grad."""
+    if not (_takes(dy, x) and _takes(x, weight)):
+        return reference.rms_norm_grad(dy, x, weight, inverse)
+    rows = _matrix(x)
+    dx = torch.empty(rows.shape, dtype=rows.dtype)
+    d_weight = torch.empty(weight.shape, dtype=torch.float32)
+    inputs = (_matrix(dy), rows, weight.contiguous(), inverse.contiguous().flatten())
+    _native.rms_norm_grad(*map(_array, inputs), _array(dx), _array(d_weight), _threads())
+    return dx.view(x.shape), d_weight.to(weight.dtype)

@@ -79,6 +79,13 @@ def silu_mul(gate_up: Tensor) -> Tensor:
     return backend.kernels.silu_mul(gate_up) if _direct(gate_up) else _silu_mul(gate_up)
 
 
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension, in fp32 (arXiv:1910.07467, eq. 4)."""
+    if _direct(x, weight):
+        return backend.kernels.rms_norm(x, weight, eps)[0]
+    return _rms_norm(x, weight, eps)[0]
+
+
 @torch.library.custom_op("moesaic::select_topk", mutates_args=())
 def _select_topk(scores_TE: Tensor, top_k: int) -> Tensor:
     return backend.kernels.select_topk(scores_TE, top_k)
@@ -242,3 +249,36 @@ def _silu_mul_backward(ctx: Any, dy: Tensor) -> Tensor:
 
 
 torch.library.register_autograd("moesaic::silu_mul", _silu_mul_backward, setup_context=_keep_silu_mul)
+
+
+@torch.library.custom_op("moesaic::rms_norm", mutates_args=())
+def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    return backend.kernels.rms_norm(x, weight, eps)
+
+
+@_rms_norm.register_fake
+def _(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), x.new_empty(x.shape[:-1], dtype=_weight_dtype(x.dtype))
+
+
+@torch.library.custom_op("moesaic::rms_norm_grad", mutates_args=())
+def _rms_norm_grad(dy: Tensor, x: Tensor, weight: Tensor, inverse: Tensor) -> tuple[Tensor, Tensor]:
+    return backend.kernels.rms_norm_grad(dy, x, weight, inverse)
+
+
+@_rms_norm_grad.register_fake
+def _(dy: Tensor, x: Tensor, weight: Tensor, inverse: Tensor) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), weight.new_empty(weight.shape)
+
+
+def _keep_rms_norm(ctx: Any, inputs: tuple[Tensor, Tensor, float], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(inputs[0], inputs[1], output[1])
+    ctx.mark_non_differentiable(output[1])
+
+
+def _rms_norm_backward(ctx: Any, dy: Tensor, _: Tensor) -> tuple[Tensor, Tensor, None]:
+    x, weight, inverse = ctx.saved_tensors
+    return *_rms_norm_grad(dy.contiguous(), x, weight, inverse), None
+
+
+torch.library.register_autograd("moesaic::rms_norm", _rms_norm_backward, setup_context=_keep_rms_norm)

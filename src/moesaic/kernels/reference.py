@@ -101,6 +101,26 @@ def _wide(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """(y, inverse): x / sqrt(mean(x^2) + eps) * weight over the last dimension (arXiv:1910.07467, eq. 4).
+
+    `inverse` is what each row was multiplied by, in at least fp32 [...], and what the gradient needs.
+    """
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    inverse = torch.rsqrt(wide.square().mean(-1) + eps)
+    return (wide * inverse[..., None] * weight.to(wide.dtype)).to(x.dtype), inverse
+
+
+def rms_norm_grad(dy: Tensor, x: Tensor, weight: Tensor, inverse: Tensor) -> tuple[Tensor, Tensor]:
+    """(dx, d_weight) of rms_norm."""
+    wide, d_wide = x.to(inverse.dtype), dy.to(inverse.dtype)
+    scaled = wide * inverse[..., None]
+    d_scaled = d_wide * weight.to(inverse.dtype)
+    dx = (d_scaled - scaled * (d_scaled * scaled).mean(-1, keepdim=True)) * inverse[..., None]
+    d_weight = (d_wide * scaled).reshape(-1, x.shape[-1]).sum(0)
+    return dx.to(x.dtype), d_weight.to(weight.dtype)
+
+
 def _spans(offsets: Tensor) -> list[tuple[int, int]]:
     bounds = offsets.tolist()
     return list(pairwise(bounds))

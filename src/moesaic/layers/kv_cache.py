@@ -100,11 +100,11 @@ class KeyValueCache:
         return (seen_B1 + mask_BS.long().cumsum(1) - 1).clamp(min=0)
 
     def rollback(self, length: int) -> None:
-        """Forget all slots from `length` on. Raises GenerationError when a layer cannot (a window has let go of the past)."""
-        for state in self.states:
-            if not isinstance(state, FullState):
-                raise GenerationError("a cache with windowed layers cannot be rolled back; start a new one")
-        for state in self.states:
+        """Forget all slots from `length` on. Raises GenerationError when a layer cannot: a window has forgotten."""
+        states = [state for state in self.states if isinstance(state, FullState)]
+        if len(states) < len(self.states):
+            raise GenerationError("a cache with windowed layers cannot be rolled back; start a new one")
+        for state in states:
             state.rollback(length)
         self.length = length
         self.valid_BN[:, length:] = False

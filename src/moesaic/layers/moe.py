@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from moesaic.config import MoeConfig, RouterConfig
 from moesaic.experts.grouped import GroupedExperts
 from moesaic.layers.mlp import Mlp
-from moesaic.routing import Rows, RoutingDecision, RoutingTape
+from moesaic.routing import RoutingDecision, RoutingTape, Rows
 from moesaic.routing.routers import ROUTERS, RouterInput
 
 
@@ -57,7 +57,7 @@ class MoeLayer(nn.Module):
         mask_BS: Tensor | None = None,
         tape: RoutingTape | None = None,
     ) -> Tensor:
-        """y_BSD. Tokens where `mask_BS` is false reach no routed expert. `tape` hears the decision, or dictates the rows."""
+        """y_BSD. Tokens where `mask_BS` is false reach no routed expert. `tape` hears the decision or dictates it."""
         x_TD = x_BSD.reshape(-1, x_BSD.shape[-1])
         token_ids_T = None if token_ids_BS is None else token_ids_BS.reshape(-1)
         decision = self.router(x_TD, token_ids_T, None if mask_BS is None else mask_BS.reshape(-1))

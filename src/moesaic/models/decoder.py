@@ -16,7 +16,7 @@ from moesaic.layers.mlp import Mlp
 from moesaic.layers.moe import MoeLayer
 from moesaic.layers.norm import RmsNorm
 from moesaic.models.init import initialize
-from moesaic.routing import Rows, RoutingTape
+from moesaic.routing import RoutingTape, Rows
 
 
 class DecoderLayer(nn.Module):
@@ -77,9 +77,7 @@ class Decoder(nn.Module):
             DecoderLayer(layer, config.hidden_size, index) for index, layer in enumerate(config.layers)
         )
         self.final_norm = RmsNorm(config.decoder.final_norm, config.hidden_size)
-        self.head = (
-            None if config.tie_word_embeddings else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        )
+        self.head = None if config.tie_word_embeddings else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
     def initialize(self, seed: int = 0) -> Self:
         """Draw all weights anew (see models/init.py)."""
@@ -104,10 +102,14 @@ class Decoder(nn.Module):
             x_BSD = layer(x_BSD, sight, state, token_ids_BS, mask_BS, tape)
         return self.final_norm(x_BSD)
 
+    @property
+    def head_weight(self) -> Tensor:
+        """The head's matrix [V, D]: the embedding's own where they are tied."""
+        return self.embedding.weight if self.head is None else self.head.weight
+
     def logits(self, x_BSD: Tensor) -> Tensor:
         """The head: logits_BSV from what `hidden` returned."""
-        weight = self.embedding.weight if self.head is None else self.head.weight
-        return torch.nn.functional.linear(x_BSD, weight)
+        return torch.nn.functional.linear(x_BSD, self.head_weight)
 
     def forward(
         self,

@@ -29,7 +29,7 @@ def initial_std(tensor: TensorSpec, num_layers: int) -> float:
 
 @torch.no_grad()
 def initialize(config: ModelConfig, tensors: dict[str, Tensor], seed: int) -> None:
-    """Fill `tensors` (our names) in place: norms one, biases zero, matrices normal. The same seed gives the same bits."""
+    """Fill `tensors` (our names) in place: norms one, biases zero, matrices normal. One seed, one set of bits."""
     generator = torch.Generator().manual_seed(seed)
     for spec in config.tensors():
         tensor = tensors[spec.name]

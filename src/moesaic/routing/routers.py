@@ -14,7 +14,7 @@ from moesaic.registry import Registry
 
 
 class RouterInput(NamedTuple):
-    """What a router may look at. `selection_bias_E` takes part in choosing only; `token_ids_T` serves table look-ups."""
+    """What a router may look at. `selection_bias_E` takes part in choosing only; `token_ids_T` serves look-ups."""
 
     logits_TE: Tensor
     token_ids_T: Tensor | None = None

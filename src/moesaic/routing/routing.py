@@ -15,7 +15,7 @@ from moesaic.kernels import ops
 
 
 class TokenOrder(NamedTuple):
-    """The rows of each token, in the order of its choices: rows `row_ids_R[offsets[t]:offsets[t+1]]` belong to token t."""
+    """The rows of each token, in the order of its choices: token t has rows `row_ids_R[offsets[t]:offsets[t+1]]`."""
 
     row_ids_R: Tensor
     token_offsets: Tensor
@@ -58,7 +58,7 @@ class Rows:
 
     @cached_property
     def by_token(self) -> TokenOrder:
-        """The same rows in token order; sums over a token's rows run in this order, so they are reproducible."""
+        """The same rows in token order; sums over a token's rows run so, reproducibly."""
         stride = int(self.choice_R.max()) + 1 if self.choice_R.numel() else 1
         row_ids_R = torch.argsort(self.token_ids_R * stride + self.choice_R, stable=True)
         offsets = torch.zeros(self.num_tokens + 1, dtype=torch.int64, device=row_ids_R.device)

@@ -217,4 +217,3 @@ def _metrics_line(report: StepReport, evaluation: Evaluation | None) -> dict[str
         line["held_out_bits_per_byte"] = evaluation.loss.bits_per_byte
         line["held_out_by_domain"] = evaluation.loss.by_domain
     return line
-

@@ -28,7 +28,7 @@ def clip_gradients(model: nn.Module, max_norm: float) -> float:
 
 def named_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, Tensor]]:
     """Every tensor the optimizer keeps, as (parameter name + "|" + its name there, tensor)."""
-    names = {parameter: name for name, parameter in model.named_parameters()}
+    names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
     for parameter, state in optimizer.state.items():
         for key, value in state.items():
             yield f"{names[parameter]}|{key}", value

@@ -66,7 +66,8 @@ class Recipe:
         hf = {"vocab_size": vocab_size, "eos_token_id": eos_token_id, "bos_token_id": None, **self.model}
         if hf["vocab_size"] < vocab_size:
             raise ConfigError(
-                f"model.vocab_size={hf['vocab_size']} is smaller than the tokenizer's {vocab_size}; raise it or leave it out"
+                f"model.vocab_size={hf['vocab_size']} is smaller than the tokenizer's {vocab_size}; "
+                "raise it or leave it out"
             )
         hf.setdefault("max_position_embeddings", 4 * self.train.sequence_length)
         if "model_type" not in hf:
