@@ -35,7 +35,7 @@ test: $(STAMP)  ## run the tests
 	$(BIN)/python -m pytest -m 'not slow' $(ARGS)
 
 # pytest exits with 5 when no test is selected, which is no failure here.
-test-slow: $(STAMP)  ## run the slow tests
+test-slow: $(DEMO_STAMP)  ## run the slow tests, with the embedded model
 	$(BIN)/python -m pytest -m slow $(ARGS) || test $$? -eq 5
 
 lint: $(STAMP)  ## check style, format and types

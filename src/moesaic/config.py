@@ -333,7 +333,7 @@ class ModelConfig:
         return sum(state.num_bytes(num_tokens, bytes_per_element) for state in self.states())
 
     def flops_per_token(self, context_length: int = 0) -> int:
-        """FLOPs of one token's forward pass that sees `context_length` tokens: 2 per active parameter and attention."""
+        """FLOPs of one token's forward pass over `context_length` tokens: 2 per multiplied parameter, and attention."""
         scores = sum(layer.attention.score_flops(context_length) for layer in self.layers)
         return 2 * self.active_gemm + scores
 

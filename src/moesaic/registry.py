@@ -12,7 +12,7 @@ T = TypeVar("T")
 def unknown_name(what: str, name: str, known: list[str]) -> ConfigError:
     """The error for a name that nothing is registered under: says what was meant, or what there is."""
     near = difflib.get_close_matches(name, known, n=1)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
+    hint = f"; did you mean {near[0]!r}?" if near else "."
     return ConfigError(f"unknown {what} {name!r}{hint} Known: {', '.join(known)}")
 
 

@@ -5,6 +5,7 @@ A verb is a module `moesaic.cli.<verb>` with `add_arguments(parser)` and `run(ar
 """
 
 import argparse
+import errno
 import importlib
 import os
 import sys
@@ -30,6 +31,7 @@ _HINTS: dict[type[OSError], str] = {
     PermissionError: "; choose a place that you may read and write",
     FileNotFoundError: "; check the path",
 }
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class Failure(NamedTuple):
@@ -158,6 +160,8 @@ def _one_line(error: BaseException) -> str:
 def _explain_os_error(error: OSError) -> str:
     name = f": {os.fsdecode(error.filename)}" if isinstance(error.filename, str | bytes) else ""
     hint = next((hint for kind, hint in _HINTS.items() if isinstance(error, kind)), "")
+    if error.errno in _NO_ROOM:
+        hint = "; free space or write elsewhere"
     return f"{error.strerror or _one_line(error)}{name}{hint}"
 
 

@@ -39,12 +39,13 @@ def run(args: argparse.Namespace) -> int:
     from moesaic.train.resume import RunFolder
 
     recipe = _recipe(args)
+    recipe.model_config(recipe.vocab_size, None)  # a mistake in it is answered before anything is read or written
     with RunFolder.claim(args.out) as folder:
         _check_fresh(folder, args.resume)
         text = gather_text(args.corpus, recipe.vocab_size, folder.path / "tokenizer")
-        folder.write_recipe({"recipe": recipe.to_dict(), "corpus": text.source})
-        text.tokenizer.save(folder.path / "tokenizer")
         trainer = _trainer(recipe, text, folder)
+        folder.write_recipe({"recipe": recipe.to_dict(), "corpus": text.source})
+        _keep_tokenizer(text, folder)
         if trainer.resume():
             output.talk(f"going on from step {trainer.step} of {recipe.train.steps}")
         with watch("training", recipe.train.steps) as listener:
@@ -70,6 +71,16 @@ def _check_fresh(folder: "RunFolder", resume: bool) -> None:
         raise RunFolderError(
             f"{folder.path} holds a run at step {step}; add --resume to go on, or choose another folder with --out"
         )
+
+
+def _keep_tokenizer(text: Text, folder: "RunFolder") -> None:
+    """A resumed run has read its tokenizer from here: written once, it cannot be lost to a full disk."""
+    from moesaic.hub.staging import replaced_folder
+
+    place = folder.path / "tokenizer"
+    if not (place / "tokenizer.json").exists():
+        with replaced_folder(place, is_stale=lambda name: True) as new:
+            text.tokenizer.save(new)
 
 
 def _trainer(recipe: "Recipe", text: Text, folder: "RunFolder") -> "Trainer":

@@ -174,7 +174,8 @@ class Tokenizer:
         """Write tokenizer.json and tokenizer_config.json, as transformers' AutoTokenizer reads them."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        self.backend.save(str(folder / "tokenizer.json"))
+        # backend.save would report a full disk as a bare Exception.
+        (folder / "tokenizer.json").write_text(self.backend.to_str(pretty=True), encoding="utf-8", newline="\n")
         config = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "bos_token": self.bos_token,

@@ -48,7 +48,7 @@ def mean_over_layers(name: str, decisions: Iterable[RoutingDecision]) -> Tensor:
 
 @torch.no_grad()
 def update_selection_bias(selection_bias_E: Tensor, counts_E: Tensor, rate: float) -> None:
-    """Move a selection bias in place: up by `rate` for experts below the mean load, or down (arXiv:2408.15664, alg. 1).
+    """Move a selection bias in place: up by `rate` below the mean load, down above (arXiv:2408.15664, alg. 1).
 
     `counts_E` are the rows of one whole optimizer step, over all micro-batches and ranks.
     """

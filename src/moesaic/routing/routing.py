@@ -58,7 +58,7 @@ class Rows:
 
     @cached_property
     def by_token(self) -> TokenOrder:
-        """The same rows in token order; sums over a token's rows run so, reproducibly."""
+        """The same rows in token order; a token's rows are summed in this order, reproducibly."""
         stride = int(self.choice_R.max()) + 1 if self.choice_R.numel() else 1
         row_ids_R = torch.argsort(self.token_ids_R * stride + self.choice_R, stable=True)
         offsets = torch.zeros(self.num_tokens + 1, dtype=torch.int64, device=row_ids_R.device)
@@ -66,7 +66,7 @@ class Rows:
         return TokenOrder(row_ids_R, offsets)
 
     def as_topk(self) -> tuple[Tensor, Tensor]:
-        """(expert_ids_TK, weights_TK), choices in order; tokens that were not routed (padding) have expert -1, weight 0.
+        """(expert_ids_TK, weights_TK), choices in order; tokens not routed (padding) have expert -1, weight 0.
 
         Raises ConfigError when tokens have different numbers of rows.
         """

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple, TextIO
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from moesaic.errors import CheckpointError, RunFolderError
 from moesaic.hub.loading import load
@@ -111,8 +112,7 @@ class RunFolder:
             write_checkpoint(model, new)
             if tokenizer is not None:
                 tokenizer.save(new)
-            tensors = {name: tensor.contiguous() for name, tensor in named_state(model, optimizer)}
-            save_file(tensors, new / TRAINER_TENSORS)
+            _write_tensors(new / TRAINER_TENSORS, dict(named_state(model, optimizer)))
             write_json(new / TRAINER_FACTS, {"step": step, **facts})
         for _, old in self.checkpoints[:-KEPT_CHECKPOINTS]:
             shutil.rmtree(old)
@@ -139,10 +139,23 @@ class RunFolder:
 
 
 def write_beside(place: Path, text: str) -> None:
-    """Write a small file so that it is either the old one or the new one."""
+    """Write a small file so that it is either the old one or the new one. Raises RunFolderError when it cannot be."""
     beside = place.with_name(f".{place.name}.partial")
-    beside.write_text(text)
-    os.replace(beside, place)
+    try:
+        beside.write_text(text, encoding="utf-8")
+        os.replace(beside, place)
+    except OSError as error:
+        beside.unlink(missing_ok=True)
+        raise RunFolderError(
+            f"cannot write {place}: {error.strerror}; free space or choose another folder with --out"
+        ) from error
+
+
+def _write_tensors(place: Path, tensors: dict[str, Tensor]) -> None:
+    try:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, place)
+    except SafetensorError as error:  # which is what a full disk is to that package
+        raise OSError(str(error)) from error
 
 
 def _step_of(line: str) -> int:
