@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from moesaic.cli.text_source import gather_text
-from moesaic.train.compare import DEMO_MODEL, contenders, demo_settings, share_of_the_way, train_contender, with_steps
+from moesaic.train.compare import DEMO_MODEL, contenders, demo_settings, train_contender, with_steps
 from moesaic.train.recipe import Recipe
+from moesaic.train.verdicts import share_of_the_way
 
 NAMES = ("MoE", "dense, equal active", "dense, equal total")
 

@@ -79,7 +79,11 @@ def test_silu_mul(dtype: torch.dtype, threads: int) -> None:
 def test_rms_norm(dtype: torch.dtype, threads: int) -> None:
     for size in SIZES[1:]:  # the gradient of a row of one is what cancellation leaves
         for rows in (0, 1, 5):
-            x, dy, weight = rand(rows, size, dtype=dtype), rand(rows, size, dtype=dtype, seed=1), rand(size, dtype=dtype)
+            x, dy, weight = (
+                rand(rows, size, dtype=dtype),
+                rand(rows, size, dtype=dtype, seed=1),
+                rand(size, dtype=dtype),
+            )
             y, inverse = native.rms_norm(x, weight, 1e-6)
             wanted, wanted_inverse = reference.rms_norm(x, weight, 1e-6)
             close(y, wanted)

@@ -137,8 +137,8 @@ def _train_one(contender: "Contender", settings: "TrainSettings", text: Text) ->
 def _report(outcomes: "list[Outcome]", text: Text, folder: "RunFolder", seed: int, schedule: Schedule) -> "ReportData":
     from moesaic.telemetry.report import write_report
     from moesaic.telemetry.report_data import Command, Continuation, ReportData
-    from moesaic.train.compare import verdicts
     from moesaic.train.resume import write_beside
+    from moesaic.train.verdicts import verdicts
 
     moe, narrow, wide = outcomes
     prompt = next((PROMPTS[name] for name in text.packed.names if name in PROMPTS), "The")

@@ -13,7 +13,6 @@ from moesaic.models.decoder import Decoder
 from moesaic.routing import RoutingDecision, RoutingTape
 from moesaic.routing.balancers import mean_over_layers
 
-
 ROWS_AT_ONCE = 512
 
 
@@ -71,7 +70,7 @@ def losses(
     balance_losses: Sequence[tuple[str, float]],
     tape: RoutingTape,
 ) -> Losses:
-    """One batch's losses. Each balance loss is computed per layer and averaged over layers; `tape` hears the routing."""
+    """One batch's losses; each balance loss is computed per layer, then averaged. `tape` hears the routing."""
     hidden_TD = model.hidden(inputs_BS, tape=tape).flatten(0, 1)
     cross_entropy = linear_cross_entropy(hidden_TD, model.head_weight, targets_BS.flatten())
     balance = _balance(balance_losses, list(tape.decisions.values()))

@@ -6,7 +6,8 @@ import pytest
 
 from moesaic.telemetry.load import LayerLoad, StepLoad
 from moesaic.telemetry.report_data import HeldOut, ModelResult
-from moesaic.train.compare import Outcome, bits_per_byte_at, share_of_the_way, verdicts
+from moesaic.train.compare import Outcome
+from moesaic.train.verdicts import bits_per_byte_at, share_of_the_way, verdicts
 from tests.tiny import lively, tiny_config
 
 
