@@ -27,9 +27,9 @@ DEMO_MODEL: dict[str, Any] = {
     "num_attention_heads": 4,
     "num_key_value_heads": 4,
     "head_dim": 32,
-    "num_experts": 16,
-    "num_experts_per_tok": 2,
-    "moe_intermediate_size": 128,
+    "num_experts": 32,
+    "num_experts_per_tok": 4,
+    "moe_intermediate_size": 64,
     "intermediate_size": 256,
     "norm_topk_prob": True,
     "rope_theta": 10_000.0,
@@ -166,7 +166,7 @@ def with_steps(settings: TrainSettings, steps: int, evaluations: int = 10) -> Tr
 def demo_settings(seed: int) -> TrainSettings:
     """How the demo trains; the number of steps comes from the time there is."""
     return TrainSettings(
-        batch_size=8,
+        batch_size=4,
         sequence_length=256,
         learning_rate=5e-3,
         warmup_steps=40,
