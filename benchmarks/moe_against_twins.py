@@ -15,7 +15,7 @@ from typing import Any
 from moesaic.cli.text_source import gather_text
 from moesaic.train.compare import DEMO_MODEL, contenders, demo_settings, train_contender, with_steps
 from moesaic.train.recipe import Recipe
-from moesaic.train.verdicts import share_of_the_way
+from moesaic.train.verdicts import where_it_stands
 
 NAMES = ("MoE", "dense, equal active", "dense, equal total")
 
@@ -58,15 +58,16 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("twins.jsonl"))
     args = parser.parse_args()
     results = run_missing(args.seeds, args.steps, args.corpus, args.out)
-    print(f"\n{'seed':>4s} {'MoE':>8s} {'active':>8s} {'total':>8s} {'below active':>13s} {'of the way':>11s}")
+    print(f"\n{'seed':>4s} {'MoE':>8s} {'active':>8s} {'total':>8s} {'below active':>13s}  where it stands")
     wins = 0
     for seed in args.seeds:
         moe, active, total = (
             next(r["bits_per_byte"] for r in results if r["seed"] == seed and r["name"] == name) for name in NAMES
         )
         wins += moe < active
-        way = share_of_the_way(moe, active, total)
-        print(f"{seed:4d} {moe:8.4f} {active:8.4f} {total:8.4f} {1 - moe / active:13.2%} {way:11.0%}")
+        print(
+            f"{seed:4d} {moe:8.4f} {active:8.4f} {total:8.4f} {1 - moe / active:13.2%}  {where_it_stands(moe, active, total)}"
+        )
     print(f"the MoE is below its equal-active twin in {wins} of {len(args.seeds)} seeds")
 
 

@@ -7,7 +7,7 @@ import pytest
 from moesaic.telemetry.load import LayerLoad, StepLoad
 from moesaic.telemetry.report_data import HeldOut, ModelResult
 from moesaic.train.compare import Outcome
-from moesaic.train.verdicts import bits_per_byte_at, share_of_the_way, verdicts
+from moesaic.train.verdicts import bits_per_byte_at, verdicts, where_it_stands
 from tests.tiny import lively, tiny_config
 
 
@@ -70,11 +70,18 @@ def test_an_moe_may_win_by_tokens_and_lose_by_the_clock():
     assert "50% of the way" in between.text and "4.0x the compute" in between.text
 
 
-def test_a_wide_twin_that_is_behind_gives_no_way_to_measure():
-    moe = result("MoE", [(0, 4.0), (10, 2.5), (20, 1.8)])
-    behind = result("total", [(0, 4.0), (10, 3.5)])
-    assert "no way to measure" in verdicts(outcome(moe), ACTIVE, behind)[3].text
-    assert share_of_the_way(2.5, 3.0, 2.0) == pytest.approx(0.5)
+@pytest.mark.parametrize(
+    ("moe", "active", "total", "words"),
+    [
+        (2.5, 3.0, 2.0, "50% of the way"),
+        (3.1, 3.0, 2.0, "-10% of the way"),
+        (1.9, 3.0, 2.0, "ahead of both twins"),
+        (2.9, 3.0, 3.1, "ahead of both twins"),
+        (3.2, 3.0, 3.1, "not ahead of its equal-active twin, and neither"),
+    ],
+)
+def test_where_it_stands(moe, active, total, words):
+    assert words in where_it_stands(moe, active, total)
 
 
 def test_domains_behind_are_named():

@@ -56,18 +56,23 @@ def share_of_the_way(moe: float, active: float, total: float) -> float:
     return (active - moe) / (active - total) if active != total else math.nan
 
 
+def where_it_stands(moe: float, active: float, total: float) -> str:
+    """The MoE's place among its twins, in words; lower bits per byte are better."""
+    if moe < min(active, total):
+        return "ahead of both twins"
+    if active <= total:
+        return "not ahead of its equal-active twin, and neither is its equal-total twin"
+    return f"{share_of_the_way(moe, active, total):.0%} of the way from its equal-active to its equal-total twin"
+
+
 def _between(moe: ModelResult, active: ModelResult, total: ModelResult) -> Verdict:
     tokens = min(result.held_out[-1].tokens for result in (moe, active, total))
     ours, narrow, wide = (bits_per_byte_at(result, "tokens", tokens) for result in (moe, active, total))
-    where = (
-        f"{share_of_the_way(ours, narrow, wide):.0%} of the way from its equal-active to its equal-total twin"
-        if wide < narrow
-        else "with no way to measure: the equal-total twin is not ahead of the equal-active one yet"
-    )
+    where = where_it_stands(ours, narrow, wide)
     return Verdict(
         text=(
-            f"After the {tokens / 1e6:.2f}M tokens that all three have seen, the MoE ({ours:.3f} bits per byte) stands "
-            f"{where} ({narrow:.3f} and {wide:.3f}); the equal-total twin needs "
+            f"After the {tokens / 1e6:.2f}M tokens that all three have seen, the MoE ({ours:.3f} bits per byte) is "
+            f"{where} ({narrow:.3f} equal-active, {wide:.3f} equal-total); the equal-total twin needs "
             f"{total.training_flops / total.training_tokens / (moe.training_flops / moe.training_tokens):.1f}x "
             "the compute per token."
         ),
