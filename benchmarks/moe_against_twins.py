@@ -31,7 +31,7 @@ def run_missing(seeds: list[int], steps: int, corpus: Path | None, out: Path) ->
         for contender in contenders(config, steps, steps):
             if (seed, steps, contender.name) in done:
                 continue
-            result = train_contender(contender, settings, text.packed).result
+            result = train_contender(contender, settings, text.packed, final_tokens=32_768).result
             line = {
                 "seed": seed,
                 "steps": steps,

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
 VOCAB_SIZE = 4096
 WIDE_TWIN_SHARE = 0.3  # of the training time goes to the twin of equal total parameters
-FINISH_S = 45.0  # kept for the last evaluations, decoding and the report
-SLACK = 0.9  # of what the calibration promises: other programs run too
+FINISH_S = 30.0  # kept for decoding, the report and the command that reloads the model
+SLACK = 0.85  # of what the calibration promises: other programs run too
 FEWEST_STEPS = 20
 PROMPTS = {
     "scripture_en": "And it came to pass",
@@ -91,7 +91,7 @@ def _moe_config(text: Text) -> "ModelConfig":
 
 def _schedule(config: "ModelConfig", text: Text, seed: int, seconds: float) -> Schedule:
     """Time a few steps of each model, then fill the time that is left."""
-    from moesaic.train.compare import contenders, demo_settings, step_seconds, with_steps
+    from moesaic.train.compare import contenders, demo_settings, evaluation_steps, step_seconds, with_steps
 
     output.talk("timing a few steps of each model")
     started = time.perf_counter()
@@ -99,7 +99,8 @@ def _schedule(config: "ModelConfig", text: Text, seed: int, seconds: float) -> S
     moe_s, narrow_s, wide_s = (
         step_seconds(contender.config, settings, text.packed) for contender in contenders(config, 1, 1)
     )
-    left = (seconds - (time.perf_counter() - started) - FINISH_S) * SLACK
+    evaluating = evaluation_steps(settings, text.packed) * (moe_s + narrow_s + wide_s)
+    left = (seconds - (time.perf_counter() - started) - FINISH_S) * SLACK - evaluating
     steps = max(FEWEST_STEPS, int(left * (1 - WIDE_TWIN_SHARE) / (moe_s + narrow_s)))
     settings = with_steps(settings, steps)
     wide = min(steps, max(FEWEST_STEPS, int(left * WIDE_TWIN_SHARE / wide_s)))

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from moesaic.config import ModelConfig
 from moesaic.data.loader import Packed
 from moesaic.engine.generate import generate
-from moesaic.evaluate.perplexity import held_out_load, held_out_loss
+from moesaic.evaluate.perplexity import HeldOutLoss, held_out_load, held_out_loss
 from moesaic.hub.saving import SavesItself
 from moesaic.models.decoder import Decoder
 from moesaic.telemetry.load import StepLoad
@@ -35,7 +35,9 @@ DEMO_MODEL: dict[str, Any] = {
     "rope_theta": 10_000.0,
 }
 
-FINAL_TOKENS = 32_768  # of each domain, for the numbers in the table
+EVALUATIONS = 8  # of each model on its way
+FINAL_TOKENS = 16_384  # of each domain, for the numbers in the table
+LOAD_TOKENS = 4096  # of each domain, for who serves which domain
 DECODED_TOKENS = 96
 
 
@@ -79,6 +81,12 @@ def step_seconds(config: ModelConfig, settings: TrainSettings, packed: Packed, r
     return sorted(spent)[repeats // 2]
 
 
+def evaluation_steps(settings: TrainSettings, packed: Packed) -> float:
+    """What all of one model's evaluations cost, in training steps: a token costs a third of what training on it does."""
+    tokens = (EVALUATIONS + 1) * settings.evaluate_tokens + FINAL_TOKENS + LOAD_TOKENS
+    return tokens * len(packed.domains) / settings.tokens_per_step / 3
+
+
 def train_contender(
     contender: Contender,
     settings: TrainSettings,
@@ -87,8 +95,9 @@ def train_contender(
     listener: Listener | None = None,
     run: RunFolder | None = None,
     tokenizer: SavesItself | None = None,
+    final_tokens: int = FINAL_TOKENS,
 ) -> Outcome:
-    """Train, evaluate on more held-out text, and decode."""
+    """Train, evaluate on `final_tokens` held-out tokens of each domain, and decode."""
     reset_peak_memory()
     trainer = Trainer(
         Decoder(contender.config).initialize(settings.seed),
@@ -101,21 +110,27 @@ def train_contender(
     history = trainer.train(listener)
     peak = peak_memory_bytes()
     model = trainer.model.eval()
+    final = held_out_loss(model, packed, sequence_length=settings.sequence_length, max_tokens=final_tokens)
     return Outcome(
-        result=_result(contender, settings, packed, history, model, peak),
+        result=_result(contender, settings, packed, history, model, final, peak),
         model=model,
         loads=tuple(report.load for report in history.steps) if contender.config.moe_layers else (),
-        domain_load=held_out_load(model, packed, sequence_length=settings.sequence_length, max_tokens=4096),
+        domain_load=held_out_load(model, packed, sequence_length=settings.sequence_length, max_tokens=LOAD_TOKENS),
     )
 
 
 def _result(
-    contender: Contender, settings: TrainSettings, packed: Packed, history: History, model: Decoder, peak: int
+    contender: Contender,
+    settings: TrainSettings,
+    packed: Packed,
+    history: History,
+    model: Decoder,
+    final: HeldOutLoss,
+    peak: int,
 ) -> ModelResult:
     config, last = contender.config, history.steps[-1]
     # A token of a sequence sees half of it on average; a backward pass costs two forward passes.
     flops_per_token = 3 * config.flops_per_token(settings.sequence_length // 2)
-    final = held_out_loss(model, packed, sequence_length=settings.sequence_length, max_tokens=FINAL_TOKENS)
     return ModelResult(
         name=contender.name,
         label=contender.label,
@@ -152,7 +167,7 @@ def decoding_rate(model: Decoder, start_id: int, num_tokens: int = DECODED_TOKEN
     return num_tokens / (time.perf_counter() - started)
 
 
-def with_steps(settings: TrainSettings, steps: int, evaluations: int = 10) -> TrainSettings:
+def with_steps(settings: TrainSettings, steps: int, evaluations: int = EVALUATIONS) -> TrainSettings:
     """The same settings for a run of `steps` steps, evaluated about `evaluations` times."""
     return dataclasses.replace(
         settings,
@@ -170,6 +185,6 @@ def demo_settings(seed: int) -> TrainSettings:
         sequence_length=256,
         learning_rate=5e-3,
         warmup_steps=40,
-        evaluate_tokens=4096,
+        evaluate_tokens=2048,
         seed=seed,
     )
