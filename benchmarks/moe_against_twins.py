@@ -4,7 +4,7 @@ All three models of each seed are trained for the same number of steps, the twin
 "where the MoE stands between its twins" is measured at the end of the schedule. Writes one JSON line a model to --out
 as it goes; run it again with the same --out to go on where it stopped.
 
-    python benchmarks/moe_against_twins.py [--seeds 0 1 2] [--steps 600] [--corpus FOLDER] [--out twins.jsonl]
+    python benchmarks/moe_against_twins.py [--seeds 0 1 2] [--steps 400] [--corpus FOLDER] [--out twins.jsonl]
 """
 
 import argparse
@@ -53,7 +53,7 @@ def run_missing(seeds: list[int], steps: int, corpus: Path | None, out: Path) ->
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--corpus", type=Path)
     parser.add_argument("--out", type=Path, default=Path("twins.jsonl"))
     args = parser.parse_args()
@@ -65,9 +65,8 @@ def main() -> None:
             next(r["bits_per_byte"] for r in results if r["seed"] == seed and r["name"] == name) for name in NAMES
         )
         wins += moe < active
-        print(
-            f"{seed:4d} {moe:8.4f} {active:8.4f} {total:8.4f} {1 - moe / active:13.2%}  {where_it_stands(moe, active, total)}"
-        )
+        print(f"{seed:4d} {moe:8.4f} {active:8.4f} {total:8.4f} {1 - moe / active:13.2%}", end="  ")
+        print(where_it_stands(moe, active, total))
     print(f"the MoE is below its equal-active twin in {wins} of {len(args.seeds)} seeds")
 
 

@@ -56,12 +56,12 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _recipe(args: argparse.Namespace) -> "Recipe":
-    from moesaic.train.compare import DEMO_MODEL
-    from moesaic.train.recipe import Recipe, TrainSettings, apply_overrides
+    from moesaic.train.compare import DEMO_MODEL, demo_settings
+    from moesaic.train.recipe import Recipe, apply_overrides
 
     if args.config is not None:
         return Recipe.from_toml(args.config, args.overrides)
-    default = {"model": DEMO_MODEL, "train": dataclasses.asdict(TrainSettings())}
+    default = {"model": DEMO_MODEL, "train": dataclasses.asdict(demo_settings(seed=0))}
     return Recipe.from_dict(apply_overrides(default, args.overrides))
 
 

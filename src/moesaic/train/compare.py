@@ -82,7 +82,7 @@ def step_seconds(config: ModelConfig, settings: TrainSettings, packed: Packed, r
 
 
 def evaluation_steps(settings: TrainSettings, packed: Packed) -> float:
-    """What all of one model's evaluations cost, in training steps: a token costs a third of what training on it does."""
+    """What one model's evaluations cost, in training steps: a token costs a third of what training on it does."""
     tokens = (EVALUATIONS + 1) * settings.evaluate_tokens + FINAL_TOKENS + LOAD_TOKENS
     return tokens * len(packed.domains) / settings.tokens_per_step / 3
 
@@ -185,6 +185,8 @@ def demo_settings(seed: int) -> TrainSettings:
         sequence_length=256,
         learning_rate=5e-3,
         warmup_steps=40,
+        # Strong: in so few steps a weak one lets experts die before it has pulled them back (LOG.md).
+        balance_losses=(("switch", 0.2),),
         evaluate_tokens=2048,
         seed=seed,
     )
