@@ -5,6 +5,7 @@ MoesaicError
 ├── CheckpointError    files that are missing, cut short, of the wrong shape, or not what their index says
 ├── DataError          text that cannot be read, or too little of it
 ├── GenerationError    a prompt or a request that the model cannot continue
+├── NonFiniteError     training whose loss or gradient is infinite or not a number
 ├── RunFolderError     an output folder that another run is using, or that cannot be written
 └── MissingDependencyError   an optional package or file that this action needs
 
@@ -30,6 +31,20 @@ class DataError(MoesaicError):
 
 class GenerationError(MoesaicError):
     """A prompt or a request that the model cannot continue."""
+
+
+class NonFiniteError(MoesaicError):
+    """A loss or gradient that is infinite or not a number. Nothing of the step has been applied.
+
+    step counts from 0 (the message from 1, as metrics do). micro_batch is the index of the one whose `what` it was,
+    None for the whole step's.
+    """
+
+    def __init__(self, *, step: int, what: str, value: float, micro_batch: int | None = None) -> None:
+        super().__init__(
+            f"the {what} is {value} at step {step + 1}; lower train.learning_rate and go on from the last checkpoint"
+        )
+        self.step, self.what, self.value, self.micro_batch = step, what, value, micro_batch
 
 
 class RunFolderError(MoesaicError):

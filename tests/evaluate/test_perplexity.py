@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from moesaic.data.loader import Packed, PackedDomain
+from moesaic.data.packed import Packed, PackedDomain
 from moesaic.evaluate.perplexity import held_out_load, held_out_loss
 from tests.tiny import lively, tiny_config
 
@@ -45,3 +45,18 @@ def test_the_load_counts_scored_tokens_only():
     load = held_out_load(MODEL, packed(23)[0], sequence_length=16, max_tokens=1000)
     assert [layer.num_tokens for layer in load.layers] == [22]
     assert load.layers[0].counts_E.sum() == 22 * 2
+
+
+def test_documents_are_scored_by_themselves_where_training_kept_them_apart():
+    """A window of several documents costs what each of them costs alone."""
+    text, ids, lengths = packed(17)
+    ids[[0, 5, 11]] = 0
+    nats = 0.0
+    for begin, end in ((0, 5), (5, 11), (11, 17)):
+        document = torch.from_numpy(ids[begin : min(end + 1, 17)].astype(np.int64))
+        with torch.no_grad():
+            logits = MODEL(document[None, :-1])[0]
+        nats += torch.nn.functional.cross_entropy(logits, document[1:], reduction="sum").item()
+    loss = held_out_loss(MODEL, text, sequence_length=16, document_attention=True)
+    assert loss.bits_per_byte == pytest.approx(nats / math.log(2) / lengths[ids[1:]].sum(), rel=1e-5)
+    assert loss.bits_per_byte != pytest.approx(held_out_loss(MODEL, text, sequence_length=16).bits_per_byte, rel=1e-4)

@@ -1,14 +1,20 @@
-"""Where demo and train get their text: the embedded corpus or a folder, tokenized and packed, with talk on the way."""
+"""Where the verbs get their text: the embedded corpus, a folder of text or packed text, with talk on the way."""
 
 import argparse
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from moesaic.cli import output
+from moesaic.errors import DataError
 from moesaic.hub.embedded import cache_folder
 
 if TYPE_CHECKING:
-    from moesaic.data.loader import Packed
+    from moesaic.data.corpus import Corpus
+    from moesaic.data.packed import Packed
     from moesaic.data.tokenizer import Tokenizer
 
 
@@ -21,31 +27,99 @@ class Text(NamedTuple):
     packed: "Packed"
 
 
+class _HowFar(Protocol):
+    @property
+    def documents(self) -> int: ...
+    @property
+    def num_bytes(self) -> int: ...
+
+
 def add_corpus_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--corpus",
         metavar="FOLDER",
         type=Path,
-        help="text to train on: one subfolder a domain, .txt or .jsonl files (default: the embedded corpus)",
+        help="text to train on: what `moesaic pack` made, or one subfolder a domain of .txt, .jsonl (both also .gz or "
+        ".zst) or .parquet files (default: the embedded corpus)",
     )
 
 
 def gather_text(corpus_folder: Path | None, vocab_size: int, tokenizer_folder: Path | None = None) -> Text:
-    """Read the corpus, train a tokenizer on it (or load the one in `tokenizer_folder`), and pack.
+    """Open packed text; or read a corpus, train a tokenizer on it (or load the one in `tokenizer_folder`), and pack.
 
     Raises DataError or MissingDependencyError with what to do when there is no usable text.
     """
+    from moesaic.data.packed import is_packed, packed_digest
+
+    if corpus_folder is not None and is_packed(corpus_folder):
+        return _open_text(corpus_folder, tokenizer_folder)
+    corpus = read_corpus(corpus_folder)
+    tokenizer = make_tokenizer(corpus, vocab_size, tokenizer_folder)
+    place = cache_folder() / "packed" / packed_digest(corpus.digest, tokenizer.digest)[:24]
+    packed = pack_with_progress(corpus, tokenizer, place)
+    return Text(corpus.source, corpus.num_bytes, tokenizer, packed)
+
+
+def read_corpus(folder: Path | None) -> "Corpus":
+    """Survey the text in a folder, or the embedded corpus."""
     from moesaic.data.corpus import folder_corpus
     from moesaic.data.embedded import embedded_corpus
-    from moesaic.data.loader import pack
+
+    if folder is None:
+        return embedded_corpus(cache_folder(), progress=output.talk)
+    with _progress("reading the text") as listen:
+        return folder_corpus(folder, listen=listen)
+
+
+def make_tokenizer(corpus: "Corpus", vocab_size: int, folder: Path | None = None) -> "Tokenizer":
+    """The tokenizer in `folder` if there is one there, else a new one trained on the corpus."""
     from moesaic.data.tokenizer import Tokenizer
 
-    cache = cache_folder()
-    corpus = folder_corpus(corpus_folder) if corpus_folder else embedded_corpus(cache, progress=output.talk)
+    if folder is not None and (folder / "tokenizer.json").exists():
+        return Tokenizer.load(folder)
+    output.talk(f"training a tokenizer of {vocab_size} tokens on {output.size(corpus.num_bytes)} of text")
+    return Tokenizer.train({domain.name: domain.train for domain in corpus.domains}, vocab_size)
+
+
+def pack_with_progress(corpus: "Corpus", tokenizer: "Tokenizer", folder: Path, workers: int | None = None) -> "Packed":
+    """Pack, unless `folder` holds the result; by as many processes as there are processors if not told otherwise."""
+    from moesaic.data.packed import is_packed
+    from moesaic.data.packing import pack
+
+    if is_packed(folder):
+        return pack(corpus, tokenizer, folder)
+    with _progress("tokenizing", corpus.num_bytes) as listen:
+        return pack(corpus, tokenizer, folder, workers=workers or os.cpu_count() or 1, listen=listen)
+
+
+def _open_text(folder: Path, tokenizer_folder: Path | None) -> Text:
+    from moesaic.data.packed import TOKENIZER, Index, open_packed
+    from moesaic.data.tokenizer import Tokenizer
+
+    index, packed = Index.read(folder), open_packed(folder)
+    tokenizer = Tokenizer.load(folder / TOKENIZER)
     if tokenizer_folder is not None and (tokenizer_folder / "tokenizer.json").exists():
-        tokenizer = Tokenizer.load(tokenizer_folder)
-    else:
-        output.talk(f"training a tokenizer of {vocab_size} tokens on {output.size(corpus.num_bytes)} of text")
-        tokenizer = Tokenizer.train({domain.name: domain.train for domain in corpus.domains}, vocab_size)
-    packed = pack(corpus, tokenizer, cache / "packed", progress=output.talk)
-    return Text(corpus.source, corpus.num_bytes, tokenizer, packed)
+        before = Tokenizer.load(tokenizer_folder)
+        if before.digest != tokenizer.digest:
+            raise DataError(
+                f"{folder} was packed with another tokenizer than the one in {tokenizer_folder}; pack the text again "
+                f"with `--tokenizer {tokenizer_folder}`"
+            )
+    output.talk(f"{folder}: {output.number(packed.num_train_tokens)} tokens of {tokenizer.vocab_size} kinds")
+    return Text(index.source, index.num_bytes, tokenizer, packed)
+
+
+@contextmanager
+def _progress(what: str, total_bytes: int | None = None) -> Iterator[Callable[[_HowFar], None]]:
+    """Shows documents and bytes a second; work done before this run, told first, does not count as speed."""
+    with output.progress(what, total_bytes) as advance:
+        started, first, shown = time.perf_counter(), -1, 0
+
+        def listen(far: _HowFar) -> None:
+            nonlocal first, shown
+            first = far.num_bytes if first < 0 else first
+            rate = (far.num_bytes - first) / max(1e-9, time.perf_counter() - started)
+            advance(far.num_bytes - shown, f"{far.documents} documents, {output.size(rate)}/s")
+            shown = far.num_bytes
+
+        yield listen

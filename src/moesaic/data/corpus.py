@@ -1,13 +1,22 @@
-"""A corpus: labelled domains of text, each with documents to train on and documents held out."""
+"""A corpus: labelled domains of text, each with documents to train on and documents held out.
+
+The text is streamed and never kept: a survey reads all of it once, remembers 32 bytes of hash and a size for each
+document, and from these alone decides what is a repetition and what is held out. Reading the text again applies that
+plan, so one rule serves a shelf of books and a crawl.
+"""
 
 import hashlib
-import json
+import itertools
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
+
+from moesaic.data.sources import FORMATS, is_text_file, read_documents
 from moesaic.errors import DataError
 
 Progress = Callable[[str], None]
@@ -22,34 +31,92 @@ MIN_DOCUMENTS = 20
 CUT_BYTES = 16_384
 MIN_CUT_BYTES = 256
 
+DROPPED, TRAIN, HELD_OUT = range(3)  # what becomes of a document
+
+_DIGEST_BYTES = 32
 _FOLDER_EXAMPLE = "for example {}/prose/book.txt and {}/code/program.txt"
+_TOLD_EVERY = 1000  # documents
 
 
-@dataclass(frozen=True, kw_only=True)
+class Reading(NamedTuple):
+    """How far a long reading is. `num_bytes` are UTF-8 bytes of text."""
+
+    documents: int
+    num_bytes: int
+
+
+Listener = Callable[[Reading], None]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Domain:
-    """One kind of text. No held-out document is in `train`."""
+    """One kind of text. `documents` can be read again and again and are always the same.
+
+    sizes: UTF-8 bytes of each document. digests: their sha256, one after another. parts: DROPPED, TRAIN or HELD_OUT.
+    """
 
     name: str
-    train: tuple[str, ...]
-    held_out: tuple[str, ...]
+    documents: Iterable[str]
+    sizes: np.ndarray
+    digests: bytes
+    parts: bytes
 
-    @cached_property
-    def train_bytes(self) -> int:
-        """UTF-8 bytes of the training documents."""
-        return sum(map(_num_bytes, self.train))
+    @property
+    def train(self) -> "Part":
+        return Part(self, TRAIN)
 
-    @cached_property
-    def held_out_bytes(self) -> int:
-        """UTF-8 bytes of the held-out documents."""
-        return sum(map(_num_bytes, self.held_out))
+    @property
+    def held_out(self) -> "Part":
+        return Part(self, HELD_OUT)
+
+    def split_documents(self) -> Iterator[tuple[int, str]]:
+        """(TRAIN or HELD_OUT, text) in order. Raises DataError when the text is not the one that was surveyed."""
+        number = 0
+        for number, text in enumerate(_not_blank(self.documents), start=1):
+            if _sha256(text) != self.digests[(number - 1) * _DIGEST_BYTES : number * _DIGEST_BYTES]:
+                raise self._changed()
+            if self.parts[number - 1] != DROPPED:
+                yield self.parts[number - 1], text
+        if number != len(self.parts):
+            raise self._changed()
+
+    def _changed(self) -> DataError:
+        return DataError(f"the text of domain {self.name!r} changed while it was read; let it rest and run again")
 
 
-@dataclass(frozen=True, kw_only=True)
+class Part:
+    """The documents of a domain to train on, or those held out: read from the source each time they are wanted."""
+
+    def __init__(self, domain: Domain, part: int) -> None:
+        self._domain, self._part = domain, part
+        self._chosen = np.frombuffer(domain.parts, dtype=np.uint8) == part
+
+    def __iter__(self) -> Iterator[str]:
+        return (text for part, text in self._domain.split_documents() if part == self._part)
+
+    def __len__(self) -> int:
+        return int(self._chosen.sum())
+
+    @property
+    def num_bytes(self) -> int:
+        """UTF-8 bytes of the documents."""
+        return int(self._domain.sizes[self._chosen].sum())
+
+    @property
+    def digests(self) -> bytes:
+        return np.frombuffer(self._domain.digests, dtype=f"V{_DIGEST_BYTES}")[self._chosen].tobytes()
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Corpus:
-    """Domains in the order of their names. `source` says in words where the text is from."""
+    """Domains in the order of their names. `source` says in words where the text is from.
+
+    digest: sha256 over names, documents, order and split: equal digests mean equal corpora.
+    """
 
     source: str
     domains: tuple[Domain, ...]
+    digest: str
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -58,62 +125,64 @@ class Corpus:
     @property
     def num_bytes(self) -> int:
         """UTF-8 bytes of all documents, held-out ones included."""
-        return sum(domain.train_bytes + domain.held_out_bytes for domain in self.domains)
-
-    @cached_property
-    def digest(self) -> str:
-        """sha256 over names, documents, order and split: equal digests mean equal corpora."""
-        total = hashlib.sha256()
-        for domain in self.domains:
-            total.update(f"{domain.name}\0{len(domain.train)}\0{len(domain.held_out)}\0".encode())
-            for text in (*domain.train, *domain.held_out):
-                total.update(_sha256(text))
-        return total.hexdigest()
-
-    def summary(self) -> list[dict[str, str | int]]:
-        """One JSON-ready row a domain: its documents and bytes, for training and held out."""
-        return [
-            {
-                "domain": domain.name,
-                "train_documents": len(domain.train),
-                "train_bytes": domain.train_bytes,
-                "held_out_documents": len(domain.held_out),
-                "held_out_bytes": domain.held_out_bytes,
-            }
-            for domain in self.domains
-        ]
+        return sum(domain.train.num_bytes + domain.held_out.num_bytes for domain in self.domains)
 
 
-def build_corpus(source: str, documents: Mapping[str, Iterable[str]]) -> Corpus:
-    """Split each domain's documents into training and held-out ones.
+def build_corpus(source: str, documents: Mapping[str, Iterable[str]], *, listen: Listener | None = None) -> Corpus:
+    """Split each domain's documents into training and held-out ones, reading them once. They must be re-readable.
 
     A document that occurred before, in any domain, is dropped.
     Raises DataError for a domain of fewer than two documents.
     """
-    seen: set[bytes] = set()
-    domains = []
+    surveys, read = {}, Reading(0, 0)
     for name in sorted(documents):
-        unique = [text for text in documents[name] if text.strip() and _is_new(text, seen)]
-        if len(unique) < 2:
-            raise DataError(
-                f"domain {name!r} has {len(unique)} different documents; it needs at least 2 to hold one out: "
-                "give it more text"
-            )
-        domains.append(_split(name, unique))
-    if not domains:
+        surveys[name], read = _survey(documents[name], read, listen)
+    if not surveys:
         raise DataError(f"{source} has no domains; give at least one")
-    return Corpus(source=source, domains=tuple(domains))
+    is_new = _first_of_their_kind(b"".join(survey.digests for survey in surveys.values()))
+    domains, first = [], 0
+    for name, survey in surveys.items():
+        parts = _split(name, survey, is_new[first : first + len(survey.sizes)])
+        first += len(survey.sizes)
+        domains.append(
+            Domain(name=name, documents=documents[name], sizes=survey.sizes, digests=survey.digests, parts=parts)
+        )
+    return Corpus(source=source, domains=tuple(domains), digest=_digest(domains))
 
 
-def folder_corpus(path: str | Path) -> Corpus:
-    """Read a folder with one subfolder a domain, of .txt files (one document each) or .jsonl files (field "text").
+def folder_corpus(path: str | Path, *, listen: Listener | None = None) -> Corpus:
+    """Survey a folder with one subfolder a domain, of files in the formats of `sources`.
 
     A domain of few documents is cut at paragraph ends, so that a part of it can be held out even from a single file.
     Raises DataError for folders that are missing, empty or arranged otherwise, and for files that cannot be read.
     """
     folder = Path(path)
-    domains = _domain_folders(folder)
-    return build_corpus(str(folder), {domain.name: _domain_documents(domain) for domain in domains})
+    domains = {domain.name: DomainFolder(domain) for domain in _domain_folders(folder)}
+    return build_corpus(str(folder), domains, listen=listen)
+
+
+class DomainFolder:
+    """The documents of one folder's files, in the order of their paths."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __iter__(self) -> Iterator[str]:
+        files = sorted(
+            (path for path in self.folder.rglob("*") if is_text_file(path)), key=lambda path: path.as_posix()
+        )
+        texts = _not_blank(text for path in files for text in read_documents(path))
+        first = list(itertools.islice(texts, MIN_DOCUMENTS))
+        if not first:
+            raise DataError(
+                f"domain {self.folder.name!r} has no text; put {FORMATS} files into {self.folder}, or remove it"
+            )
+        if len(first) == MIN_DOCUMENTS:
+            yield from itertools.chain(first, texts)
+            return
+        size = max(MIN_CUT_BYTES, min(CUT_BYTES, sum(map(len, first)) // (2 * MIN_DOCUMENTS)))
+        for text in first:
+            yield from cut(text, size)
 
 
 def cut(text: str, num_chars: int) -> Iterator[str]:
@@ -137,47 +206,78 @@ def _cut_point(text: str, low: int, high: int) -> int:
     return high
 
 
-def _num_bytes(text: str) -> int:
-    return len(text.encode())
+class _Survey(NamedTuple):
+    sizes: np.ndarray
+    digests: bytes
+
+
+def _survey(documents: Iterable[str], read: Reading, listen: Listener | None) -> tuple[_Survey, Reading]:
+    sizes, digests = array("q"), bytearray()
+    for text in _not_blank(documents):
+        data = text.encode()
+        sizes.append(len(data))
+        digests += hashlib.sha256(data).digest()
+        read = Reading(read.documents + 1, read.num_bytes + len(data))
+        if listen and read.documents % _TOLD_EVERY == 0:
+            listen(read)
+    if listen:
+        listen(read)
+    return _Survey(np.array(sizes, dtype=np.int64), bytes(digests)), read
+
+
+def _not_blank(documents: Iterable[str]) -> Iterator[str]:
+    return (text for text in documents if text and not text.isspace())
 
 
 def _sha256(text: str) -> bytes:
     return hashlib.sha256(text.encode()).digest()
 
 
-def _is_new(text: str, seen: set[bytes]) -> bool:
-    digest = _sha256(text)
-    if digest in seen:
-        return False
-    seen.add(digest)
-    return True
+def _by_hash(digests: bytes) -> tuple[np.ndarray, np.ndarray]:
+    """The order of the documents by hash, equal ones as they came, and the first 16 bytes of each hash as two words."""
+    words = np.frombuffer(digests, dtype=">u8").reshape(-1, 4)[:, :2].astype(np.uint64)
+    return np.lexsort((words[:, 1], words[:, 0])), words
 
 
-def _split(name: str, documents: Sequence[str]) -> Domain:
+def _first_of_their_kind(digests: bytes) -> np.ndarray:
+    order, words = _by_hash(digests)
+    is_new = np.ones(len(order), dtype=bool)
+    is_new[order[1:]] = (words[order[1:]] != words[order[:-1]]).any(axis=1)
+    return is_new
+
+
+def _split(name: str, survey: _Survey, is_new: np.ndarray) -> bytes:
     """Hold out documents in the order of their hashes, so that the choice depends on the texts alone."""
-    total = sum(map(_num_bytes, documents))
+    if is_new.sum() < 2:
+        raise DataError(
+            f"domain {name!r} has {is_new.sum()} different documents; it needs at least 2 to hold one out: "
+            "give it more text"
+        )
+    parts = np.where(is_new, TRAIN, DROPPED).astype(np.uint8)
+    total = int(survey.sizes[is_new].sum())
     wanted = max(MIN_HELD_OUT_BYTES, min(MAX_HELD_OUT_BYTES, round(total * HELD_OUT_SHARE)))
     wanted = min(wanted, round(total * MAX_HELD_OUT_SHARE))
-    chosen: set[int] = set()
+    order, _ = _by_hash(survey.digests)
     held = 0
-    for index in sorted(range(len(documents)), key=lambda i: _sha256(documents[i])):
-        size = _num_bytes(documents[index])
+    for index in order[is_new[order]]:
+        size = int(survey.sizes[index])
         if held + size <= wanted * 1.25:
-            chosen.add(index)
+            parts[index] = HELD_OUT
             held += size
         if held >= wanted:
             break
-    if not chosen:
-        chosen.add(min(range(len(documents)), key=lambda i: (_num_bytes(documents[i]), i)))
-    return Domain(
-        name=name,
-        train=tuple(text for i, text in enumerate(documents) if i not in chosen),
-        held_out=tuple(text for i, text in enumerate(documents) if i in chosen),
-    )
+    if not held:
+        parts[np.argmin(np.where(is_new, survey.sizes, np.iinfo(np.int64).max))] = HELD_OUT
+    return parts.tobytes()
 
 
-def _is_text_file(path: Path) -> bool:
-    return path.is_file() and path.suffix in (".txt", ".jsonl") and not path.name.startswith(".")
+def _digest(domains: Iterable[Domain]) -> str:
+    total = hashlib.sha256()
+    for domain in domains:
+        total.update(f"{domain.name}\0{len(domain.train)}\0{len(domain.held_out)}\0".encode())
+        total.update(domain.train.digests)
+        total.update(domain.held_out.digests)
+    return total.hexdigest()
 
 
 def _domain_folders(folder: Path) -> list[Path]:
@@ -187,62 +287,10 @@ def _domain_folders(folder: Path) -> list[Path]:
     if not folder.is_dir():
         raise DataError(f"{folder} is a file; give a folder with a subfolder for each domain, {example}")
     children = sorted(child for child in folder.iterdir() if not child.name.startswith("."))
-    loose = [child.name for child in children if _is_text_file(child)]
+    loose = [child.name for child in children if is_text_file(child)]
     if loose:
         raise DataError(f"{loose[0]} lies directly in {folder}; move it into a subfolder for its domain, {example}")
     domains = [child for child in children if child.is_dir()]
     if not domains:
         raise DataError(f"{folder} has no subfolders; make one for each domain, {example}")
     return domains
-
-
-def _domain_documents(folder: Path) -> list[str]:
-    files = sorted((path for path in folder.rglob("*") if _is_text_file(path)), key=lambda path: path.as_posix())
-    texts = [text for path in files for text in _file_documents(path) if text.strip()]
-    if not texts:
-        raise DataError(f"domain {folder.name!r} has no text; put .txt or .jsonl files into {folder}, or remove it")
-    if len(texts) >= MIN_DOCUMENTS:
-        return texts
-    size = max(MIN_CUT_BYTES, min(CUT_BYTES, sum(map(len, texts)) // (2 * MIN_DOCUMENTS)))
-    return [piece for text in texts for piece in cut(text, size)]
-
-
-def _file_documents(path: Path) -> Iterator[str]:
-    text = _read_utf8(path)
-    if path.suffix == ".txt":
-        yield text
-        return
-    for number, line in enumerate(text.split("\n"), start=1):
-        if line.strip():
-            yield _jsonl_text(path, number, line)
-
-
-def _read_utf8(path: Path) -> str:
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror}; make it readable or remove it") from error
-    try:
-        text = data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"{path} is not UTF-8 at byte {error.start} (0x{data[error.start]:02x}); convert it, for example with "
-            f"iconv -f LATIN1 -t UTF-8"
-        ) from error
-    return text.removeprefix("\ufeff").replace("\r\n", "\n")
-
-
-def _jsonl_text(path: Path, number: int, line: str) -> str:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise DataError(
-            f"{path} line {number} is not JSON ({error.msg} at column {error.colno}); "
-            'each line must be an object like {"text": "..."}'
-        ) from error
-    if not isinstance(row, dict) or not isinstance(row.get("text"), str):
-        seen = f"fields {', '.join(map(str, row)) or 'none'}" if isinstance(row, dict) else f"a {type(row).__name__}"
-        raise DataError(
-            f'{path} line {number} has no string "text" ({seen}); each line must be an object like {{"text": "..."}}'
-        )
-    return row["text"]

@@ -96,12 +96,13 @@ class Tokenizer:
 
     @classmethod
     def train(
-        cls, documents: Iterable[str] | Mapping[str, Sequence[str]], vocab_size: int, *, max_bytes: int = TRAINING_BYTES
+        cls, documents: Iterable[str] | Mapping[str, Iterable[str]], vocab_size: int, *, max_bytes: int = TRAINING_BYTES
     ) -> "Tokenizer":
         """Learn a byte-level BPE vocabulary that splits numbers into digits; the same documents give the same one.
 
-        A mapping is domain -> documents, of which equal bytes are used, `max_bytes` altogether. Little text can give
-        fewer tokens than `vocab_size`. Raises ConfigError when the 256 bytes and the special tokens do not fit.
+        A mapping is domain -> documents, gone through twice, of which equal bytes are used, `max_bytes` altogether.
+        Little text can give fewer tokens than `vocab_size`. Raises ConfigError when the 256 bytes and the special
+        tokens do not fit.
         """
         smallest = 256 + len(SPECIAL_TOKENS)
         if vocab_size < smallest:
@@ -251,7 +252,7 @@ def _threads() -> Iterator[None]:
         os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 
-def _sample(domains: Mapping[str, Sequence[str]], max_bytes: int) -> Iterator[str]:
+def _sample(domains: Mapping[str, Iterable[str]], max_bytes: int) -> Iterator[str]:
     """Documents spread evenly over each domain, up to an equal share of `max_bytes` from every one."""
     share = max_bytes // max(1, len(domains))
     for name in sorted(domains):
@@ -271,7 +272,10 @@ def _read_backend(path: Path) -> tokenizers.Tokenizer:
             "AutoTokenizer.from_pretrained(...).save_pretrained(folder)"
         )
     try:
-        return tokenizers.Tokenizer.from_file(str(path))
+        backend = tokenizers.Tokenizer.from_file(str(path))
+        backend.no_truncation()  # settings of whoever saved the file last, which would cut and pad documents
+        backend.no_padding()
+        return backend
     except Exception as error:  # the library raises bare Exception for every kind of broken file
         raise CheckpointError(f"{path} cannot be read ({error}); copy it again") from error
 
