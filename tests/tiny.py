@@ -60,4 +60,6 @@ def lively(config: ModelConfig, seed: int = 0) -> Decoder:
             parameter.normal_(0.0, 0.3)
             if "norm" in name:
                 parameter.add_(1.0)
+        for buffer in model.buffers():  # selection biases, which are unset memory until then
+            buffer.normal_(0.0, 0.1)
     return model.eval()

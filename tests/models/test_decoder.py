@@ -116,6 +116,73 @@ def test_route_gives_rows_of_every_layer_and_leaves_padding_out(model):
         assert torch.allclose(weights[2:].sum(-1), torch.ones(8))
 
 
+DOCUMENTS = [(5, 1, 9), (7, 8), (15,)]
+"""Lengths of the documents of three rows of 15 tokens."""
+
+
+def document_ids():
+    rows = [[index for index, length in enumerate(lengths) for _ in range(length)] for lengths in DOCUMENTS]
+    return torch.tensor(rows)
+
+
+def spans():
+    for row, lengths in enumerate(DOCUMENTS):
+        ends = torch.tensor(lengths).cumsum(0).tolist()
+        yield from ((row, end - length, end) for length, end in zip(lengths, ends, strict=True))
+
+
+@pytest.mark.parametrize("model", [*CONFIGS.values(), tiny_config(windows=(3, 4))], indirect=True)
+@pytest.mark.parametrize("way", ["mask", "segments"])
+def test_documents_of_a_row_get_what_they_get_alone(model, way, monkeypatch):
+    """Logits, routing and gradients."""
+    monkeypatch.setattr("moesaic.layers.attention.MASKED_LENGTH", 0 if way == "segments" else 15)
+    ids, weigh = tokens(3, 15), torch.randn(3, 15, 61, generator=torch.Generator().manual_seed(4))
+    tape = RoutingTape()
+    packed = model(ids, tape=tape, document_ids_BS=document_ids())
+    (packed * weigh).sum().backward()
+    packed_gradients = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    model.zero_grad()
+    experts = {layer: d.rows.as_topk()[0].view(3, 15, -1) for layer, d in tape.decisions.items()}
+    for number, (row, start, end) in enumerate(spans()):
+        tape_alone = RoutingTape()
+        alone = model(ids[row : row + 1, start:end], tape=tape_alone)
+        assert (packed[row, start:end] - alone[0]).abs().max() <= 1e-5 * scale_of(packed)
+        (alone[0] * weigh[row, start:end]).sum().backward()
+        for layer, decision in tape_alone.decisions.items():
+            assert torch.equal(experts[layer][row, start:end], decision.rows.as_topk()[0])
+            numbers = tape.decisions[layer].document_ids_T
+            assert numbers is not None and (numbers.view(3, 15)[row, start:end] == number).all()
+    for name, parameter in model.named_parameters():
+        difference = (packed_gradients[name] - parameter.grad).abs().max()
+        assert difference <= 2e-5 * parameter.grad.abs().max(), name
+
+
+@torch.no_grad()
+def test_documents_and_padding_together(model):
+    """Padding on either side is seen by nobody, whatever its document ids."""
+    ids = tokens(3, 15)
+    whole = model(ids, document_ids_BS=document_ids())
+    for left, right in ((3, 0), (0, 4), (2, 2)):
+        padded = torch.cat([tokens(3, left, 7), ids, tokens(3, right, 8)], dim=1)
+        mask = torch.tensor([[0] * left + [1] * 15 + [0] * right] * 3)
+        documents = torch.nn.functional.pad(document_ids(), (left, right))
+        documents[:, left + 15 :] = documents[:, left + 14 : left + 15]
+        got = model(padded, mask, document_ids_BS=documents)[:, left : left + 15]
+        assert (got - whole).abs().max() <= 1e-5 * scale_of(whole)
+
+
+@torch.no_grad()
+def test_rows_of_one_document_take_the_plain_way(model):
+    ids, tape, plain = tokens(3, 15), RoutingTape(), RoutingTape()
+    one_each = model(ids, tape=tape, document_ids_BS=torch.tensor([[3] * 15, [0] * 15, [1] * 15]))
+    assert torch.equal(one_each, model(ids, tape=plain))
+    for layer, decision in plain.decisions.items():
+        other = tape.decisions[layer].document_ids_T
+        assert other is not None and decision.document_ids_T is not None
+        assert torch.equal(decision.document_ids_T, other)
+        assert decision.document_ids_T.tolist() == [0] * 15 + [1] * 15 + [2] * 15
+
+
 def test_every_parameter_gets_a_gradient(model):
     model.train()
     torch.nn.functional.cross_entropy(model(tokens(4, 16)).flatten(0, 1), tokens(4, 16, 3).flatten()).backward()
@@ -134,6 +201,11 @@ def test_wrong_shapes_are_named(model):
         model(tokens(1, 7)[0])
     with pytest.raises(ConfigError, match="mask of shape"):
         model(tokens(1, 7), torch.ones(1, 6))
+    with pytest.raises(ConfigError, match="document ids of shape"):
+        model(tokens(1, 7), document_ids_BS=torch.zeros(1, 6))
+    cache = KeyValueCache(model.config, batch_size=1, max_length=7)
+    with pytest.raises(ConfigError, match="together with a cache; give each document its own row"):
+        model(tokens(1, 7), cache=cache, document_ids_BS=torch.zeros(1, 7))
 
 
 @torch.no_grad()

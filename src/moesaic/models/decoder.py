@@ -11,12 +11,13 @@ from torch import Tensor, nn
 from moesaic.config import LayerConfig, ModelConfig, MoeConfig
 from moesaic.errors import ConfigError
 from moesaic.layers.attention import Attention, Sight
+from moesaic.layers.documents import has_several, number_documents, row_numbers
 from moesaic.layers.kv_cache import KeyValueCache, LayerState
 from moesaic.layers.mlp import Mlp
 from moesaic.layers.moe import MoeLayer
 from moesaic.layers.norm import RmsNorm
 from moesaic.models.init import initialize
-from moesaic.routing import RoutingTape, Rows
+from moesaic.routing import RoutingTape, Rows, TokenFacts
 
 
 class DecoderLayer(nn.Module):
@@ -38,14 +39,13 @@ class DecoderLayer(nn.Module):
         x_BSD: Tensor,
         sight: Sight,
         state: LayerState | None,
-        token_ids_BS: Tensor,
-        mask_BS: Tensor | None,
+        facts: TokenFacts,
         tape: RoutingTape | None,
     ) -> Tensor:
         x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), sight, state)
         normed_BSD = self.feed_forward_norm(x_BSD)
         if isinstance(self.feed_forward, MoeLayer):
-            return x_BSD + self.feed_forward(normed_BSD, token_ids_BS, mask_BS, tape)
+            return x_BSD + self.feed_forward(normed_BSD, facts, tape)
         return x_BSD + self.feed_forward(normed_BSD)
 
 
@@ -91,15 +91,18 @@ class Decoder(nn.Module):
         *,
         cache: KeyValueCache | None = None,
         tape: RoutingTape | None = None,
+        document_ids_BS: Tensor | None = None,
     ) -> Tensor:
-        """x_BSD before the head: what the loss may multiply chunk by chunk."""
-        self._check(token_ids_BS, mask_BS)
+        """x_BSD before the head: what the loss may multiply chunk by chunk. Arguments as in `forward`."""
+        self._check(token_ids_BS, mask_BS, document_ids_BS, cache)
         mask_BS = mask_BS.bool() if mask_BS is not None else None
-        sight = _sight(token_ids_BS, mask_BS, cache)
+        documents_BS = None if document_ids_BS is None else number_documents(document_ids_BS)
+        sight = _sight(token_ids_BS, mask_BS, cache, documents_BS)
+        facts = _facts(token_ids_BS, mask_BS, documents_BS, tape)
         x_BSD = self.embedding(token_ids_BS)
         for index, layer in enumerate(self.layers):
             state = cache.states[index] if cache else None
-            x_BSD = layer(x_BSD, sight, state, token_ids_BS, mask_BS, tape)
+            x_BSD = layer(x_BSD, sight, state, facts, tape)
         return self.final_norm(x_BSD)
 
     @property
@@ -118,24 +121,40 @@ class Decoder(nn.Module):
         *,
         cache: KeyValueCache | None = None,
         tape: RoutingTape | None = None,
+        document_ids_BS: Tensor | None = None,
     ) -> Tensor:
         """logits_BSV of every token.
 
         mask_BS: true (or 1) where there is a token, false for padding on either side. cache: the past of the batch; the
-        new tokens are appended to it. tape: hears every routing decision, or dictates them.
+        new tokens are appended to it. tape: hears every routing decision, or dictates them. document_ids_BS: integers;
+        a run of equal ids in a row is a document, whose tokens see only each other and count positions from 0. None:
+        each row is one document. Raises ConfigError for wrong shapes, and for document ids together with a cache.
         """
-        return self.logits(self.hidden(token_ids_BS, mask_BS, cache=cache, tape=tape))
+        hidden_BSD = self.hidden(token_ids_BS, mask_BS, cache=cache, tape=tape, document_ids_BS=document_ids_BS)
+        return self.logits(hidden_BSD)
 
-    def _check(self, token_ids_BS: Tensor, mask_BS: Tensor | None) -> None:
+    def _check(
+        self,
+        token_ids_BS: Tensor,
+        mask_BS: Tensor | None,
+        document_ids_BS: Tensor | None,
+        cache: KeyValueCache | None,
+    ) -> None:
         if token_ids_BS.dim() != 2:
             raise ConfigError(f"token ids of shape {tuple(token_ids_BS.shape)}; give [batch, sequence]")
-        if mask_BS is not None and mask_BS.shape != token_ids_BS.shape:
-            raise ConfigError(
-                f"a mask of shape {tuple(mask_BS.shape)} for token ids of {tuple(token_ids_BS.shape)}; they must match"
-            )
+        for what, other in (("a mask", mask_BS), ("document ids", document_ids_BS)):
+            if other is not None and other.shape != token_ids_BS.shape:
+                shapes = f"{tuple(other.shape)} for token ids of {tuple(token_ids_BS.shape)}"
+                raise ConfigError(f"{what} of shape {shapes}; they must match")
+        if document_ids_BS is not None and cache is not None:
+            raise ConfigError("document ids together with a cache; give each document its own row and cache")
 
 
-def _sight(token_ids_BS: Tensor, mask_BS: Tensor | None, cache: KeyValueCache | None) -> Sight:
+def _sight(
+    token_ids_BS: Tensor, mask_BS: Tensor | None, cache: KeyValueCache | None, documents_BS: Tensor | None
+) -> Sight:
+    if documents_BS is not None and has_several(documents_BS):
+        return Sight.of_documents(documents_BS, mask_BS)
     if cache is None:
         if mask_BS is None:
             positions_BS = torch.arange(token_ids_BS.shape[1], device=token_ids_BS.device)[None]
@@ -145,6 +164,15 @@ def _sight(token_ids_BS: Tensor, mask_BS: Tensor | None, cache: KeyValueCache | 
     positions_BS = cache.begin(torch.ones_like(token_ids_BS, dtype=torch.bool) if mask_BS is None else mask_BS)
     valid_BN = cache.valid_BN[:, : cache.length]
     return Sight(positions_BS, first_slot, None if bool(valid_BN.all()) else valid_BN)
+
+
+def _facts(
+    token_ids_BS: Tensor, mask_BS: Tensor | None, documents_BS: Tensor | None, tape: RoutingTape | None
+) -> TokenFacts:
+    if documents_BS is None and tape is not None:  # who does not listen does not ask
+        documents_BS = row_numbers(token_ids_BS)
+    mask_T = None if mask_BS is None else mask_BS.reshape(-1)
+    return TokenFacts(token_ids_BS.reshape(-1), mask_T, None if documents_BS is None else documents_BS.reshape(-1))
 
 
 @torch.no_grad()

@@ -14,11 +14,15 @@ from moesaic.registry import Registry
 
 
 class RouterInput(NamedTuple):
-    """What a router may look at. `selection_bias_E` takes part in choosing only; `token_ids_T` serves look-ups."""
+    """What a router may look at. `selection_bias_E` takes part in choosing only; `token_ids_T` serves look-ups.
+
+    dictated_TK: experts already chosen, for the router to weigh only; -1 where a token (padding) has none.
+    """
 
     logits_TE: Tensor
     token_ids_T: Tensor | None = None
     selection_bias_E: Tensor | None = None
+    dictated_TK: Tensor | None = None
 
 
 class Choice(NamedTuple):
@@ -56,13 +60,18 @@ def sigmoid_topk(seen: RouterInput, settings: RouterConfig) -> Choice:
 
 
 def _choose_topk(scores_TE: Tensor, seen: RouterInput, settings: RouterConfig, tiny: float) -> Choice:
-    ranked_TE = scores_TE.detach()
-    if seen.selection_bias_E is not None:
-        ranked_TE = ranked_TE + seen.selection_bias_E
-    expert_ids_TK = ops.select_topk(ranked_TE, settings.top_k)
+    expert_ids_TK = _select(scores_TE.detach(), seen, settings.top_k)
     weights_TK = scores_TE.gather(1, expert_ids_TK)
     if settings.renormalize:
         weights_TK = weights_TK / (weights_TK.sum(-1, keepdim=True) + tiny)
     if settings.scaling_factor != 1.0:
         weights_TK = weights_TK * settings.scaling_factor
     return Choice(expert_ids_TK, weights_TK, scores_TE)
+
+
+def _select(scores_TE: Tensor, seen: RouterInput, top_k: int) -> Tensor:
+    if seen.dictated_TK is not None:
+        # A token without experts (padding) weighs its best one K times: finite, and read by no row.
+        return torch.where(seen.dictated_TK < 0, scores_TE.argmax(-1, keepdim=True), seen.dictated_TK)
+    biased_TE = scores_TE if seen.selection_bias_E is None else scores_TE + seen.selection_bias_E
+    return ops.select_topk(biased_TE, top_k)

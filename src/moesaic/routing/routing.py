@@ -3,7 +3,7 @@
 T tokens, E experts, K choices a token, R rows (one row is one token at one expert).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal, NamedTuple
 
@@ -30,7 +30,7 @@ class Rows:
     weights_R: the router's weight of each row, fp32, with gradient.
     choice_R: int64, which of its token's choices a row is (0 is the first).
     num_tokens: T. Tokens without rows (padding) get zeros from the experts.
-    top_k: K when every routed token has exactly K rows, else None.
+    top_k: K when every routed token has exactly K rows, its choices 0 to K-1; else None.
     weight_on: whether the weight multiplies the expert's output or its input (Llama 4).
     """
 
@@ -59,11 +59,17 @@ class Rows:
     @cached_property
     def by_token(self) -> TokenOrder:
         """The same rows in token order; a token's rows are summed in this order, reproducibly."""
-        stride = int(self.choice_R.max()) + 1 if self.choice_R.numel() else 1
-        row_ids_R = torch.argsort(self.token_ids_R * stride + self.choice_R, stable=True)
-        offsets = torch.zeros(self.num_tokens + 1, dtype=torch.int64, device=row_ids_R.device)
-        offsets[1:] = torch.bincount(self.token_ids_R, minlength=self.num_tokens).cumsum(0)
-        return TokenOrder(row_ids_R, offsets)
+        token_ids_R, choice_R = self.token_ids_R, self.choice_R
+        num_rows, device = token_ids_R.numel(), token_ids_R.device
+        if self.top_k is not None and num_rows == self.num_tokens * self.top_k:
+            offsets = torch.arange(0, num_rows + 1, self.top_k, device=device)
+            return TokenOrder(_inverse(token_ids_R * self.top_k + choice_R), offsets)
+        offsets = torch.zeros(self.num_tokens + 1, dtype=torch.int64, device=device)
+        offsets[1:] = torch.bincount(token_ids_R, minlength=self.num_tokens).cumsum(0)
+        if self.top_k is not None:
+            return TokenOrder(_inverse(offsets[token_ids_R] + choice_R), offsets)
+        stride = int(choice_R.max()) + 1 if num_rows else 1
+        return TokenOrder(torch.argsort(token_ids_R * stride + choice_R, stable=True), offsets)
 
     def as_topk(self) -> tuple[Tensor, Tensor]:
         """(expert_ids_TK, weights_TK), choices in order; tokens not routed (padding) have expert -1, weight 0.
@@ -73,11 +79,15 @@ class Rows:
         if self.top_k is None:
             raise ConfigError("these rows have no fixed number of experts a token; read token_ids_R and expert_offsets")
         shape = (self.num_tokens, self.top_k)
-        expert_ids_TK = torch.full(shape, -1, dtype=torch.int64, device=self.token_ids_R.device)
-        expert_ids_TK[self.token_ids_R, self.choice_R] = self.expert_ids_R
-        weights_TK = torch.zeros(shape, dtype=self.weights_R.dtype, device=self.weights_R.device)
-        weights_TK = weights_TK.index_put((self.token_ids_R, self.choice_R), self.weights_R)
-        return expert_ids_TK, weights_TK
+        pair_ids_R = self.token_ids_R * self.top_k + self.choice_R
+        expert_ids_R = self.expert_ids_R
+        expert_ids = expert_ids_R.new_full((shape[0] * shape[1],), -1).scatter(0, pair_ids_R, expert_ids_R)
+        weights = self.weights_R.new_zeros(shape[0] * shape[1]).scatter(0, pair_ids_R, self.weights_R)
+        return expert_ids.view(shape), weights.view(shape)
+
+    def weighed(self, weights_TK: Tensor) -> "Rows":
+        """The same rows with other weights, one for each of a token's K choices."""
+        return replace(self, weights_R=_weights_of_rows(weights_TK, self.token_ids_R, self.choice_R))
 
     @classmethod
     def from_topk(
@@ -96,7 +106,7 @@ class Rows:
         return cls(
             token_ids_R=token_ids_R,
             expert_offsets=expert_offsets,
-            weights_R=weights_TK[token_ids_R, choice_R],
+            weights_R=_weights_of_rows(weights_TK, token_ids_R, choice_R),
             choice_R=choice_R,
             num_tokens=expert_ids_TK.shape[0],
             top_k=expert_ids_TK.shape[1],
@@ -104,30 +114,57 @@ class Rows:
         )
 
 
+def _inverse(permutation_R: Tensor) -> Tensor:
+    """Where each place of a permutation went: what argsort gives, in one pass."""
+    places_R = torch.arange(permutation_R.numel(), device=permutation_R.device)
+    return torch.empty_like(permutation_R).scatter_(0, permutation_R, places_R)
+
+
+def _weights_of_rows(weights_TK: Tensor, token_ids_R: Tensor, choice_R: Tensor) -> Tensor:
+    # Two index tensors would say the same, with a gradient that sorts them first.
+    return weights_TK.flatten().index_select(0, token_ids_R * weights_TK.shape[1] + choice_R)
+
+
+class TokenFacts(NamedTuple):
+    """What routing may know of T tokens beside their hidden states.
+
+    mask_T: true for tokens that count; None when all do. document_ids_T: the document of each token, int64, numbered
+    from 0 over the whole batch; None where nobody asked: all tokens are one.
+    """
+
+    token_ids_T: Tensor | None = None
+    mask_T: Tensor | None = None
+    document_ids_T: Tensor | None = None
+
+
 @dataclass(frozen=True, eq=False)
 class RoutingDecision:
     """One layer's routing of one batch: the rows, and what balancers and telemetry need to judge them.
 
     logits_TE: the router's raw outputs, fp32. scores_TE: its score of every expert before any bias, fp32.
-    mask_T: true for tokens that count; None when all do.
+    mask_T, document_ids_T: see TokenFacts.
     """
 
     rows: Rows
     logits_TE: Tensor
     scores_TE: Tensor
     mask_T: Tensor | None = None
+    document_ids_T: Tensor | None = None
 
 
 class RoutingTape:
     """Hears every routing decision of a forward pass, and can dictate them.
 
-    Hand one to a model's forward: it records into `decisions` (layer index -> RoutingDecision). A tape built with
-    `replay` makes each layer take those rows instead of choosing. Subclasses override `hear` to keep less.
+    Hand one to a model's forward: it records into `decisions` (layer index -> RoutingDecision). Subclasses override
+    `hear` to keep less.
+    replay: layer -> the rows that it takes as they are, weights included.
+    choices: layer -> rows (K a token) whose experts it takes; the router weighs them anew, with its gradient.
     """
 
-    def __init__(self, replay: dict[int, Rows] | None = None) -> None:
+    def __init__(self, replay: dict[int, Rows] | None = None, *, choices: dict[int, Rows] | None = None) -> None:
         self.decisions: dict[int, RoutingDecision] = {}
         self.replay = replay or {}
+        self.choices = choices or {}
 
     def hear(self, layer: int, decision: RoutingDecision) -> None:
         """Called by each MoE layer once a forward pass."""

@@ -74,8 +74,8 @@ class LoadRecorder(RoutingTape):
     num_experts_by_layer: layer index -> E, for the layers that route. top_k: experts a token, one
     for all layers or one for each.
     num_domains: M > 0 to count domains apart; say whose tokens come next with `set_domains`.
-    It only reads: results with and without it are the same bits. With activation checkpointing, hand it to the
-    first forward only, since a recomputed layer would be counted twice.
+    It only reads: results with and without it are the same bits. It hears each forward once, also where activations
+    are computed again in the backward pass (see `train.recompute`).
     """
 
     def __init__(
