@@ -18,7 +18,9 @@ from moesaic.hub.safetensors_header import header_bytes
 from moesaic.hub.staging import replaced_folder
 from moesaic.models.decoder import Decoder
 
-_SPELLINGS = {dtype: name for name, dtype in DTYPES.items()}
+_SPELLINGS = {dtype: name for name, dtype in DTYPES.items()} | {
+    torch.int64: "I64", torch.int32: "I32", torch.uint8: "U8", torch.bool: "BOOL",
+}  # fmt: skip
 _WEIGHT_FILE = re.compile(r"model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json")
 
 
@@ -114,6 +116,11 @@ def _shards(tensors: list[_FileTensor], max_shard_bytes: int) -> list[list[_File
     return shards
 
 
+def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Any named tensors as one safetensors file, streamed. Raises OSError when the disk says no."""
+    _write_safetensors(path, [_FileTensor(name, values) for name, values in tensors.items()])
+
+
 def _write_safetensors(path: Path, tensors: list[_FileTensor]) -> None:
     """Stream tensors to a file, one at a time; the safetensors package would first copy the whole shard in memory.
 
@@ -125,4 +132,4 @@ def _write_safetensors(path: Path, tensors: list[_FileTensor]) -> None:
         file.write(header_bytes(described))
         for tensor in tensors:
             values = tensor.values.detach().to("cpu").contiguous()
-            file.write(values.view(torch.uint8).numpy().data)
+            file.write(values.reshape(-1).view(torch.uint8).numpy().data)

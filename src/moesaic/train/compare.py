@@ -109,13 +109,17 @@ def train_contender(
     )
     history = trainer.train(listener)
     peak = peak_memory_bytes()
-    model = trainer.model.eval()
-    final = held_out_loss(model, packed, sequence_length=settings.sequence_length, max_tokens=final_tokens)
+    model = trainer.final_model().eval()
+    seen: dict[str, Any] = {
+        "sequence_length": settings.sequence_length,
+        "document_attention": trainer.data.document_attention,
+    }
+    final = held_out_loss(model, packed, max_tokens=final_tokens, **seen)
     return Outcome(
         result=_result(contender, settings, packed, history, model, final, peak),
         model=model,
         loads=tuple(report.load for report in history.steps) if contender.config.moe_layers else (),
-        domain_load=held_out_load(model, packed, sequence_length=settings.sequence_length, max_tokens=LOAD_TOKENS),
+        domain_load=held_out_load(model, packed, max_tokens=LOAD_TOKENS, **seen),
     )
 
 

@@ -1,149 +1,138 @@
-"""The training loop: straight, and the same bits for the same seed.
+"""The training loop: straight, the same bits for the same seed, and after a stop the bits it would have had without.
 
 B batch, S sequence.
 """
 
+import dataclasses
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from moesaic.data.loader import Batches, Packed
-from moesaic.errors import MoesaicError
+from moesaic.data.loader import Batch, Batches, Packed
+from moesaic.errors import CheckpointError, MoesaicError, NonFiniteError, RunFolderError
 from moesaic.evaluate.perplexity import HeldOutLoss, held_out_loss
 from moesaic.hub.saving import SavesItself
-from moesaic.layers.moe import MoeLayer
 from moesaic.models.decoder import Decoder
-from moesaic.routing import RoutingTape
-from moesaic.routing.balancers import update_selection_bias
 from moesaic.telemetry.load import StepLoad
 from moesaic.telemetry.recorder import LoadRecorder
-from moesaic.train.loss import losses
-from moesaic.train.optimizer import adamw, clip_gradients
-from moesaic.train.recipe import TrainSettings
-from moesaic.train.resume import RunFolder
-from moesaic.train.schedule import learning_rate
-
-
-@dataclass(frozen=True, kw_only=True)
-class StepReport:
-    """What one step did. Losses in nats a token; seconds is the training time so far, evaluations left out."""
-
-    step: int
-    tokens: int
-    seconds: float
-    loss: float
-    balance: dict[str, float]
-    learning_rate: float
-    gradient_norm: float
-    tokens_per_s: float
-    load: StepLoad
-
-
-@dataclass(frozen=True, kw_only=True)
-class Evaluation:
-    """The held-out loss after `step` steps."""
-
-    step: int
-    tokens: int
-    seconds: float
-    loss: HeldOutLoss
-
-
-@dataclass
-class History:
-    """All reports of a run, in order."""
-
-    steps: list[StepReport] = field(default_factory=list)
-    evaluations: list[Evaluation] = field(default_factory=list)
-
-
-Listener = Callable[[StepReport, Evaluation | None], None]
+from moesaic.train.checkpoint import CheckpointWriter
+from moesaic.train.diagnose import first_nonfinite
+from moesaic.train.interrupt import Interrupted, StopRequest, stop_on_signals
+from moesaic.train.memory import peak_memory_bytes
+from moesaic.train.optimizer import Optimizer, restore_state
+from moesaic.train.random_state import undisturbed
+from moesaic.train.recipe import DataSettings, TrainSettings
+from moesaic.train.reports import Evaluation, History, Listener, StepReport, metrics_line
+from moesaic.train.resume import RunFolder, refuse_differences
+from moesaic.train.snapshot import copied
+from moesaic.train.step import Stepper
 
 
 @dataclass
 class Trainer:
-    """One model in training. `stop_after` ends a run early while its schedule keeps the full length."""
+    """One model in training. `stop_after` ends a run early while its schedule keeps the full length.
+
+    run: where checkpoints and metrics go; without one nothing is written.
+    keep_reports: how many of the last steps' reports `train` returns, each with its loads; None: all.
+    say: told, a line at a time, what a person at the keyboard should know.
+    """
 
     model: Decoder
     settings: TrainSettings
     packed: Packed
+    data: DataSettings = field(default_factory=DataSettings)
     run: RunFolder | None = None
     tokenizer: SavesItself | None = None
     stop_after: int | None = None
+    keep_reports: int | None = None
+    say: Callable[[str], object] | None = None
 
     def __post_init__(self) -> None:
-        self.optimizer: torch.optim.Optimizer = adamw(self.model, self.settings)
+        self.stepper = Stepper(self.model, self.settings, document_attention=self.data.document_attention)
         self.step = 0
         self.seconds = 0.0
-        self.recorder = LoadRecorder.for_model(self.model.config, num_domains=len(self.packed.domains))
+        self._writer: CheckpointWriter | None = None
+        num_domains = len(self.packed.domains)
+        self.recorder: LoadRecorder | None = LoadRecorder.for_model(self.model.config, num_domains=num_domains)
         settings = self.settings
-        self.batches = Batches(self.packed, settings.batch_size, settings.sequence_length, settings.seed)
+        self.batches = Batches(
+            self.packed,
+            settings.batch_size,
+            settings.sequence_length,
+            settings.seed,
+            self.data.weights,
+            epochs=self.data.epochs,
+            num_batches=settings.steps * settings.micro_batches,
+        )
+
+    @property
+    def optimizer(self) -> Optimizer:
+        return self.stepper.optimizer
+
+    @property
+    def last_step(self) -> int:
+        return self.stop_after or self.settings.steps
 
     def resume(self) -> bool:
-        """Go back to the newest checkpoint of the run's folder; false when there is none."""
-        restored = self.run.restore(lambda model: adamw(model, self.settings)) if self.run else None
-        if restored is None:
+        """Go back to the newest checkpoint of the run's folder; false when there is none.
+
+        Raises CheckpointError when it is damaged, RunFolderError when it is of another recipe or other data; then
+        neither this trainer nor the folder has changed.
+        """
+        saved = self.run.newest() if self.run else None
+        if self.run is None or saved is None:
             return False
-        self.model, self.optimizer = restored.model, restored.optimizer
-        self.step, self.seconds = restored.facts["step"], restored.facts["seconds"]
+        facts = saved.facts
+        refuse_differences(self.run.path, facts["run"], self._identity())
+        if facts["next_sample"] != self._first_sample(facts["step"]):
+            raise CheckpointError(
+                f"{saved.folder} stops before sample {facts['next_sample']} and the step after it begins with "
+                f"{self._first_sample(facts['step'])}; another version of moesaic wrote it: start in another folder"
+            )
+        self.model.load_state_dict(saved.load_weights())
+        restore_state(self.model, self.optimizer, saved.load_optimizer_tensors())
+        self.step, self.seconds = facts["step"], facts["seconds"]
+        saved.restore_random_state()
         return True
 
-    def train(self, listener: Listener | None = None) -> History:
-        """Train to the end (or to `stop_after`), evaluating, checkpointing and writing metrics on the way."""
-        history = History()
-        metrics = self.run.open_metrics(self.step) if self.run else None
-        last = self.stop_after or self.settings.steps
-        try:
-            if self.step == 0:
-                history.evaluations.append(self.evaluate())
-            while self.step < last:
-                report = self.train_step()
-                history.steps.append(report)
-                evaluation = self._evaluate_if_due(last)
-                if evaluation:
-                    history.evaluations.append(evaluation)
-                if metrics:
-                    metrics.write(json.dumps(_metrics_line(report, evaluation)) + "\n")
-                if self.run and (self.step % self.settings.checkpoint_every == 0 or self.step == last):
-                    facts = {"seconds": self.seconds}
-                    self.run.save_checkpoint(self.step, self.model, self.optimizer, facts, self.tokenizer)
-                if listener:
-                    listener(report, evaluation)
-        finally:
-            if metrics:
-                metrics.close()
+    def train(self, *listeners: Listener | None) -> History:
+        """Train to the end (or to `stop_after`), evaluating, checkpointing and writing metrics on the way.
+
+        The first Ctrl-C finishes the step, saves it and raises Interrupted; the second one is an ordinary one.
+        """
+        history = History.of_last(self.keep_reports)
+        outlets = [listener for listener in listeners if listener is not None]
+        if self.run is None:
+            self._train(history, outlets, None, StopRequest())
+            return history
+        with ExitStack() as stack:
+            writer = self._writer = self._new_writer(self.run)
+            metrics = stack.enter_context(self.run.open_metrics(self.step))
+            stop = stack.enter_context(stop_on_signals(self.say))
+            stack.enter_context(writer)
+            outlets.insert(0, lambda report, evaluation: metrics.write(metrics_line(report, evaluation)))
+            self._train(history, outlets, writer, stop)
+            if stop.is_made:
+                raise Interrupted(f"stopped after step {self.step} of {self.last_step}; {self.run.way_back()}")
         return history
 
     def train_step(self) -> StepReport:
-        """One optimizer step over `micro_batches` batches; selection biases move once, by the whole step's load."""
+        """One optimizer step over `micro_batches` batches."""
         started = time.perf_counter()
         settings = self.settings
-        self.model.train()
-        rate = learning_rate(
-            self.step,
-            steps=settings.steps,
-            peak=settings.learning_rate,
-            warmup_steps=settings.warmup_steps,
-            final_fraction=settings.final_fraction,
-        )
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        loss, balance = self._accumulate()
-        norm = clip_gradients(self.model, settings.clip_norm)
-        if not (math.isfinite(loss) and math.isfinite(norm)):
-            raise MoesaicError(
-                f"the loss is {loss} and the gradient norm {norm} at step {self.step}; "
-                "lower train.learning_rate and start again from the last checkpoint"
-            )
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        load = self.recorder.finish_step(self.step + 1)
-        self._move_selection_biases(load)
+        first = self.step * settings.micro_batches
+        micro_batches = [self.batches.batch(first + index) for index in range(settings.micro_batches)]
+        try:
+            result = self.stepper.run(self.step, micro_batches, self.recorder)
+        except NonFiniteError as error:
+            where = self._first_nonfinite(micro_batches[error.micro_batch or 0])
+            raise self._stopped(f"the {error.what} is {error.value} at step {self.step + 1}: {where}") from error
         self.step += 1
         seconds = time.perf_counter() - started
         self.seconds += seconds
@@ -151,69 +140,136 @@ class Trainer:
             step=self.step,
             tokens=self.step * settings.tokens_per_step,
             seconds=self.seconds,
-            loss=loss,
-            balance=balance,
-            learning_rate=rate,
-            gradient_norm=norm,
+            loss=result.loss,
+            balance=result.balance,
+            learning_rate=result.learning_rate,
+            gradient_norm=result.gradient_norm,
             tokens_per_s=settings.tokens_per_step / seconds,
-            load=load,
+            peak_memory_bytes=peak_memory_bytes(),
+            load=result.load or StepLoad(step=self.step, layers=()),
         )
 
     def evaluate(self, max_tokens: int | None = None) -> Evaluation:
-        """The held-out loss of the model as it stands; `max_tokens` a domain (the recipe's when None)."""
-        loss = held_out_loss(
-            self.model,
-            self.packed,
-            sequence_length=self.settings.sequence_length,
-            max_tokens=max_tokens or self.settings.evaluate_tokens,
-        )
+        """The held-out loss, of averaged weights too if there are; `max_tokens` a domain (the recipe's when None)."""
+        max_tokens = max_tokens or self.settings.evaluate_tokens
+        loss, ema_loss = self._held_out_loss(max_tokens), None
+        if self.settings.ema_decay:
+            with self.optimizer.averaged_weights():
+                ema_loss = self._held_out_loss(max_tokens)
         tokens = self.step * self.settings.tokens_per_step
-        return Evaluation(step=self.step, tokens=tokens, seconds=self.seconds, loss=loss)
+        return Evaluation(step=self.step, tokens=tokens, seconds=self.seconds, loss=loss, ema_loss=ema_loss)
 
-    def _accumulate(self) -> tuple[float, dict[str, float]]:
-        """Gradients of the mean over micro-batches: their number changes neither the loss's scale nor the balance's."""
+    def final_model(self) -> Decoder:
+        """What the run is for: the average of the weights where the recipe keeps one, else the model itself."""
+        if not self.settings.ema_decay:
+            return self.model
+        with self.optimizer.averaged_weights():
+            return copied(self.model)
+
+    def _train(
+        self, history: History, outlets: Sequence[Listener], writer: CheckpointWriter | None, stop: StopRequest
+    ) -> None:
+        """The loop itself. Leaves with everything on disk; a request to stop ends it after the step."""
+        evaluation = None
+        if self.step == 0:
+            evaluation = self.evaluate()
+            history.evaluations.append(evaluation)
+        saved_step = self.step
+        while self.step < self.last_step and not stop.is_made:
+            report = self.train_step()
+            history.steps.append(report)
+            evaluation = self.evaluate() if self._evaluation_is_due() else None
+            if evaluation is not None:
+                history.evaluations.append(evaluation)
+            with undisturbed():
+                for outlet in outlets:
+                    outlet(report, evaluation)
+            if writer is None:
+                continue
+            writer.check()
+            if self._checkpoint_is_due() or stop.is_made:
+                self._save(writer, evaluation)
+                saved_step = self.step
+        if writer is not None:
+            if self.step > saved_step:  # the request came after the last step was looked at
+                self._save(writer, evaluation)
+            writer.wait()
+
+    def _checkpoint_is_due(self) -> bool:
+        return self.step % self.settings.checkpoint_every == 0 or self.step == self.last_step
+
+    def _evaluation_is_due(self) -> bool:
+        """Checkpoints are evaluated too where the best are kept: a step without a score cannot be among them."""
+        scored = self.run is not None and self.settings.keep_best > 0 and self._checkpoint_is_due()
+        return scored or self.step % self.settings.evaluate_every == 0 or self.step == self.last_step
+
+    def _new_writer(self, run: RunFolder) -> CheckpointWriter:
+        if any(step > self.step for step, _ in run.checkpoints):
+            raise RunFolderError(
+                f"{run.path} holds a run at step {run.checkpoints[-1][0]} and this one is at step {self.step}; "
+                "resume it, or choose another folder with --out"
+            )
+        run.sweep()
         settings = self.settings
-        loss, balance = 0.0, {name: 0.0 for name, _ in settings.balance_losses} if self.model.config.moe_layers else {}
-        for index in range(settings.micro_batches):
-            batch = self.batches.batch(self.step * settings.micro_batches + index)
-            inputs, targets, domain_ids = map(torch.from_numpy, batch)
-            tape = RoutingTape()
-            parts = losses(self.model, inputs, targets, settings.balance_losses, tape)
-            (parts.total / settings.micro_batches).backward()
-            self.recorder.set_domains(domain_ids.repeat_interleave(inputs.shape[1]))
-            for layer, decision in tape.decisions.items():
-                self.recorder.hear(layer, decision)
-            loss += parts.cross_entropy.item() / settings.micro_batches
-            for name, value in parts.balance.items():
-                balance[name] += value.item() / settings.micro_batches
-        return loss, balance
+        return CheckpointWriter(
+            run,
+            keep_last=settings.keep_checkpoints,
+            keep_best=settings.keep_best,
+            in_background=settings.async_checkpoints,
+            tokenizer=self.tokenizer,
+        )
 
-    def _move_selection_biases(self, load: StepLoad) -> None:
-        counts = {layer.layer: torch.from_numpy(layer.counts_E) for layer in load.layers}
-        for module in self.model.modules():
-            if isinstance(module, MoeLayer) and module.router.selection_bias is not None:
-                rate = self.settings.selection_bias_rate
-                update_selection_bias(module.router.selection_bias, counts[module.layer], rate)
+    def _first_sample(self, step: int) -> int:
+        """The number of the first sample after `step` steps."""
+        return step * self.settings.micro_batches * self.settings.batch_size
 
-    def _evaluate_if_due(self, last: int) -> Evaluation | None:
-        due = self.step % self.settings.evaluate_every == 0 or self.step == last
-        return self.evaluate() if due else None
+    def _identity(self) -> dict[str, Any]:
+        """What must be the same for a checkpoint to be one of this run, as JSON."""
+        tokens = {domain.name: len(domain.train) for domain in self.packed.domains}
+        parts = {
+            "train": dataclasses.asdict(self.settings),
+            "data": {**dataclasses.asdict(self.data), "digest": self.packed.digest, "tokens": tokens},
+            "model": dataclasses.asdict(self.model.config),
+        }
+        return json.loads(json.dumps(parts))
 
+    def _facts(self, evaluation: Evaluation | None) -> dict[str, Any]:
+        score = evaluation.loss.bits_per_byte if evaluation is not None else math.nan
+        return {
+            "step": self.step,
+            "seconds": self.seconds,
+            "next_sample": self._first_sample(self.step),
+            "held_out_bits_per_byte": score if math.isfinite(score) else None,
+            "run": self._identity(),
+        }
 
-def _metrics_line(report: StepReport, evaluation: Evaluation | None) -> dict[str, Any]:
-    line: dict[str, Any] = {
-        "step": report.step,
-        "tokens": report.tokens,
-        "seconds": round(report.seconds, 3),
-        "loss": report.loss,
-        **{f"balance/{name}": value for name, value in report.balance.items()},
-        "learning_rate": report.learning_rate,
-        "gradient_norm": report.gradient_norm,
-        "tokens_per_s": round(report.tokens_per_s, 1),
-    }
-    if report.load.layers:
-        line["load"] = report.load.to_json()
-    if evaluation is not None:
-        line["held_out_bits_per_byte"] = evaluation.loss.bits_per_byte
-        line["held_out_by_domain"] = evaluation.loss.by_domain
-    return line
+    def _held_out_loss(self, max_tokens: int) -> HeldOutLoss:
+        with undisturbed():
+            return held_out_loss(
+                self.model,
+                self.packed,
+                sequence_length=self.settings.sequence_length,
+                max_tokens=max_tokens,
+                document_attention=self.data.document_attention,
+            )
+
+    def _first_nonfinite(self, batch: Batch) -> str:
+        documents_BS = torch.from_numpy(batch.document_ids_BS) if self.data.document_attention else None
+        return first_nonfinite(self.model, torch.from_numpy(batch.inputs_BS), documents_BS)
+
+    def _save(self, writer: CheckpointWriter, evaluation: Evaluation | None) -> None:
+        """A checkpoint of this moment; never of a broken one, which would push a good one out."""
+        for name, tensor in self.model.state_dict().items():
+            if not torch.isfinite(tensor).all():
+                raise self._stopped(f"{name} is not finite after step {self.step}, which is not saved")
+        writer.save(self.model, self.optimizer, self._facts(evaluation))
+
+    def _stopped(self, why: str) -> MoesaicError:
+        """What ends a run that broke. Going on would break again: a resumed run is the same to the bit."""
+        kept = "nothing was saved"
+        if self.run is not None:
+            if self._writer is not None:
+                self._writer.settle()
+            found = self.run.checkpoints
+            kept = f"the last good checkpoint is {found[-1][1]}" if found else "there is no checkpoint yet"
+        return MoesaicError(f"{why}; {kept}; lower train.learning_rate and start again in another folder")

@@ -1,66 +1,128 @@
 """What training minimises: the next token's cross-entropy, and the balance of the experts.
 
-B batch, S sequence, T tokens, D hidden, V vocab.
+B batch, S sequence, T tokens, N rows of a chunk, D hidden, V vocab.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from moesaic.models.decoder import Decoder
 from moesaic.routing import RoutingDecision, RoutingTape
 from moesaic.routing.balancers import mean_over_layers
+from moesaic.train.gradients import add_gradient, has_buffer
 
-ROWS_AT_ONCE = 512
+IGNORED = -100  # a target that does not count, as torch.nn.functional.cross_entropy has it
+
+# Logits in memory at a time (16 MiB in fp32). But never fewer rows than D: the head's gradient is read and written once
+# for every chunk of rows, which only that many multiplications make cheap, and their logits are no larger than it.
+LOGITS_AT_ONCE = 2**22
+VOCABULARY_BLOCK = 1024
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     """Logits of a few rows at a time: all of them would be the largest tensor of a step, read and written many times.
 
     The gradient is computed with the loss, while the logits are there, and scaled in backward.
+
+    bf16: products are summed in fp32 and rounded once; softmax, loss and sums over chunks are in fp32. So the only
+    thing lost is in the logits: 2^-9 of their size at most, differently for every token, which changes a probability
+    by that share of itself (torch has no product of bf16 matrices with an fp32 result on CPUs).
     """
 
     @staticmethod
     def forward(ctx: Any, x_TD: Tensor, weight_VD: Tensor, targets_T: Tensor) -> Tensor:
-        num_tokens = max(1, x_TD.shape[0])
+        ctx.weight, ctx.num_targets = weight_VD, max(1, int((targets_T != IGNORED).sum()))
         wants_grad = any(ctx.needs_input_grad)
+        num_rows = _rows_at_once(len(x_TD), x_TD.shape[1], len(weight_VD))
+        logits_NV = x_TD.new_empty(num_rows, len(weight_VD))
+        wide_type = torch.promote_types(x_TD.dtype, torch.float32)
+        wide_NV = logits_NV if wide_type == x_TD.dtype else torch.empty_like(logits_NV, dtype=wide_type)
         dx_TD = torch.empty_like(x_TD) if wants_grad else None
-        dw_VD = torch.zeros_like(weight_VD) if wants_grad else None
-        loss = x_TD.new_zeros((), dtype=torch.promote_types(x_TD.dtype, torch.float32))
-        for start in range(0, x_TD.shape[0], ROWS_AT_ONCE):
-            rows = slice(start, start + ROWS_AT_ONCE)
-            targets = targets_T[rows, None]
-            logits = (x_TD[rows] @ weight_VD.T).to(loss.dtype)
-            normalizer = logits.logsumexp(-1, keepdim=True)
-            loss += (normalizer - logits.gather(1, targets)).sum()
-            if dx_TD is not None and dw_VD is not None:
-                d_logits = logits.sub_(normalizer).exp_()
-                d_logits.scatter_add_(1, targets, torch.full_like(normalizer, -1.0))
-                d_logits = d_logits.div_(num_tokens).to(x_TD.dtype)
-                torch.mm(d_logits, weight_VD, out=dx_TD[rows])
-                dw_VD.addmm_(d_logits.T, x_TD[rows])
+        dw_VD = None
+        loss = wide_NV.new_zeros(())
+        for start in range(0, len(x_TD), num_rows):
+            x_ND, targets_N = x_TD[start : start + num_rows], targets_T[start : start + num_rows]
+            logits, wide = logits_NV[: len(x_ND)], wide_NV[: len(x_ND)]
+            torch.mm(x_ND, weight_VD.T, out=logits)
+            wide.copy_(logits)
+            loss += _loss_and_slope(wide, targets_N)
+            if dx_TD is not None:
+                logits.copy_(wide)
+                torch.mm(logits, weight_VD, out=dx_TD[start : start + num_rows])
+                dw_VD = logits.T @ x_ND if dw_VD is None else _plus_product(dw_VD.to(wide_type), logits.T, x_ND)
         ctx.save_for_backward(dx_TD, dw_VD)
-        return loss / num_tokens
+        return loss / ctx.num_targets
 
     @staticmethod
-    def backward(ctx: Any, *d_loss: Tensor) -> tuple[Tensor, Tensor, None]:
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]  as the decorator types it
+        ctx: Any, *d_loss: Tensor
+    ) -> tuple[Tensor | None, Tensor | None, None]:
         dx_TD, dw_VD = ctx.saved_tensors
-        return dx_TD * d_loss[0], dw_VD * d_loss[0], None
+        scale = d_loss[0] / ctx.num_targets
+        if dw_VD is None:  # no tokens at all
+            return torch.zeros_like(dx_TD), torch.zeros_like(ctx.weight), None
+        dx_TD = (dx_TD * scale).to(dx_TD.dtype) if ctx.needs_input_grad[0] else None
+        if not ctx.needs_input_grad[1]:
+            return dx_TD, None, None
+        if has_buffer(ctx.weight):
+            add_gradient(ctx.weight, dw_VD, scale)
+            return dx_TD, None, None
+        return dx_TD, (dw_VD * scale).to(ctx.weight.dtype), None
+
+
+def _rows_at_once(num_tokens: int, hidden_size: int, vocab_size: int) -> int:
+    """Rows of a chunk: as many chunks as must be, equally long, so that no short one wastes a pass."""
+    most = max(hidden_size, LOGITS_AT_ONCE // vocab_size)
+    num_chunks = max(1, -(-num_tokens // most))
+    return max(1, -(-num_tokens // num_chunks))
+
+
+def _loss_and_slope(logits_NV: Tensor, targets_N: Tensor) -> Tensor:
+    """The summed cross-entropy; `logits_NV` become its gradient by them: softmax, less one at the target."""
+    ignored_N1 = (targets_N == IGNORED)[:, None]
+    targets_N1 = targets_N[:, None].clamp(min=0)
+    log_p_NV = torch.log_softmax(logits_NV, -1, out=logits_NV)
+    log_p_N1 = log_p_NV.gather(1, targets_N1)
+    log_p_NV.exp_().scatter_(1, targets_N1, log_p_N1.expm1())  # p - 1 without cancellation where p is near 1
+    if ignored_N1.any():
+        log_p_N1.masked_fill_(ignored_N1, 0.0)
+        log_p_NV.masked_fill_(ignored_N1, 0.0)
+    return -log_p_N1.sum()
+
+
+def _plus_product(total_VD: Tensor, left_VN: Tensor, right_ND: Tensor) -> Tensor:
+    """total + left @ right, in place. Narrow products are added block by block, to widen them in the cache."""
+    if total_VD.dtype == left_VN.dtype:
+        return total_VD.addmm_(left_VN, right_ND)
+    for total, left in zip(total_VD.split(VOCABULARY_BLOCK), left_VN.split(VOCABULARY_BLOCK), strict=True):
+        total += left @ right_ND
+    return total_VD
 
 
 def linear_cross_entropy(x_TD: Tensor, weight_VD: Tensor, targets_T: Tensor) -> Tensor:
-    """The mean cross-entropy of x @ weight.T, in nats, as torch.nn.functional.cross_entropy gives it."""
+    """The mean cross-entropy of x @ weight.T over the targets that are not IGNORED, in nats, in fp32 or wider.
+
+    As torch.nn.functional.cross_entropy gives it; without any target it is 0, with zero gradients.
+    """
     return _LinearCrossEntropy.apply(x_TD, weight_VD, targets_T)  # pyright: ignore[reportReturnType]
 
 
 class Losses(NamedTuple):
-    """`total` is what is minimised: cross_entropy (nats a token) plus each balance loss times its coefficient."""
+    """cross_entropy: nats a token. penalty: the sum of the balance losses times their coefficients."""
 
-    total: Tensor
     cross_entropy: Tensor
+    penalty: Tensor
     balance: dict[str, Tensor]
+
+    @property
+    def total(self) -> Tensor:
+        """What is minimised."""
+        return self.cross_entropy + self.penalty
 
 
 def losses(
@@ -69,16 +131,22 @@ def losses(
     targets_BS: Tensor,
     balance_losses: Sequence[tuple[str, float]],
     tape: RoutingTape,
+    *,
+    document_ids_BS: Tensor | None = None,
+    hidden: Callable[..., Tensor] | None = None,
 ) -> Losses:
-    """One batch's losses; each balance loss is computed per layer, then averaged. `tape` hears the routing."""
-    hidden_TD = model.hidden(inputs_BS, tape=tape).flatten(0, 1)
-    cross_entropy = linear_cross_entropy(hidden_TD, model.head_weight, targets_BS.flatten())
+    """One batch's losses; each balance loss is computed per layer, then averaged. `tape` hears the routing.
+
+    hidden: stands for `model.hidden` (a compiled one).
+    """
+    hidden_BSD = (hidden or model.hidden)(inputs_BS, tape=tape, document_ids_BS=document_ids_BS)
+    cross_entropy = linear_cross_entropy(hidden_BSD.flatten(0, 1), model.head_weight, targets_BS.flatten())
     balance = _balance(balance_losses, list(tape.decisions.values()))
-    total = cross_entropy
+    penalty = torch.zeros_like(cross_entropy)
     for name, coefficient in balance_losses:
-        if name in balance:
-            total = total + coefficient * balance[name]
-    return Losses(total, cross_entropy, balance)
+        if name in balance and coefficient:
+            penalty = penalty + coefficient * balance[name]
+    return Losses(cross_entropy, penalty, balance)
 
 
 def _balance(balance_losses: Sequence[tuple[str, float]], decisions: list[RoutingDecision]) -> dict[str, Tensor]:

@@ -1,42 +1,179 @@
-"""The optimizer: AdamW, and clipping."""
+"""The optimizer: clips, moves every weight by its rule, rounds it for the model and averages it, in one pass."""
 
 from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from moesaic.errors import CheckpointError, ConfigError
+from moesaic.models.decoder import Decoder
+from moesaic.train.ema import WeightAverage
+from moesaic.train.gradients import Gradients
+from moesaic.train.muon import Muon
+from moesaic.train.precision import Weight, trained_weights
 from moesaic.train.recipe import TrainSettings
 
-
-def adamw(model: nn.Module, settings: TrainSettings) -> torch.optim.AdamW:
-    """AdamW (arXiv:1711.05101). Matrices decay; norms, biases and embeddings do not."""
-    decayed, free = [], []
-    for name, parameter in model.named_parameters():
-        is_matrix = parameter.dim() >= 2 and not name.startswith("embedding")
-        (decayed if is_matrix else free).append(parameter)
-    groups = [
-        {"params": decayed, "weight_decay": settings.weight_decay},
-        {"params": free, "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=settings.learning_rate, betas=settings.betas, eps=1e-8, fused=True)
+# Elements moved at a time: a piece's master, gradient and two moments (8 MiB) stay in the cores' caches while they are
+# clipped, moved, rounded and averaged, so that each travels to memory and back once. A multiple of every vector's
+# width, so that pieces give the bits that the whole tensor would.
+PIECE = 2**19
 
 
-def clip_gradients(model: nn.Module, max_norm: float) -> float:
-    """Scale all gradients so that their joint 2-norm is at most `max_norm`; returns the norm before."""
-    return float(nn.utils.clip_grad_norm_(model.parameters(), max_norm, foreach=True))
+class Rule(Protocol):
+    """How one tensor moves. `state` is everything that the next update needs, by name."""
+
+    state: dict[str, Tensor]
+
+    def update(self, gradient: Tensor, learning_rate: float, clip: Tensor | None) -> Iterator[slice]:
+        """Multiply the gradient by `clip` and move the tensor by it; yields each part of its flat elements when done.
+
+        The gradient's memory is used up.
+        """
+        ...
 
 
-def named_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor the optimizer keeps, as (parameter name + "|" + its name there, tensor)."""
-    names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
-    for parameter, state in optimizer.state.items():
-        for key, value in state.items():
-            yield f"{names[parameter]}|{key}", value
+class AdamW:
+    """AdamW (arXiv:1711.05101) of one tensor, by torch's fused kernel."""
+
+    def __init__(self, master: Tensor, *, betas: tuple[float, float], weight_decay: float) -> None:
+        self.master, self.betas, self.weight_decay = master, betas, weight_decay
+        self.state = {
+            "step": torch.zeros((), dtype=torch.float32, device=master.device),
+            "exp_avg": torch.zeros_like(master),
+            "exp_avg_sq": torch.zeros_like(master),
+        }
+
+    def update(self, gradient: Tensor, learning_rate: float, clip: Tensor | None) -> Iterator[slice]:
+        """See Rule."""
+        step, *moments = self.state.values()
+        step += 1
+        tensors = [tensor.view(-1) for tensor in (self.master, gradient, *moments)]
+        for start in range(0, self.master.numel(), PIECE):
+            part = slice(start, start + PIECE)
+            master, slope, first, second = (tensor[part] for tensor in tensors)
+            if clip is not None:
+                slope.mul_(clip)
+            torch._fused_adamw_(  # pyright: ignore[reportPrivateImportUsage]  torch.optim would need a parameter a piece
+                [master],
+                [slope],
+                [first],
+                [second],
+                [],
+                [step],
+                lr=learning_rate,
+                beta1=self.betas[0],
+                beta2=self.betas[1],
+                weight_decay=self.weight_decay,
+                eps=1e-8,
+                amsgrad=False,
+                maximize=False,
+            )
+            yield part
 
 
-def restore_state(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    """The inverse of `named_state`, on an optimizer that has not stepped yet."""
-    parameters = dict(model.named_parameters())
-    for name, value in tensors.items():
-        parameter_name, key = name.rsplit("|", 1)
-        optimizer.state[parameters[parameter_name]][key] = value
+class Optimizer:
+    """Everything that training keeps of a model: masters, gradients, the state of each weight's rule, the average.
+
+    Building it brings the model's weights to the settings' precision, in place.
+    """
+
+    def __init__(self, model: Decoder, settings: TrainSettings) -> None:
+        self.settings = settings
+        self.weights = trained_weights(model, settings.precision)
+        # A compiled backward pass knows nothing of buffers: ordinary gradients there.
+        in_place = () if settings.compile else written_in_place(model)
+        self.gradients = Gradients(self.weights, in_place)
+        self.rules = {weight.name: _rule(model, weight, settings) for weight in self.weights}
+        self.average = WeightAverage(self.weights, settings.ema_decay) if settings.ema_decay else None
+
+    @torch.no_grad()
+    def step(self, step: int, learning_rate: float, norm: Tensor) -> None:
+        """Move all weights by the collected gradients, whose joint norm is `norm`; `step` counts from 0."""
+        # As torch.nn.utils.clip_grad_norm_ has it; multiplying by 1 would be a pass for nothing.
+        clip = self.settings.clip_norm / (norm + 1e-6)
+        clip = clip if clip < 1 else None
+        for weight in self.weights:
+            gradient = self.gradients.of(weight)
+            if gradient is not None:
+                for part in self.rules[weight.name].update(gradient, learning_rate, clip):
+                    weight.publish(part)
+                    if self.average:
+                        self.average.follow(weight, step, part)
+            elif self.average:
+                self.average.follow(weight, step)
+
+    @contextmanager
+    def averaged_weights(self) -> Iterator[None]:
+        """The model computes with the average of its weights in this block. Raises ConfigError when none is kept."""
+        if self.average is None:
+            raise ConfigError("train.ema_decay=0 keeps no average of the weights; set it, for example to 0.999")
+        with self.average.in_model():
+            yield
+
+    def state(self) -> Iterator[tuple[str, Tensor]]:
+        """Every tensor kept from step to step, as (weight's name + "|" + its name there, tensor itself)."""
+        for weight in self.weights:
+            if weight.is_rounded:
+                yield f"{weight.name}|master", weight.master
+            for key, tensor in self.rules[weight.name].state.items():
+                yield f"{weight.name}|{key}", tensor
+            if self.average:
+                yield f"{weight.name}|ema", self.average.of(weight)
+
+
+def written_in_place(model: Decoder) -> list[torch.nn.Parameter]:
+    """The parameters whose gradient is written straight into a buffer: the experts' and the head's."""
+    roles = {spec.name: spec.role for spec in model.config.tensors()}
+    head = model.head_weight
+    return [parameter for name, parameter in model.named_parameters() if roles[name] == "experts" or parameter is head]
+
+
+def _rule(model: Decoder, weight: Weight, settings: TrainSettings) -> Rule:
+    """Muon for the matrices of layers; AdamW for the rest. Matrices decay; norms, biases and embeddings do not."""
+    is_matrix = weight.master.dim() >= 2 and weight.role != "embedding"
+    weight_decay = settings.weight_decay if is_matrix else 0.0
+    if settings.optimizer == "muon" and is_matrix and weight.role not in ("head", "router"):
+        return Muon(
+            weight.master,
+            matrix_shape=_matrix_shape(weight),
+            momentum=settings.muon_momentum,
+            weight_decay=weight_decay,
+        )
+    return AdamW(weight.master, betas=settings.betas, weight_decay=weight_decay)
+
+
+def _matrix_shape(weight: Weight) -> tuple[int, int]:
+    """The shape of one matrix among those that a tensor holds: experts keep gate and up in one, [E, 2F, D]."""
+    rows, columns = weight.master.shape[-2:]
+    return (rows // 2, columns) if weight.name.endswith(".gate_up") else (rows, columns)
+
+
+def named_state(model: Decoder, optimizer: Optimizer) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor the optimizer keeps, as (parameter name + "|" + its name there, tensor itself, not a copy)."""
+    return optimizer.state()
+
+
+@torch.no_grad()
+def restore_state(model: Decoder, optimizer: Optimizer, tensors: dict[str, Tensor]) -> None:
+    """The inverse of `named_state`, in place; rounded weights are made from their masters again.
+
+    Raises CheckpointError when these are not the tensors that this optimizer keeps.
+    """
+    kept = dict(named_state(model, optimizer))
+    if different := sorted(kept.keys() ^ tensors.keys()):
+        where = "is missing" if different[0] in kept else "is not kept by this recipe"
+        raise CheckpointError(
+            f"the checkpoint's optimizer state does not fit: {different[0]} {where} ({len(different)} such); "
+            "resume with the recipe that wrote it (optimizer, precision, ema_decay)"
+        )
+    for name, tensor in kept.items():
+        if tensor.shape != tensors[name].shape:
+            raise CheckpointError(
+                f"{name} has shape {tuple(tensors[name].shape)} in the checkpoint and {tuple(tensor.shape)} in this "
+                "model; resume with the recipe that wrote it"
+            )
+        tensor.copy_(tensors[name])
+    for weight in optimizer.weights:
+        weight.publish()

@@ -1,23 +1,41 @@
-"""A recipe: everything that decides a run, as frozen data that reads from TOML and writes to JSON."""
+"""A recipe: everything that decides a run, as frozen data that reads from TOML and writes to JSON and TOML."""
 
 import dataclasses
 import json
+import math
 import tomllib
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from moesaic.config import ModelConfig
 from moesaic.errors import ConfigError
 from moesaic.families import family
+from moesaic.train.fields import names_of, refuse_unknown, settle
+
+Points = tuple[tuple[int, float], ...]
+Scheduled = float | Points
+"""A number, or (step, value) points: linear between them, flat before the first and after the last."""
+
+MOST_WARMUP_STEPS = 50  # where the recipe leaves the warm-up open
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainSettings:
     """How to train. Lengths are in tokens and steps; one step sees micro_batches * batch_size sequences.
 
+    warmup_steps: -1 stands for a tenth of the steps, 50 at most.
+    schedule: "cosine", or "wsd" (warm-up, stable, then a decay over the last `decay_fraction` of the steps).
+    optimizer: "adamw", or "muon" (matrices of layers by Muon, everything else by AdamW).
+    precision: "fp32", or "bf16" (weights and activations; masters and moments stay fp32).
+    recompute: "none", or "layers" (activations are computed again in backward, with the routing replayed).
+    ema_decay: of an exponential moving average of the weights, kept beside them; 0 keeps none.
     balance_losses: (name of `routing.balancers.BALANCE_LOSSES`, coefficient) pairs, each averaged over layers.
     selection_bias_rate: how far selection biases move a step, for routers that have one.
+    keep_checkpoints, keep_best: how many of the newest and of the best (by held-out loss) checkpoints stay.
+
+    Raises ConfigError for a value of the wrong type, out of range, or in conflict with another.
     """
 
     steps: int = 1000
@@ -25,31 +43,65 @@ class TrainSettings:
     sequence_length: int = 256
     micro_batches: int = 1
     learning_rate: float = 3e-3
-    warmup_steps: int = 50
+    warmup_steps: int = -1
     final_fraction: float = 0.1
+    schedule: Literal["cosine", "wsd"] = "cosine"
+    decay_fraction: float = 0.2
+    optimizer: Literal["adamw", "muon"] = "adamw"
     weight_decay: float = 0.1
     betas: tuple[float, float] = (0.9, 0.95)
+    muon_momentum: float = 0.95
     clip_norm: float = 1.0
-    balance_losses: tuple[tuple[str, float], ...] = (("switch", 0.01),)
-    selection_bias_rate: float = 0.001
+    precision: Literal["fp32", "bf16"] = "fp32"
+    recompute: Literal["none", "layers"] = "none"
+    compile: bool = False
+    ema_decay: float = 0.0
+    balance_losses: tuple[tuple[str, Scheduled], ...] = (("switch", 0.01),)
+    selection_bias_rate: Scheduled = 0.001
     seed: int = 0
     evaluate_every: int = 100
     evaluate_tokens: int = 8192
     checkpoint_every: int = 200
+    keep_checkpoints: int = 2
+    keep_best: int = 1
+    async_checkpoints: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "sequence_length", "micro_batches", "evaluate_every", "checkpoint_every"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"train.{name}={getattr(self, name)}; use 1 or more")
-        if self.learning_rate <= 0:
-            raise ConfigError(f"train.learning_rate={self.learning_rate}; it must be above 0")
-        for name, coefficient in self.balance_losses:
-            if coefficient < 0:
-                raise ConfigError(f"balance loss {name!r} has coefficient {coefficient}; use 0 or more")
+        settle(self, "train")
+        _check_ranges(self)
+        if self.warmup_steps == -1:
+            object.__setattr__(self, "warmup_steps", min(MOST_WARMUP_STEPS, self.steps // 10))
+        _check_schedule(self)
+        _check_balance(self)
 
     @property
     def tokens_per_step(self) -> int:
         return self.micro_batches * self.batch_size * self.sequence_length
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSettings:
+    """Which text, in what shares.
+
+    weights: "proportional" to tokens, "uniform", or domain -> weight (domains not named get none).
+    epochs: domain -> how many times the whole run passes over it, instead of weights.
+    document_attention: whether a token sees only its own document; otherwise its whole window.
+    """
+
+    weights: Literal["proportional", "uniform"] | dict[str, float] = "proportional"
+    epochs: dict[str, float] | None = None
+    document_attention: bool = True
+
+    def __post_init__(self) -> None:
+        settle(self, "data")
+        if self.epochs is not None and self.weights != "proportional":
+            raise ConfigError(
+                f"data.weights={self.weights!r} and data.epochs={self.epochs!r} both say how much of each domain is "
+                "seen; leave one of them out"
+            )
+        for name, shares in (("weights", self.weights), ("epochs", self.epochs)):
+            if isinstance(shares, dict):
+                _check_shares(name, shares)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,11 +112,20 @@ class Recipe:
     model: dict[str, Any]
     vocab_size: int = 4096
     train: TrainSettings = field(default_factory=TrainSettings)
+    data: DataSettings = field(default_factory=DataSettings)
+
+    def __post_init__(self) -> None:
+        settle(self, "")
+        if self.vocab_size < 1:
+            raise ConfigError(f"vocab_size={self.vocab_size}; use 1 or more")
 
     def model_config(self, vocab_size: int, eos_token_id: int | None) -> ModelConfig:
-        """The description of the model, with the tokenizer's sizes filled in where the recipe leaves them open."""
+        """The description of the model, with the tokenizer's sizes filled in where the recipe leaves them open.
+
+        Raises ConfigError for a model that cannot be, or that cannot be trained by these settings.
+        """
         hf = {"vocab_size": vocab_size, "eos_token_id": eos_token_id, "bos_token_id": None, **self.model}
-        if hf["vocab_size"] < vocab_size:
+        if isinstance(hf["vocab_size"], int) and hf["vocab_size"] < vocab_size:
             raise ConfigError(
                 f"model.vocab_size={hf['vocab_size']} is smaller than the tokenizer's {vocab_size}; "
                 "raise it or leave it out"
@@ -72,61 +133,168 @@ class Recipe:
         hf.setdefault("max_position_embeddings", 4 * self.train.sequence_length)
         if "model_type" not in hf:
             raise ConfigError('a recipe without model.model_type; for example model_type = "qwen3_moe"')
-        return family(hf["model_type"]).from_hf(hf)
+        config = family(hf["model_type"]).from_hf(hf)
+        if self.train.sequence_length > config.context_length:
+            raise ConfigError(
+                f"train.sequence_length={self.train.sequence_length} is more than "
+                f"model.max_position_embeddings={config.context_length}; shorten the one or raise the other"
+            )
+        return config
 
     def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
+        """A JSON-ready tree, which `from_dict` reads."""
+        return json.loads(json.dumps(dataclasses.asdict(self)))
 
     @classmethod
     def from_dict(cls, tree: dict[str, Any]) -> "Recipe":
-        """The inverse of `to_dict`. Raises ConfigError for fields it does not know."""
-        _refuse_unknown("recipe", tree, {"model", "vocab_size", "train"})
-        train = dict(tree.get("train", {}))
-        _refuse_unknown("train", train, {f.name for f in dataclasses.fields(TrainSettings)})
-        for name in ("betas", "balance_losses"):
-            if name in train:
-                train[name] = tuple(tuple(item) if isinstance(item, list) else item for item in train[name])
+        """The inverse of `to_dict`; what is left out takes its default. Raises ConfigError for unknown fields."""
+        refuse_unknown("the recipe", tree, names_of(cls))
         if "model" not in tree:
             raise ConfigError("a recipe without a [model] table; give at least model_type and hidden_size")
-        return cls(**{**tree, "train": TrainSettings(**train)})
+        parts = dict(tree)
+        for name, kind in (("train", TrainSettings), ("data", DataSettings)):
+            table = tree.get(name, {})
+            if not isinstance(table, dict):
+                raise ConfigError(f"{name}={table!r}; it must be a table of settings, [{name}]")
+            refuse_unknown(name, table, names_of(kind))
+            parts[name] = kind(**table)
+        return cls(**parts)
 
     @classmethod
     def from_toml(cls, path: Path, overrides: list[str]) -> "Recipe":
         """Read a TOML file, then apply `table.field=value` overrides (values in TOML or plain words)."""
-        try:
-            tree = tomllib.loads(path.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise ConfigError(f"cannot read the recipe {path}: {error.strerror}") from error
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise ConfigError(f"{path} is not valid TOML: {error}") from error
-        return cls.from_dict(apply_overrides(tree, overrides))
+        return cls.from_dict(apply_overrides(read_toml(path), overrides))
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """A TOML file as a tree. Raises ConfigError when it cannot be read."""
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read the recipe {path}: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not valid TOML: {error}") from error
 
 
 def apply_overrides(tree: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
     """A copy of `tree` with `table.field=value` settings put in."""
-    tree = json.loads(json.dumps(tree))
-    for override in overrides:
-        path, separator, text = override.partition("=")
-        if not separator or not path:
-            raise ConfigError(f"--set {override!r}; write table.field=value, for example train.learning_rate=3e-4")
-        *tables, last = path.strip().split(".")
-        place = tree
-        for table in tables:
-            place = place.setdefault(table, {})
-            if not isinstance(place, dict):
-                raise ConfigError(f"--set {override!r}: {table!r} is a value, not a table")
-        place[last] = _parse_value(text.strip())
+    return with_values(tree, parse_overrides(overrides))
+
+
+def parse_overrides(overrides: Iterable[str]) -> dict[str, Any]:
+    """{"table.field": value} of "table.field=value" settings; of two for one field the last one counts."""
+    return dict(parse_override(override) for override in overrides)
+
+
+def with_values(tree: dict[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of `tree` with {"table.field": value} put in, in order."""
+    for path, value in values.items():
+        tree = with_value(tree, path, value)
     return tree
 
 
-def _parse_value(text: str) -> Any:
+def parse_override(override: str) -> tuple[str, Any]:
+    """("table.field", value) from "table.field=value". Raises ConfigError for anything else."""
+    path, separator, text = override.partition("=")
+    if not separator or not path.strip():
+        raise ConfigError(f"--set {override!r}; write table.field=value, for example train.learning_rate=3e-4")
+    return path.strip(), parse_value(text.strip())
+
+
+def with_value(tree: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
+    """A copy of `tree` in which the field `table.field` is `value`. Raises ConfigError where a value is no table."""
+    name, _, rest = path.partition(".")
+    if not rest:
+        return {**tree, name: value}
+    inner = tree.get(name, {})
+    if not isinstance(inner, dict):
+        raise ConfigError(f"{path!r}: {name!r} is a value, not a table; write table.field=value")
+    return {**tree, name: with_value(inner, rest, value)}
+
+
+def parse_value(text: str) -> Any:
+    """A value as TOML writes it; anything else is plain words."""
     try:
         return tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         return text
 
 
-def _refuse_unknown(what: str, tree: dict[str, Any], known: set[str]) -> None:
-    unknown = sorted(tree.keys() - known)
-    if unknown:
-        raise ConfigError(f"unknown field {unknown[0]!r} in {what}; known: {', '.join(sorted(known))}")
+_AT_LEAST = {
+    "steps": 1,
+    "batch_size": 1,
+    "sequence_length": 1,
+    "micro_batches": 1,
+    "warmup_steps": -1,
+    "weight_decay": 0,
+    "seed": 0,
+    "evaluate_every": 1,
+    "evaluate_tokens": 1,
+    "checkpoint_every": 1,
+    "keep_checkpoints": 1,
+    "keep_best": 0,
+}
+_ABOVE_ZERO = ("learning_rate", "clip_norm")
+_FRACTIONS = ("ema_decay", "muon_momentum")
+
+
+def _check_ranges(settings: TrainSettings) -> None:
+    for name, least in _AT_LEAST.items():
+        if getattr(settings, name) < least:
+            raise ConfigError(f"train.{name}={getattr(settings, name)}; use {least} or more")
+    for name in _ABOVE_ZERO:
+        if getattr(settings, name) <= 0:
+            raise ConfigError(f"train.{name}={getattr(settings, name)}; it must be above 0")
+    for name in _FRACTIONS:
+        if not 0 <= getattr(settings, name) < 1:
+            raise ConfigError(f"train.{name}={getattr(settings, name)}; it must be at least 0 and below 1")
+    if not all(0 <= beta < 1 for beta in settings.betas):
+        raise ConfigError(f"train.betas={list(settings.betas)}; both must be at least 0 and below 1")
+    if not 0 <= settings.final_fraction <= 1:
+        raise ConfigError(f"train.final_fraction={settings.final_fraction}; it must be between 0 and 1")
+    if not 0 < settings.decay_fraction <= 1:
+        raise ConfigError(f"train.decay_fraction={settings.decay_fraction}; it must be above 0 and at most 1")
+
+
+def _check_schedule(settings: TrainSettings) -> None:
+    steps, warmup = settings.steps, settings.warmup_steps
+    if warmup and warmup >= steps:
+        raise ConfigError(f"train.warmup_steps={warmup} leaves nothing of train.steps={steps}; use 0 to {steps - 1}")
+    decay = math.ceil(settings.decay_fraction * steps)
+    if settings.schedule == "wsd" and warmup + decay > steps:
+        raise ConfigError(
+            f"train.warmup_steps={warmup} and the decay over train.decay_fraction={settings.decay_fraction} of "
+            f"train.steps={steps} ({decay} steps) overlap; together they may take {steps} steps"
+        )
+
+
+def _check_balance(settings: TrainSettings) -> None:
+    from moesaic.routing.balancers import BALANCE_LOSSES  # late, for it loads torch
+
+    names = [name for name, _ in settings.balance_losses]
+    for name, coefficient in settings.balance_losses:
+        BALANCE_LOSSES[name]  # raises for an unknown name
+        if names.count(name) > 1:
+            raise ConfigError(f"train.balance_losses names {name!r} twice; give one coefficient, or points over steps")
+        _check_scheduled(f"train.balance_losses: {name!r}", coefficient)
+    _check_scheduled("train.selection_bias_rate", settings.selection_bias_rate)
+
+
+def _check_scheduled(where: str, value: Scheduled) -> None:
+    points = value if isinstance(value, tuple) else ((0, value),)
+    steps = [step for step, _ in points]
+    if not points:
+        raise ConfigError(f"{where} has no points; give a number, or [[step, value], ...]")
+    if steps[0] < 0 or steps != sorted(set(steps)):
+        raise ConfigError(f"{where} has points at steps {steps}; they must be 0 or more and increase")
+    least = min(number for _, number in points)
+    if least < 0:
+        raise ConfigError(f"{where} has the value {least}; use 0 or more")
+
+
+def _check_shares(name: str, shares: Mapping[str, float]) -> None:
+    for domain, share in shares.items():
+        if share < 0:
+            raise ConfigError(f"data.{name}: {domain!r} has {share}; use 0 or more")
+    if not any(shares.values()):
+        raise ConfigError(f"data.{name}={dict(shares)!r} gives no domain anything; give one a number above 0")

@@ -2,42 +2,32 @@
 
 RUN/recipe.json          the recipe and the corpus it was started with
 RUN/metrics.jsonl        one JSON object a line: steps, evaluations
-RUN/checkpoints/step-N/  a model that any Hugging Face tool loads, plus trainer.safetensors and trainer.json
-RUN/model/               the finished model
+RUN/checkpoints/step-N/  a model that any Hugging Face tool loads, and all that training needs to go on (snapshot.py)
+RUN/best.json            which checkpoint has the lowest held-out loss
+RUN/model/               the finished model: the averaged weights where the recipe keeps them (train.ema_decay)
 """
 
 import fcntl
 import json
 import os
+import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple, TextIO
-
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor
+from typing import Any
 
 from moesaic.errors import CheckpointError, RunFolderError
-from moesaic.hub.loading import load
-from moesaic.hub.saving import SavesItself, write_checkpoint, write_json
+from moesaic.hub.saving import SavesItself
 from moesaic.hub.staging import replaced_folder
-from moesaic.models.decoder import Decoder
-from moesaic.train.optimizer import named_state, restore_state
+from moesaic.train.reports import MetricsFile
+from moesaic.train.snapshot import SavedStep, Snapshot
 
-TRAINER_TENSORS = "trainer.safetensors"
-TRAINER_FACTS = "trainer.json"
-KEPT_CHECKPOINTS = 2
+MAY_CHANGE = frozenset({"keep_checkpoints", "keep_best", "async_checkpoints", "checkpoint_every"})
+"""Fields of the recipe that a resumed run may have otherwise: they decide what is kept and not what is computed."""
 
-
-class Restored(NamedTuple):
-    """What a checkpoint brings back; `facts` are those given to `save_checkpoint`, and the step."""
-
-    model: Decoder
-    optimizer: torch.optim.Optimizer
-    facts: dict[str, Any]
+_STEP_FOLDER = re.compile(r"step-(\d+)")
+_LEFT_BEHIND = re.compile(r"\.step-\d+\.(new|old)-[0-9a-f]+")
 
 
 class RunFolder:
@@ -71,71 +61,104 @@ class RunFolder:
     @property
     def checkpoints(self) -> list[tuple[int, Path]]:
         """(step, folder) of every complete checkpoint, oldest first."""
-        found = self.path.glob("checkpoints/step-*")
-        return sorted((int(folder.name.removeprefix("step-")), folder) for folder in found)
+        folders = (self.path / "checkpoints").glob("step-*")
+        found = ((_STEP_FOLDER.fullmatch(folder.name), folder) for folder in folders)
+        return sorted((int(step[1]), folder) for step, folder in found if step)
 
     def write_recipe(self, facts: dict[str, Any]) -> None:
         """Remember what the run is. Raises RunFolderError when the folder holds a run of another recipe."""
         place = self.path / "recipe.json"
         text = json.dumps(facts, indent=2)
-        if not place.exists():
+        before = place.read_text(encoding="utf-8") if place.exists() else None
+        if before is not None:
+            refuse_differences(self.path, _parsed(place, before), facts)
+        if before != text:
             write_beside(place, text)
-        elif json.loads(place.read_text()) != json.loads(text):
-            difference = _difference(json.loads(place.read_text()), json.loads(text))
-            raise RunFolderError(
-                f"{self.path} holds a run of another recipe: {difference}; "
-                "choose another folder with --out, or delete this one"
-            )
 
-    def open_metrics(self, up_to_step: int) -> TextIO:
+    def open_metrics(self, up_to_step: int) -> MetricsFile:
         """metrics.jsonl for appending, without the lines of steps that will be done again."""
-        place = self.path / "metrics.jsonl"
-        lines = place.read_text().splitlines() if place.exists() else []
-        kept = [line for line in lines if _step_of(line) <= up_to_step]
-        write_beside(place, "".join(line + "\n" for line in kept))
-        return place.open("a", buffering=1)
+        return MetricsFile(self.path / "metrics.jsonl", up_to_step)
 
-    def save_checkpoint(
-        self,
-        step: int,
-        model: Decoder,
-        optimizer: torch.optim.Optimizer,
-        facts: dict[str, Any],
-        tokenizer: SavesItself | None,
-    ) -> None:
-        """Write everything that step `step` + 1 needs; complete or not there at all. Older checkpoints are dropped.
+    def newest(self) -> SavedStep | None:
+        """The newest checkpoint, every byte of it verified; None in a new run.
 
-        Raises CheckpointError when the disk says no; earlier checkpoints are untouched.
+        Raises CheckpointError when it is damaged, and says which older one is not. Going on from that one is left to
+        the user: damage that nobody sees comes again.
         """
-        folder = self.path / "checkpoints" / f"step-{step:06d}"
-        with replaced_folder(folder, is_stale=lambda name: True) as new:
-            write_checkpoint(model, new)
-            if tokenizer is not None:
-                tokenizer.save(new)
-            _write_tensors(new / TRAINER_TENSORS, dict(named_state(model, optimizer)))
-            write_json(new / TRAINER_FACTS, {"step": step, **facts})
-        for _, old in self.checkpoints[:-KEPT_CHECKPOINTS]:
-            shutil.rmtree(old)
-
-    def restore(self, optimizer_of: Callable[[Decoder], torch.optim.Optimizer]) -> Restored | None:
-        """The newest checkpoint, or None in a new run.
-
-        `optimizer_of(model)` makes the optimizer whose state is filled.
-        """
-        if not self.checkpoints:
+        saved = [SavedStep(step, folder) for step, folder in self.checkpoints]
+        if not saved:
             return None
-        _, folder = self.checkpoints[-1]
+        damage = saved[-1].damage
+        if damage is None:
+            return saved[-1]
+        intact = next((older for older in reversed(saved[:-1]) if older.damage is None), None)
+        if intact is None:
+            raise CheckpointError(f"{damage} and no older checkpoint is intact; start again in another folder")
+        newer = " and ".join(str(each.folder) for each in saved if each.step > intact.step)
+        raise CheckpointError(f"{damage}; delete {newer} to go on from step {intact.step}, which is intact")
+
+    def write(self, snapshot: Snapshot, tokenizer: SavesItself | None) -> None:
+        """Write a checkpoint: complete, or not there at all. Raises CheckpointError when the disk says no."""
+        step = snapshot.facts["step"]
+        folder = self.path / "checkpoints" / f"step-{step:06d}"
         try:
-            facts = json.loads((folder / TRAINER_FACTS).read_text())
-            tensors = load_file(folder / TRAINER_TENSORS)
-        except (OSError, ValueError, SafetensorError) as error:
-            raise CheckpointError(
-                f"the checkpoint {folder} cannot be read ({error}); delete it to go on from the one before"
-            ) from error
-        model = load(folder)
-        optimizer = optimizer_of(model)
-        restore_state(model, optimizer, tensors)
-        return Restored(model, optimizer, facts)
+            with replaced_folder(folder, is_stale=lambda name: True) as new:
+                snapshot.write(new, tokenizer)
+            _sync_folder(folder.parent)
+        except CheckpointError as error:
+            raise CheckpointError(f"{error}; {self.way_back()}") from error
+
+    def way_back(self) -> str:
+        """Where the run can go on from, in words that end a message."""
+        if not self.checkpoints:
+            return "there is no checkpoint yet to go on from"
+        return f"the checkpoint of step {self.checkpoints[-1][0]} is there to go on from with --resume"
+
+    def drop_old(self, *, keep_last: int, keep_best: int) -> None:
+        """Delete checkpoints that are neither among the newest nor among the best, and say in best.json which is best.
+
+        A step without an evaluation has no score. Raises RunFolderError when the disk says no.
+        """
+        saved = [SavedStep(step, folder) for step, folder in self.checkpoints]
+        scores = {each: score for each in saved if (score := each.score) is not None}
+        ranking = sorted(scores, key=lambda each: (scores[each], each.step))
+        if ranking and keep_best:
+            best = {"step": ranking[0].step, "held_out_bits_per_byte": scores[ranking[0]]}
+            write_beside(self.path / "best.json", json.dumps(best | {"checkpoint": _name(self.path, ranking[0])}))
+        for old in set(saved) - set(saved[-max(1, keep_last) :]) - set(ranking[:keep_best]):
+            _remove(old.folder)
+
+    def sweep(self) -> None:
+        """Delete what a run that was killed while writing a checkpoint left behind."""
+        for path in (self.path / "checkpoints").glob(".step-*"):
+            if _LEFT_BEHIND.fullmatch(path.name):
+                _remove(path)
+
+
+def refuse_differences(run: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
+    """Raises RunFolderError with every field in which two descriptions of a run differ, but for `MAY_CHANGE`."""
+    found = differences(old, json.loads(json.dumps(new)))
+    if found:
+        raise RunFolderError(
+            f"{run} holds a run of another recipe: {', '.join(found)}; "
+            "choose another folder with --out, or delete this one"
+        )
+
+
+def differences(old: Any, new: Any, path: str = "") -> list[str]:
+    """Every field in which two JSON trees differ, in words; the same change in many list items is said once."""
+    if old == new or path.rpartition(".")[2] in MAY_CHANGE:
+        return []
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = sorted(old.keys() | new.keys())
+        parts = [
+            differences(old.get(key, _ABSENT), new.get(key, _ABSENT), f"{path}.{key}" if path else key) for key in keys
+        ]
+    elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        parts = [differences(before, after, f"{path}[*]") for before, after in zip(old, new, strict=True)]
+    else:
+        return [f"{path} was {_shown(old)} and is now {_shown(new)}"]
+    return list(dict.fromkeys(line for part in parts for line in part))
 
 
 def write_beside(place: Path, text: str) -> None:
@@ -151,24 +174,47 @@ def write_beside(place: Path, text: str) -> None:
         ) from error
 
 
-def _write_tensors(place: Path, tensors: dict[str, Tensor]) -> None:
+class _Absent:
+    def __repr__(self) -> str:
+        return "absent"
+
+
+_ABSENT = _Absent()
+
+
+def _parsed(place: Path, text: str) -> dict[str, Any]:
     try:
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, place)
-    except SafetensorError as error:  # which is what a full disk is to that package
-        raise OSError(str(error)) from error
+        return json.loads(text)
+    except ValueError as error:
+        raise RunFolderError(f"{place} is damaged ({error}); choose another folder with --out") from error
 
 
-def _step_of(line: str) -> int:
+def _shown(value: Any) -> str:
+    """A value for a message: long ones only by what they are."""
+    if isinstance(value, list | dict) and len(text := repr(value)) > 60:
+        return f"{text[:50]}... ({len(value)} entries)"
+    return repr(value)
+
+
+def _name(run: Path, saved: SavedStep) -> str:
+    return saved.folder.relative_to(run).as_posix()
+
+
+def _remove(folder: Path) -> None:
+    """Out of sight first, so that a kill in the middle leaves nothing that looks like a checkpoint."""
     try:
-        return json.loads(line).get("step", 0)
-    except ValueError:  # the last line of a run that was killed while writing it
-        return 2**62
+        doomed = folder if folder.name.startswith(".") else folder.with_name(f".{folder.name}.old-0")
+        if doomed != folder:
+            folder.rename(doomed)
+        shutil.rmtree(doomed)
+    except OSError as error:
+        raise RunFolderError(f"cannot delete {folder}: {error.strerror}; delete it yourself") from error
 
 
-def _difference(old: Any, new: Any, path: str = "") -> str:
-    """The first place where two JSON trees differ, in words."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        for key in sorted(old.keys() | new.keys()):
-            if old.get(key) != new.get(key):
-                return _difference(old.get(key), new.get(key), f"{path}.{key}" if path else key)
-    return f"{path} was {old!r} and is now {new!r}"
+def _sync_folder(folder: Path) -> None:
+    """Make a rename in it survive a power cut."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,145 @@
+"""Writes scalars as TensorBoard event files. The format is small and frozen, so no package is needed to write it.
+
+The `tensorboard` package would bring a web server and gRPC to every machine that trains; here only the one that looks
+needs it. A file is a TFRecord: length (uint64), masked CRC-32C of it, data, masked CRC-32C of the data, little-endian;
+the data are `Event` messages (tensorflow/core/util/event.proto), of which these fields are written.
+"""
+
+import os
+import struct
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO, Self
+
+from moesaic.errors import RunFolderError
+from moesaic.telemetry.health import LayerHealth, RouterHealth
+from moesaic.telemetry.load import StepLoad
+
+_VERSION = b"brain.Event:2"
+_SESSION_START = 1
+
+
+def line_scalars(line: Mapping[str, Any]) -> dict[str, float]:
+    """The scalars of a line of metrics.jsonl: its numbers, held-out losses per domain, and the routing's evenness."""
+    scalars = {name: float(value) for name, value in line.items() if name != "step" and isinstance(value, int | float)}
+    for table, values in line.items():
+        if table.endswith("held_out_by_domain"):
+            scalars |= {f"{table}/{domain}": value for domain, value in values.items()}
+    if "load" in line:
+        scalars |= load_scalars(StepLoad.from_json(line["load"]))
+    return scalars
+
+
+def load_scalars(load: StepLoad) -> dict[str, float]:
+    """A step's routing as scalars: evenness over all layers, and of each layer (see `telemetry.health`)."""
+    if not load.layers:
+        return {}
+    health = RouterHealth.of(load)
+    scalars = {
+        "router/max_violation": health.max_violation,
+        "router/load_entropy": health.load_entropy,
+        "router/router_entropy": health.router_entropy,
+    }
+    for layer in health.layers:
+        scalars |= {f"router/layer {layer.layer}/{name}": value for name, value in _layer_scalars(layer)}
+    return scalars
+
+
+def _layer_scalars(layer: LayerHealth) -> Iterator[tuple[str, float]]:
+    yield "max_violation", layer.max_violation
+    yield "load_entropy", layer.load_entropy
+    yield "router_entropy", layer.router_entropy
+    if layer.dead is not None:  # too few rows to tell
+        yield "dead_experts", float(len(layer.dead))
+
+
+class EventFile:
+    """One event file in `folder`, made with the first scalars; `first_step` is the first step it will hold.
+
+    A resumed run starts another file: its start makes TensorBoard forget what older files say of later steps.
+    Raises RunFolderError where it cannot be written.
+    """
+
+    def __init__(self, folder: Path, first_step: int) -> None:
+        self.folder, self.first_step = folder, first_step
+        self._file: BinaryIO | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *failure: object) -> None:
+        if self._file:
+            self._file.close()
+
+    def add(self, step: int, scalars: Mapping[str, float], wall_time_s: float | None = None) -> None:
+        """Write scalars of a step; `wall_time_s` is seconds since the epoch (None: now)."""
+        try:
+            file = self._file or self._open()
+            summary = b"".join(_message(1, _text(1, tag) + _float(2, value)) for tag, value in scalars.items())
+            file.write(_record(_event(step, wall_time_s) + _message(5, summary)))
+        except OSError as error:
+            raise RunFolderError(
+                f"cannot write to {self.folder}: {error.strerror}; free space, or leave out --tensorboard"
+            ) from error
+
+    def _open(self) -> BinaryIO:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        # Readers take the files of a folder in the order of their names.
+        path = self.folder / f"events.out.tfevents.{time.time_ns():020d}.{os.getpid()}"
+        self._file = path.open("xb", buffering=0)
+        self._file.write(_record(_event(0, None) + _message(3, _VERSION)))
+        self._file.write(_record(_event(self.first_step, None) + _message(7, _number(1, _SESSION_START))))
+        return self._file
+
+
+def _event(step: int, wall_time_s: float | None) -> bytes:
+    seconds = time.time() if wall_time_s is None else wall_time_s
+    return b"\x09" + struct.pack("<d", seconds) + _number(2, step)
+
+
+def _record(data: bytes) -> bytes:
+    length = struct.pack("<Q", len(data))
+    return length + _masked_crc(length) + data + _masked_crc(data)
+
+
+def _message(field: int, data: bytes) -> bytes:
+    return _varint(field << 3 | 2) + _varint(len(data)) + data
+
+
+def _text(field: int, text: str) -> bytes:
+    return _message(field, text.encode())
+
+
+def _float(field: int, value: float) -> bytes:
+    return _varint(field << 3 | 5) + struct.pack("<f", value)
+
+
+def _number(field: int, value: int) -> bytes:
+    return _varint(field << 3) + _varint(value)
+
+
+def _varint(value: int) -> bytes:
+    """Protocol Buffers' whole numbers: seven bits a byte, the lowest first, the top bit set on all but the last."""
+    out = bytearray()
+    while value > 0x7F:
+        out.append(value & 0x7F | 0x80)
+        value >>= 7
+    return bytes([*out, value])
+
+
+def _masked_crc(data: bytes) -> bytes:
+    crc = 0xFFFFFFFF
+    for byte in data:
+        crc = _CRC_TABLE[(crc ^ byte) & 0xFF] ^ (crc >> 8)
+    crc ^= 0xFFFFFFFF
+    return struct.pack("<I", ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF)
+
+
+def _crc_entry(byte: int) -> int:
+    for _ in range(8):
+        byte = byte >> 1 ^ (0x82F63B78 if byte & 1 else 0)  # Castagnoli's polynomial, reflected
+    return byte
+
+
+_CRC_TABLE = [_crc_entry(byte) for byte in range(256)]

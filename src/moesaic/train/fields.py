@@ -1,0 +1,113 @@
+"""Checks the fields of a settings class against its annotations, and brings file values (lists) to their types."""
+
+import dataclasses
+import difflib
+import math
+import types
+from collections.abc import Iterable
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from moesaic.errors import ConfigError
+
+_WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", type(None): "nothing"}
+
+
+class _MisfitError(Exception):
+    """A value that its annotation does not allow; never leaves this module."""
+
+
+def settle(settings: Any, table: str) -> None:
+    """Convert every field of a dataclass in place (lists to tuples, whole numbers to floats where a float is asked).
+
+    `table` names it in errors. Raises ConfigError for a value of another type: what was given, what is allowed.
+    """
+    for name, annotation in get_type_hints(type(settings)).items():
+        value = getattr(settings, name)
+        try:
+            object.__setattr__(settings, name, _fit(value, annotation))
+        except _MisfitError:
+            where = f"{table}.{name}" if table else name
+            raise ConfigError(f"{where}={shown(value)}; it must be {describe(annotation)}") from None
+
+
+def refuse_unknown(table: str, tree: dict[str, Any], known: Iterable[str]) -> None:
+    """Raise ConfigError for a field that is not there, with the ones that are."""
+    names = sorted(known)
+    for name in tree:
+        if name not in names:
+            near = difflib.get_close_matches(name, names, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ";"
+            raise ConfigError(f"unknown field {name!r} in {table}{hint} known: {', '.join(names)}")
+
+
+def names_of(settings_class: type) -> list[str]:
+    return [field.name for field in dataclasses.fields(settings_class)]
+
+
+def shown(value: Any, most: int = 80) -> str:
+    """A value as an error quotes it."""
+    text = repr(value)
+    return text if len(text) <= most else f"{text[: most - 3]}..."
+
+
+def describe(annotation: Any) -> str:
+    """What an annotation allows, in words."""
+    origin, inner = get_origin(annotation), get_args(annotation)
+    if origin is Literal:
+        return f"one of {', '.join(map(repr, inner))}"
+    if origin in (Union, types.UnionType):
+        return " or ".join(describe(one) for one in inner if one is not type(None))
+    if origin is tuple:
+        if inner[-1] is Ellipsis:
+            return f"a list of {describe(inner[0])}"
+        return f"[{', '.join(describe(one) for one in inner)}]"
+    if origin is dict:
+        return f"a table of names and {'values' if inner[1] is Any else describe(inner[1])}"
+    if dataclasses.is_dataclass(annotation):
+        return "a table of settings"
+    return _WORDS[annotation]
+
+
+def _fit(value: Any, annotation: Any) -> Any:
+    """`value` as the annotation wants it."""
+    origin, inner = get_origin(annotation), get_args(annotation)
+    if annotation is Any:
+        return value
+    if origin is Literal:
+        return _require(value, isinstance(value, str) and value in inner)
+    if origin in (Union, types.UnionType):
+        return _first_fit(value, inner)
+    if origin is tuple:
+        return _fit_tuple(value, inner)
+    if origin is dict:
+        _require(value, isinstance(value, dict) and all(isinstance(key, str) for key in value))
+        return {key: _fit(item, inner[1]) for key, item in value.items()}
+    if annotation is float:
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        return float(_require(value, is_number and math.isfinite(value)))
+    if annotation is int:
+        return _require(value, isinstance(value, int) and not isinstance(value, bool))
+    return _require(value, isinstance(value, annotation))
+
+
+def _require(value: Any, condition: bool) -> Any:
+    if not condition:
+        raise _MisfitError
+    return value
+
+
+def _first_fit(value: Any, annotations: tuple[Any, ...]) -> Any:
+    for annotation in annotations:
+        try:
+            return _fit(value, annotation)
+        except _MisfitError:
+            continue
+    raise _MisfitError
+
+
+def _fit_tuple(value: Any, inner: tuple[Any, ...]) -> tuple[Any, ...]:
+    _require(value, isinstance(value, list | tuple))
+    if inner[-1] is Ellipsis:
+        return tuple(_fit(item, inner[0]) for item in value)
+    _require(value, len(value) == len(inner))
+    return tuple(_fit(item, annotation) for item, annotation in zip(value, inner, strict=True))
