@@ -21,7 +21,20 @@ WRITING = [
 ]
 OPTIONS = {
     "demo": ["--minutes M", "--out FOLDER", "--seed N", "--corpus FOLDER", "--json"],
-    "train": ["--out FOLDER", "--config FILE", "--set TABLE.FIELD=VALUE", "--resume", "--corpus FOLDER", "--json"],
+    "pack": ["CORPUS", "--out FOLDER", "--tokenizer FOLDER", "--vocab-size N", "--workers N", "--json"],
+    "train": [
+        "--out FOLDER",
+        "--size SIZE",
+        "--config FILE",
+        "--set TABLE.FIELD=VALUE",
+        "--sweep [TABLE.FIELD=V,V]",
+        "--corpus FOLDER",
+        "--resume",
+        "--tensorboard",
+        "--profile [STEPS]",
+        "--print-recipe",
+        "--json",
+    ],
     "generate": ["MODEL", "--prompt TEXT", "--prompt-file FILE", *WRITING],
     "chat": ["[MODEL]", "--prompt TEXT", "--system TEXT", *WRITING],
     "count": ["[MODEL]", "--all", "--context N", "--dtype {fp32,bf16,fp16,fp8,int8,int4}", "--json"],

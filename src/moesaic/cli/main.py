@@ -19,7 +19,8 @@ from moesaic.registry import unknown_name
 
 VERBS = {
     "demo": "train a small MoE and its dense twins on real text, and compare them",
-    "train": "train a model from a recipe",
+    "pack": "turn text into token shards that training maps into memory",
+    "train": "train a model, or a sweep of models, from a recipe",
     "generate": "continue a prompt",
     "chat": "talk to a model",
     "count": "count a model's parameters, bytes and FLOPs without loading it",
@@ -85,7 +86,8 @@ def explain(error: BaseException) -> Failure:
     if isinstance(error, MoesaicError):
         return Failure(f"moesaic: error: {_one_line(error)}", 2)
     if isinstance(error, KeyboardInterrupt):
-        return Failure("moesaic: interrupted", 130)
+        why = _one_line(error)
+        return Failure(f"moesaic: interrupted: {why}" if why else "moesaic: interrupted", 130)
     if isinstance(error, MemoryError):
         return Failure("moesaic: error: out of memory; use --dtype bf16 or a smaller model", 2)
     if isinstance(error, OSError):

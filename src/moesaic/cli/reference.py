@@ -37,14 +37,16 @@ def spelling(action: argparse.Action) -> str:
     value = action.metavar if isinstance(action.metavar, str) else action.dest.upper()
     if action.choices is not None:
         value = "{" + ",".join(str(choice) for choice in action.choices) + "}"
+    if action.nargs in ("?", "*"):  # may be left out
+        value = f"[{value}]"
     if not action.option_strings:
-        return f"[{value}]" if action.nargs == "?" else value
+        return value
     return action.option_strings[-1] if action.nargs == 0 else f"{action.option_strings[-1]} {value}"
 
 
 def _verb_section(verb: str) -> str:
     parser = verb_parser(verb)
-    example = (parser.epilog or "").removeprefix("example:").strip()
+    example = "\n".join(line.removeprefix("example:").strip() for line in (parser.epilog or "").splitlines())
     return "\n\n".join([f"## moesaic {verb}", f"{parser.description}.", f"```\n{example}\n```", _options_table(parser)])
 
 

@@ -1,26 +1,55 @@
-"""`moesaic train`: trains a model from a recipe, with checkpoints to go on from."""
+"""`moesaic train`: trains a model from a recipe, or a sweep of them, with checkpoints to go on from."""
 
 import argparse
-import dataclasses
+from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from moesaic.cli import output
+from moesaic.cli.recipes import Source, print_recipe, show_derived, source_of
 from moesaic.cli.text_source import Text, add_corpus_argument, gather_text
 from moesaic.cli.watch import watch
-from moesaic.errors import RunFolderError
+from moesaic.errors import ConfigError, RunFolderError
 
 if TYPE_CHECKING:
-    from moesaic.train.loop import Trainer
+    from moesaic.train.loop import Listener, Trainer
+    from moesaic.train.profile import Profiled
     from moesaic.train.recipe import Recipe
     from moesaic.train.resume import RunFolder
+    from moesaic.train.size import TextFacts
+    from moesaic.train.sweep import RunResult
+
+MOST_PASSES = 4  # over the text without a word about it
+FINAL_EVALUATIONS = 8  # the last evaluation reads this many times the text of the others, ...
+MOST_FINAL_TOKENS = 65_536  # ... and not more than this of a domain
+
+EXAMPLES = """\
+example: moesaic train --out runs/first  # the tiny size, 2 to 3 minutes
+example: moesaic train --out runs/first --resume  # go on after a stop
+example: moesaic train --size small --print-recipe > small.toml  # a recipe to change and keep
+example: moesaic train --config small.toml --corpus my-texts --out runs/small
+example: moesaic train --out runs/rates --sweep train.learning_rate=1e-3,3e-3 train.seed=0,1"""
+
+
+class Finished(NamedTuple):
+    """A run that is done: its result, and its profile where one was asked for."""
+
+    result: "RunResult"
+    profiled: "Profiled | None"
+
+    def to_json(self) -> dict[str, Any]:
+        profile = {"profile": self.profiled.to_json()} if self.profiled else {}
+        return {**self.result.to_json(), **profile}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.epilog = "example: moesaic train --out runs/first --set train.steps=500 --set model.num_experts=32"
-    parser.add_argument("--out", metavar="FOLDER", type=Path, required=True, help="where the run is written")
+    parser.epilog = EXAMPLES
+    parser.add_argument("--out", metavar="FOLDER", type=Path, help="where the run is written")
     parser.add_argument(
-        "--config", metavar="FILE", type=Path, help="a recipe in TOML: tables model and train (default: the demo's)"
+        "--size", metavar="SIZE", help="derive the recipe from a size: tiny (the default), small, medium or large"
+    )
+    parser.add_argument(
+        "--config", metavar="FILE", type=Path, help="a recipe in TOML: tables model, train and data; sweep too"
     )
     parser.add_argument(
         "--set",
@@ -30,42 +59,132 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         dest="overrides",
         help="change one field of the recipe, for example train.learning_rate=3e-4; may be given again",
     )
-    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in --out")
+    parser.add_argument(
+        "--sweep",
+        metavar="TABLE.FIELD=V,V",
+        nargs="*",
+        help="train every combination of these values, each in a folder of its own below --out; "
+        "with nothing after it: those of the [sweep] table in --config",
+    )
     add_corpus_argument(parser)
+    parser.add_argument(
+        "--resume", action="store_true", help="go on with what --out holds, by the recipe it was started with"
+    )
+    parser.add_argument("--tensorboard", action="store_true", help="write event files for TensorBoard, too")
+    parser.add_argument(
+        "--profile",
+        metavar="STEPS",
+        nargs="?",
+        type=int,
+        const=3,
+        help="profile a few steps (3): a trace for Perfetto, trace.json.gz, and a table of where the time goes",
+    )
+    parser.add_argument("--print-recipe", action="store_true", help="print the recipe as TOML and leave")
     parser.add_argument("--json", action="store_true", help="print the result as one JSON document")
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.out is None and not args.print_recipe:
+        raise ConfigError("train needs --out FOLDER, or --print-recipe; see `moesaic train --help`")
+    if args.profile is not None and args.profile < 1:
+        raise ConfigError(f"--profile {args.profile}; give the number of steps to profile, 1 or more")
+    if args.print_recipe and args.sweep is not None:
+        raise ConfigError("--print-recipe prints one recipe and --sweep has many; leave one of them out")
+    source = source_of(args)
+    if args.print_recipe:
+        print_recipe(source, args.json)
+        return 0
+    if source.axes is not None:
+        from moesaic.cli.sweeping import run_sweep
+
+        return run_sweep(args, source)
+    return _run_one(args, source)
+
+
+def _run_one(args: argparse.Namespace, source: Source) -> int:
     from moesaic.train.resume import RunFolder
 
-    recipe = _recipe(args)
-    recipe.model_config(recipe.vocab_size, None)  # a mistake in it is answered before anything is read or written
+    recipe = source.recipe()  # a mistake in it is answered before anything is read or written
+    corpus = source.corpus_folder(args.corpus)
     with RunFolder.claim(args.out) as folder:
         _check_fresh(folder, args.resume)
-        text = gather_text(args.corpus, recipe.vocab_size, folder.path / "tokenizer")
-        trainer = _trainer(recipe, text, folder)
-        folder.write_recipe({"recipe": recipe.to_dict(), "corpus": text.source})
-        _keep_tokenizer(text, folder)
-        if trainer.resume():
-            output.talk(f"going on from step {trainer.step} of {recipe.train.steps}")
-        with watch("training", recipe.train.steps) as listener:
-            trainer.train(listener)
-        _finish(trainer, folder, text, args.json)
+        text = gather_text(corpus, recipe.vocab_size, folder.path / "tokenizer")
+        recipe = source.recipe(text=text_facts(text))
+        document: dict[str, Any] = {}
+        if source.size is not None and source.tree is None:
+            sized = source.sized(text=text_facts(text))
+            show_derived(sized)
+            document = {"derived": [row._asdict() for row in sized.derived]}
+        finished = train_run(recipe, text, folder, args, corpus)
+    if args.json:
+        output.print_json({**finished.to_json(), **document})
+    else:
+        _show(finished)
     output.next_command(f'moesaic generate {folder.model} --prompt "In the beginning"')
     return 0
 
 
-def _recipe(args: argparse.Namespace) -> "Recipe":
-    from moesaic.train.compare import DEMO_MODEL, demo_settings
-    from moesaic.train.recipe import Recipe, apply_overrides
+def train_run(
+    recipe: "Recipe", text: Text, folder: "RunFolder", args: argparse.Namespace, corpus: Path | None
+) -> Finished:
+    """Train one recipe in its folder, from its newest checkpoint if it has one, and evaluate what came of it."""
+    trainer = _trainer(recipe, text, folder)
+    folder.write_recipe(
+        {
+            "recipe": recipe.to_dict(),
+            "corpus": text.source,
+            "corpus_folder": None if corpus is None else str(corpus),
+        }
+    )
+    _keep_tokenizer(text, folder)
+    if trainer.resume():
+        output.talk(f"going on from step {trainer.step} of {recipe.train.steps}")
+    profiled = _train(trainer, folder, args)
+    return Finished(_finish(trainer, folder, text), profiled)
 
-    if args.config is not None:
-        return Recipe.from_toml(args.config, args.overrides)
-    default = {"model": DEMO_MODEL, "train": dataclasses.asdict(demo_settings(seed=0))}
-    return Recipe.from_dict(apply_overrides(default, args.overrides))
+
+def text_facts(text: Text) -> "TextFacts":
+    from moesaic.train.size import TextFacts
+
+    return TextFacts(text.packed.num_train_tokens, text.tokenizer.vocab_size)
+
+
+def _train(trainer: "Trainer", folder: "RunFolder", args: argparse.Namespace) -> "Profiled | None":
+    from moesaic.train.interrupt import Interrupted
+    from moesaic.train.profile import StepProfiler
+
+    with ExitStack() as stack:
+        listeners = [stack.enter_context(watch("training", trainer.settings.steps))]
+        if args.tensorboard:
+            listeners.append(_board(stack, folder.path / "tensorboard", trainer.step + 1))
+        profiler = None
+        if args.profile is not None:
+            profiler = stack.enter_context(StepProfiler(trainer, folder.path / "trace.json.gz", args.profile))
+        try:
+            trainer.train(*listeners)
+        except Interrupted as stop:
+            raise Interrupted(f"{stop}: moesaic train --out {args.out} --resume") from stop
+    if profiler is None:
+        return None
+    if profiler.found is None:
+        output.talk("no step was left to profile; take another folder with --out")
+    else:
+        _show_profile(profiler.found)
+    return profiler.found
+
+
+def _board(stack: ExitStack, folder: Path, first_step: int) -> "Listener":
+    """A listener that writes what metrics.jsonl gets as TensorBoard's scalars."""
+    from moesaic.telemetry.tensorboard import EventFile, line_scalars
+    from moesaic.train.reports import metrics_line
+
+    events = stack.enter_context(EventFile(folder, first_step))
+    return lambda report, evaluation: events.add(report.step, line_scalars(metrics_line(report, evaluation)))
 
 
 def _check_fresh(folder: "RunFolder", resume: bool) -> None:
+    if (folder.path / "sweep.json").exists():
+        raise RunFolderError(f"{folder.path} holds a sweep; add --sweep and --resume, or choose another folder")
     if folder.checkpoints and not resume:
         step, _ = folder.checkpoints[-1]
         raise RunFolderError(
@@ -88,29 +207,65 @@ def _trainer(recipe: "Recipe", text: Text, folder: "RunFolder") -> "Trainer":
     from moesaic.train.loop import Trainer
 
     config = recipe.model_config(text.tokenizer.vocab_size, text.packed.eos_id)
+    tokens = recipe.train.steps * recipe.train.tokens_per_step
     output.talk(
         f"{config.family}: {output.number(config.total)} parameters, {output.number(config.active_gemm)} active, "
-        f"{recipe.train.steps} steps of {recipe.train.tokens_per_step} tokens"
+        f"{recipe.train.steps} steps of {recipe.train.tokens_per_step} tokens in {recipe.train.precision}"
     )
-    model = Decoder(config).initialize(recipe.train.seed)
-    return Trainer(model, recipe.train, text.packed, run=folder, tokenizer=text.tokenizer)
-
-
-def _finish(trainer: "Trainer", folder: "RunFolder", text: Text, as_json: bool) -> None:
-    from moesaic.hub.saving import save
-
-    save(trainer.model, folder.model, tokenizer=text.tokenizer)
-    loss = trainer.evaluate(max_tokens=65_536).loss
-    if as_json:
-        output.print_json(
-            {
-                "model": str(folder.model),
-                "steps": trainer.step,
-                "bits_per_byte": loss.bits_per_byte,
-                "by_domain": loss.by_domain,
-                "training_seconds": trainer.seconds,
-            }
+    passes = tokens / max(1, text.packed.num_train_tokens)
+    if passes > MOST_PASSES:
+        output.talk(
+            f"that is {passes:.1f} passes over {output.number(text.packed.num_train_tokens)} tokens of text; "
+            f"beyond {MOST_PASSES}, more text helps more than more steps"
         )
-        return
-    rows = [(name, f"{bits:.3f}") for name, bits in loss.by_domain.items()]
-    output.table(("held-out text", "bits per byte"), [*rows, ("all, equal weight", f"{loss.bits_per_byte:.3f}")])
+    model = Decoder(config).initialize(recipe.train.seed)
+    return Trainer(
+        model,
+        recipe.train,
+        text.packed,
+        data=recipe.data,
+        run=folder,
+        tokenizer=text.tokenizer,
+        keep_reports=1,
+        say=output.talk,
+    )
+
+
+def _finish(trainer: "Trainer", folder: "RunFolder", text: Text) -> "RunResult":
+    """Write the finished model and look at it once more, over more text."""
+    from moesaic.hub.saving import save
+    from moesaic.train.sweep import RunResult
+
+    save(trainer.final_model(), folder.model, tokenizer=text.tokenizer)
+    tokens = max(
+        trainer.settings.evaluate_tokens, min(MOST_FINAL_TOKENS, FINAL_EVALUATIONS * trainer.settings.evaluate_tokens)
+    )
+    evaluation = trainer.evaluate(max_tokens=tokens)
+    loss = evaluation.ema_loss or evaluation.loss
+    return RunResult(
+        model=str(folder.model),
+        steps=trainer.step,
+        bits_per_byte=loss.bits_per_byte,
+        by_domain=dict(loss.by_domain),
+        training_seconds=trainer.seconds,
+        total_parameters=trainer.model.config.total,
+        active_parameters=trainer.model.config.active_gemm,
+    )
+
+
+def _show(finished: Finished) -> None:
+    result = finished.result
+    rows = [(name, f"{bits:.3f}") for name, bits in result.by_domain.items()]
+    output.table(("held-out text", "bits per byte"), [*rows, ("all, equal weight", f"{result.bits_per_byte:.3f}")])
+
+
+def _show_profile(profiled: "Profiled") -> None:
+    rows = [
+        (time.phase, f"{time.forward_ms:.2f}", f"{time.backward_ms:.2f}", f"{time.share:.1%}")
+        for time in profiled.times
+    ]
+    last = profiled.first_step + profiled.num_steps - 1
+    title = f"steps {profiled.first_step} to {last}, {profiled.step_ms:.1f} ms each, the profiler's own cost included"
+    columns = ("phase", "forward ms", "backward ms", "of a step")
+    output.talk(output.plain_table(columns, rows, title).rstrip())
+    output.talk(f"trace: {profiled.trace} (open it in Perfetto or chrome://tracing)")
