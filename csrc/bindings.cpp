@@ -195,21 +195,72 @@ void bound_combine_rows_grad(const Array &dy, const Array &out, const Array &wei
     });
 }
 
-void bound_grouped_linear(const Array &x, const Array &weight, const Array &offsets, const Array &y, int64_t max_rows,
-                          int threads) {
+// Checks what every grouped product has: rows of inputs, a stack of matrices, offsets; and describes it.
+Grouped check_grouped(const Array &x, const Array &weight, const Array &offsets, int64_t few_rows, int64_t max_rows) {
     check_rank_2("x_RI", x);
-    const int64_t rows = size(x, 0), inputs = size(x, 1);
-    const Kind kind = kind_of(x);
-    check("weight_EOI", weight, {kind}, {any, any, inputs});
-    const int64_t num_experts = size(weight, 0), outputs = size(weight, 1);
+    const int64_t inputs = size(x, 1);
+    check("weight_EOI", weight, {kind_of(x)}, {any, any, inputs});
+    const int64_t num_experts = size(weight, 0);
     check("offsets", offsets, {Kind::i64}, {num_experts + 1});
-    check("y_RO", y, {kind}, {rows, outputs});
-    check_offsets("offsets", offsets, rows);
+    check_offsets("offsets", offsets, size(x, 0));
+    return {num_experts, inputs, size(weight, 1), data<int64_t>(offsets), few_rows, max_rows};
+}
+
+void bound_grouped_linear(const Array &x, const Array &weight, const Array &offsets, const Array &y, int64_t few_rows,
+                          int64_t max_rows, int threads) {
+    const Grouped grouped = check_grouped(x, weight, offsets, few_rows, max_rows);
+    check("y_RO", y, {kind_of(x)}, {size(x, 0), grouped.outputs});
     nb::gil_scoped_release release;
     for_type(x, [&](auto *type) {
         using T = std::remove_pointer_t<decltype(type)>;
-        chosen().of(type).grouped_linear(data<T>(x), data<T>(weight), data<T>(y),
-                                         {num_experts, inputs, outputs, data<int64_t>(offsets), max_rows}, threads);
+        chosen().of(type).grouped_linear(data<T>(x), data<T>(weight), data<T>(y), grouped, threads);
+    });
+}
+
+void bound_grouped_gated(const Array &x, const Array &weight, const Array &offsets, const Array &gate_up,
+                         const Array &y, int64_t few_rows, int threads) {
+    const Grouped grouped = check_grouped(x, weight, offsets, few_rows, INT64_MAX);
+    if (grouped.outputs % 2) refuse("weight_EGI", "has an odd number of rows; it must hold gate then up, equally many");
+    check("gate_up_RG", gate_up, {kind_of(x)}, {size(x, 0), grouped.outputs});
+    check("y_RF", y, {kind_of(x)}, {size(x, 0), grouped.outputs / 2});
+    nb::gil_scoped_release release;
+    for_type(x, [&](auto *type) {
+        using T = std::remove_pointer_t<decltype(type)>;
+        chosen().of(type).grouped_gated(data<T>(x), data<T>(weight), data<T>(gate_up), data<T>(y), grouped, threads);
+    });
+}
+
+void bound_grouped_linear_input_grad(const Array &dy, const Array &weight, const Array &offsets, const Array &dx,
+                                     int64_t max_rows, int threads) {
+    check_rank_2("dx_RI", dx);
+    const Grouped grouped = check_grouped(dx, weight, offsets, 0, max_rows);
+    check("dy_RO", dy, {kind_of(dx)}, {size(dx, 0), grouped.outputs});
+    nb::gil_scoped_release release;
+    for_type(dx, [&](auto *type) {
+        using T = std::remove_pointer_t<decltype(type)>;
+        chosen().of(type).grouped_linear_input_grad(data<T>(dy), data<T>(weight), data<T>(dx), grouped, threads);
+    });
+}
+
+void bound_grouped_linear_weight_grad(const Array &dy, const Array &x, const Array &offsets, const Array &dw,
+                                      bool accumulate, int64_t max_rows, int threads) {
+    check_rank_2("x_RI", x);
+    const int64_t rows = size(x, 0), inputs = size(x, 1);
+    check("dy_RO", dy, {kind_of(x)}, {rows, any});
+    check("dw_EOI", dw, {Kind::f32, kind_of(x)}, {any, size(dy, 1), inputs});
+    check("offsets", offsets, {Kind::i64}, {size(dw, 0) + 1});
+    check_offsets("offsets", offsets, rows);
+    const bool wide = kind_of(dw) == Kind::f32;
+    if (accumulate && !wide) refuse("dw_EOI", "is bfloat16; sums of several gradients are kept in float32");
+    const Grouped grouped{size(dw, 0), inputs, size(dy, 1), data<int64_t>(offsets), 0, max_rows};
+    nb::gil_scoped_release release;
+    for_type(x, [&](auto *type) {
+        using T = std::remove_pointer_t<decltype(type)>;
+        const auto &kernels = chosen().of(type);
+        if (wide)
+            kernels.grouped_linear_weight_grad_wide(data<T>(dy), data<T>(x), data<float>(dw), accumulate, grouped,
+                                                    threads);
+        else kernels.grouped_linear_weight_grad(data<T>(dy), data<T>(x), data<T>(dw), grouped, threads);
     });
 }
 
@@ -274,7 +325,13 @@ NB_MODULE(_native, m) {
     m.def("combine_rows_grad", &bound_combine_rows_grad, nb::arg("dy_TD"), nb::arg("out_RD"), nb::arg("weights_R"),
           nb::arg("token_ids_R"), nb::arg("d_out_RD"), nb::arg("d_weights_R"), nb::arg("threads"));
     m.def("grouped_linear", &bound_grouped_linear, nb::arg("x_RI"), nb::arg("weight_EOI"), nb::arg("offsets"),
-          nb::arg("y_RO"), nb::arg("max_rows"), nb::arg("threads"));
+          nb::arg("y_RO"), nb::arg("few_rows"), nb::arg("max_rows"), nb::arg("threads"));
+    m.def("grouped_gated", &bound_grouped_gated, nb::arg("x_RI"), nb::arg("weight_EGI"), nb::arg("offsets"),
+          nb::arg("gate_up_RG"), nb::arg("y_RF"), nb::arg("few_rows"), nb::arg("threads"));
+    m.def("grouped_linear_input_grad", &bound_grouped_linear_input_grad, nb::arg("dy_RO"), nb::arg("weight_EOI"),
+          nb::arg("offsets"), nb::arg("dx_RI"), nb::arg("max_rows"), nb::arg("threads"));
+    m.def("grouped_linear_weight_grad", &bound_grouped_linear_weight_grad, nb::arg("dy_RO"), nb::arg("x_RI"),
+          nb::arg("offsets"), nb::arg("dw_EOI"), nb::arg("accumulate"), nb::arg("max_rows"), nb::arg("threads"));
     m.def("silu_mul", &bound_silu_mul, nb::arg("gate_up"), nb::arg("y"), nb::arg("threads"));
     m.def("rms_norm", &bound_rms_norm, nb::arg("x"), nb::arg("weight"), nb::arg("y"), nb::arg("inverse"),
           nb::arg("eps"), nb::arg("threads"));

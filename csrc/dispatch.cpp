@@ -1,7 +1,31 @@
 #include "dispatch.h"
 
+#if defined(MOESAIC_HAS_X86)
+#include <cpuid.h>
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+#endif
+
 namespace moesaic {
 namespace {
+
+#if defined(MOESAIC_HAS_BF16)
+// Whether the processor has the tile unit and the system lends it to this process (Linux asks for it, per process).
+bool has_tiles() {
+#if defined(__linux__)
+    constexpr unsigned bf16_and_tiles = 1u << 22 | 1u << 24;
+    constexpr int request_permission = 0x1023, tile_data = 18;
+    unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+    if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) || (edx & bf16_and_tiles) != bf16_and_tiles) return false;
+    static const bool lent = syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
+    return lent;
+#else
+    return false;
+#endif
+}
+#endif
 
 std::vector<const Kernels *> available() {
     std::vector<const Kernels *> tables = {&portable::kernels};
@@ -14,6 +38,12 @@ std::vector<const Kernels *> available() {
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
         __builtin_cpu_supports("avx512dq"))
         tables.push_back(&avx512::kernels);
+    else return tables;
+#if defined(MOESAIC_HAS_BF16)
+    if (!__builtin_cpu_supports("avx512bf16")) return tables;
+    tables.push_back(&avx512_bf16::kernels);
+    if (has_tiles()) tables.push_back(&amx::kernels);
+#endif
 #endif
     return tables;
 }

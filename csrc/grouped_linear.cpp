@@ -1,97 +1,196 @@
-// Each expert's rows times its own matrix, for FEW rows an expert: decoding reads every weight once, so the time is
-// that of reading memory. Weights stream through registers in blocks of matrix rows against blocks of x rows.
-//
-// One accumulator per (matrix row, x row), filled along I from the left: a result depends neither on the number of
-// threads nor on how many rows share the call.
+// Each expert's rows times its own matrix, and the gradients of that: which products there are, how they are cut into blocks
+// and shared out. One list of blocks holds all experts', so neither a hot expert nor many cold ones leave a thread idle; each
+// block is computed whole by one thread.
 #include "parallel.h"
+#include "product.h"
+#include "silu.h"
 #include "variants.h"
 
 namespace moesaic::MOESAIC_ISA {
 namespace {
 
-// Accumulators plus one vector a row and column must fit the registers.
-constexpr int weight_block = 4;
-constexpr int row_block = Vec::registers >= 32 ? 4 : 2;
-constexpr int64_t strip_bytes = 128 << 10;  // a thread's unit of work: well inside its second-level cache
+constexpr int64_t grain = 1 << 18;          // multiplications below which waking a second thread costs more than it saves
+constexpr int64_t blocks_a_thread = 8;      // so that the last ones to finish are short
+constexpr int64_t turned_rows = 384;       // of an expert to which packing them, not its weights, is the cheaper on tiles
+constexpr int64_t stream_bytes = 4 << 20;   // of gradients from which they go past the caches
+constexpr int64_t least_m = 64, least_n = 96;  // of a block: packing is worth its while
 
-template <int W, int N, class T>
-inline void dot_block(const T *weight, const T *x, T *y, int64_t inputs, int64_t outputs) {
-    Vec total[W][N];
-    for (int w = 0; w < W; ++w)
-        for (int n = 0; n < N; ++n) total[w][n] = set(0.0f);
-    along(
-        inputs,
-        [&](int64_t i) {
-            Vec xs[N];
-            for (int n = 0; n < N; ++n) xs[n] = load(x + n * inputs + i);
-            for (int w = 0; w < W; ++w) {
-                const Vec ws = load(weight + w * inputs + i);
-                for (int n = 0; n < N; ++n) total[w][n] = fma(ws, xs[n], total[w][n]);
-            }
-        },
-        [&](int64_t i, int64_t tail) {
-            for (int w = 0; w < W; ++w)
-                for (int n = 0; n < N; ++n)
-                    total[w][n] = fma(load(weight + w * inputs + i, tail), load(x + n * inputs + i, tail), total[w][n]);
-        });
-    for (int w = 0; w < W; ++w)
-        for (int n = 0; n < N; ++n) put(y + n * outputs + w, sum(total[w][n]));
+#if defined(__AMX_BF16__)
+template <class T>
+constexpr bool on_tiles = sizeof(T) == 2;
+#else
+template <class T>
+constexpr bool on_tiles = false;
+#endif
+
+template <class T, class C>
+inline void multiply(const Product<T, C> &product, const Block &block) {
+#if defined(__AMX_BF16__)
+    if constexpr (on_tiles<T>) multiply_tiles(product, block);
+    else multiply_vectors(product, block);
+#else
+    multiply_vectors(product, block);
+#endif
 }
 
-template <int W, class T>
-inline void rows_block(const T *weight, const T *x, T *y, int64_t rows, int64_t inputs, int64_t outputs) {
-    int64_t row = 0;
-    for (; row + row_block <= rows; row += row_block)
-        dot_block<W, row_block>(weight, x + row * inputs, y + row * outputs, inputs, outputs);
-    x += row * inputs;
-    y += row * outputs;
-    switch (rows - row) {  // fewer than row_block
-        case 3: dot_block<W, 3>(weight, x, y, inputs, outputs); break;
-        case 2: dot_block<W, 2>(weight, x, y, inputs, outputs); break;
-        case 1: dot_block<W, 1>(weight, x, y, inputs, outputs); break;
+struct Item {
+    int64_t expert;
+    Block block;
+};
+
+// Which side is cut first: the one whose cutting repeats less packing.
+enum class Cut { m_first, n_first };
+
+struct Plan {
+    Item *items = nullptr;
+    int64_t count = 0, room = 0;
+    ~Plan() { delete[] items; }
+
+    void add(const Item &item) {
+        if (count == room) {
+            room = room ? 2 * room : 64;
+            Item *more = new Item[room];
+            for (int64_t i = 0; i < count; ++i) more[i] = items[i];
+            delete[] items;
+            items = more;
+        }
+        items[count++] = item;
     }
+
+    // An m x n product in about `pieces` blocks.
+    void cut(int64_t expert, int64_t m, int64_t n, int64_t pieces, Cut cut) {
+        int64_t &first = cut == Cut::m_first ? m_pieces : n_pieces, &second = cut == Cut::m_first ? n_pieces : m_pieces;
+        const int64_t most_m = ceil_div(m, least_m), most_n = ceil_div(n, least_n);
+        first = at_most(pieces, cut == Cut::m_first ? most_m : most_n);
+        second = at_most(ceil_div(pieces, first), cut == Cut::m_first ? most_n : most_m);
+        for (int64_t i = 0; i < m_pieces; ++i)
+            for (int64_t j = 0; j < n_pieces; ++j)
+                add({expert, {bound(m, m_pieces, i), bound(m, m_pieces, i + 1), bound(n, n_pieces, j), bound(n, n_pieces, j + 1)}});
+    }
+
+  private:
+    int64_t m_pieces = 1, n_pieces = 1;
+    // Bounds at multiples of 32, so that only the last block has ragged tiles.
+    static int64_t bound(int64_t size, int64_t pieces, int64_t i) { return at_most(size, even_cut(ceil_div(size, 32), pieces, i) * 32); }
+};
+
+// product_of(expert) for every expert, cut and shared out: compute(item, product).
+template <class ProductOf, class Compute>
+void for_blocks(int64_t num_experts, Cut cut, int threads, const ProductOf &product_of, const Compute &compute) {
+    const auto work_of = [](const auto &p) { return p.parts * p.m * p.n * (p.k > 8 ? p.k : 8); };
+    int64_t total = 0;
+    for (int64_t e = 0; e < num_experts; ++e) total += work_of(product_of(e));
+    const int useful = threads_for(total, grain, threads);
+    const int64_t share = total / (useful * blocks_a_thread) + 1;
+    Plan plan;
+    for (int64_t e = 0; e < num_experts; ++e) {
+        const auto product = product_of(e);
+        const int64_t work = work_of(product);
+        if (work > 0) plan.cut(e, product.m, product.n, useful > 1 ? ceil_div(work, share) : 1, cut);
+    }
+    parallel_for(plan.count, 1, useful,
+                 [&](int64_t i) { compute(plan.items[i], product_of(plan.items[i].expert)); });
+}
+
+// The rows of expert e, or none where the caller keeps them.
+inline int64_t rows_of(const Grouped &g, int64_t e) {
+    const int64_t rows = g.offsets[e + 1] - g.offsets[e];
+    return rows > g.max_rows ? 0 : rows;
 }
 
 template <class T>
-void strip(const T *weight, const T *x, T *y, int64_t rows, int64_t width, int64_t inputs, int64_t outputs) {
-    int64_t o = 0;
-    for (; o + weight_block <= width; o += weight_block)
-        rows_block<weight_block>(weight + o * inputs, x, y + o, rows, inputs, outputs);
-    for (; o < width; ++o) rows_block<1>(weight + o * inputs, x, y + o, rows, inputs, outputs);
+Product<T, T> forward_product(const T *x, const T *weight, T *y, const Grouped &g, int parts, int64_t e) {
+    const int64_t start = g.offsets[e], outputs = g.outputs / parts, half = outputs * g.inputs;
+    return {x + start * g.inputs, g.inputs, 1, weight + e * g.outputs * g.inputs, 1, g.inputs, y + start * g.outputs,
+            g.outputs, 1, rows_of(g, e), outputs, g.inputs, false, false, parts, 0, half, outputs};
 }
 
-int64_t strip_width(int64_t row_bytes, int64_t outputs) {
-    int64_t width = row_bytes > 0 ? strip_bytes / row_bytes / weight_block * weight_block : outputs;
-    if (width < weight_block) width = weight_block;
-    return width < outputs ? width : outputs;
+// The same product with A and B in each other's place: weights are read where they lie, rows of x are packed.
+template <class T>
+Product<T, T> turned(const Product<T, T> &p) {
+    return {p.b, p.b_col, p.b_k, p.a, p.a_k, p.a_row, p.c, p.c_col, p.c_row, p.n, p.m, p.k,
+            p.accumulate, p.stream, p.parts, p.b_part, p.a_part, p.c_part};
+}
+
+// `after(rows and columns of a block)` once they are computed, by the thread that has them in its cache.
+template <class T, class After>
+void forward(const T *x, const T *weight, T *y, const Grouped &g, int parts, int threads, const After &after) {
+    if (g.outputs == 0) return;
+    const auto product_of = [&](int64_t e) { return forward_product(x, weight, y, g, parts, e); };
+    for_blocks(g.num_experts, Cut::n_first, threads, product_of, [&](const Item &item, const Product<T, T> &p) {
+        if (p.m <= g.few_rows) multiply_strips(p, item.block);
+        else if (on_tiles<T> && p.m <= turned_rows) multiply(turned(p), {item.block.n0, item.block.n1, item.block.m0, item.block.m1});
+        else multiply(p, item.block);
+        after(item);
+    });
 }
 
 }  // namespace
 
 template <class T>
-void grouped_linear(const T *x, const T *weight, T *y, const Grouped &grouped, int threads) {
-    const int64_t inputs = grouped.inputs, outputs = grouped.outputs, *offsets = grouped.offsets;
-    if (outputs == 0) return;
-    int64_t *active = new int64_t[grouped.num_experts + 1];
-    int64_t num_active = 0;
-    for (int64_t e = 0; e < grouped.num_experts; ++e) {
-        const int64_t rows = offsets[e + 1] - offsets[e];
-        if (rows > 0 && rows <= grouped.max_rows) active[num_active++] = e;
-    }
-    const int64_t row_bytes = inputs * static_cast<int64_t>(sizeof(T));
-    const int64_t width = strip_width(row_bytes, outputs);
-    const int64_t strips = (outputs + width - 1) / width;
-    const int useful = threads_for(num_active * outputs * row_bytes, 64 << 10, threads);
-    parallel_for(num_active * strips, 1, useful, [=](int64_t item) {
-        const int64_t e = active[item / strips], o = item % strips * width;
-        const int64_t here = outputs - o < width ? outputs - o : width;
-        strip(weight + (e * outputs + o) * inputs, x + offsets[e] * inputs, y + offsets[e] * outputs + o,
-              offsets[e + 1] - offsets[e], here, inputs, outputs);
-    });
-    delete[] active;
+void grouped_linear(const T *x, const T *weight, T *y, const Grouped &g, int threads) {
+    forward(x, weight, y, g, 1, threads, [](const Item &) {});
 }
 
-template void grouped_linear(const float *, const float *, float *, const Grouped &, int);
-template void grouped_linear(const bf16 *, const bf16 *, bf16 *, const Grouped &, int);
+template <class T>
+void grouped_gated(const T *x, const T *weight, T *gate_up, T *y, const Grouped &g, int threads) {
+    const int64_t inner = g.outputs / 2;
+    forward(x, weight, gate_up, g, 2, threads, [=](const Item &item) {
+        const Block &b = item.block;
+        const int64_t start = g.offsets[item.expert];
+        for (int64_t row = start + b.m0; row < start + b.m1; ++row)
+            gated_row(gate_up + row * 2 * inner + b.n0, gate_up + row * 2 * inner + inner + b.n0,
+                      y + row * inner + b.n0, b.n1 - b.n0);
+    });
+}
+
+template <class T>
+void grouped_linear_input_grad(const T *dy, const T *weight, T *dx, const Grouped &g, int threads) {
+    const auto product_of = [&](int64_t e) -> Product<T, T> {
+        const int64_t start = g.offsets[e];
+        return {dy + start * g.outputs, g.outputs, 1, weight + e * g.outputs * g.inputs, g.inputs, 1,
+                dx + start * g.inputs, g.inputs, 1, rows_of(g, e), g.inputs, g.outputs, false, false, 1, 0, 0, 0};
+    };
+    for_blocks(g.num_experts, Cut::n_first, threads, product_of,
+               [](const Item &item, const Product<T, T> &p) { multiply(p, item.block); });
+}
+
+namespace {
+
+template <class T, class C>
+void weight_grad(const T *dy, const T *x, C *dw, bool accumulate, const Grouped &g, int threads) {
+    const int64_t row_bytes = g.inputs * static_cast<int64_t>(sizeof(C));
+    const bool whole_lines = row_bytes % 64 == 0 && reinterpret_cast<uintptr_t>(dw) % 64 == 0;
+    const bool stream = can_stream && !accumulate && whole_lines && g.num_experts * g.outputs * row_bytes > stream_bytes;
+    const auto product_of = [&](int64_t e) -> Product<T, C> {
+        const int64_t start = g.offsets[e], rows = g.offsets[e + 1] - start;
+        const bool skip = rows > g.max_rows || (rows == 0 && accumulate);
+        return {dy + start * g.outputs, 1, g.outputs, x + start * g.inputs, g.inputs, 1,
+                dw + e * g.outputs * g.inputs, g.inputs, 1, skip ? 0 : g.outputs, g.inputs, rows, accumulate, stream, 1, 0, 0, 0};
+    };
+    for_blocks(g.num_experts, Cut::m_first, threads, product_of,
+               [](const Item &item, const Product<T, C> &p) { multiply(p, item.block); });
+}
+
+}  // namespace
+
+template <class T>
+void grouped_linear_weight_grad(const T *dy, const T *x, T *dw, const Grouped &g, int threads) {
+    weight_grad(dy, x, dw, false, g, threads);
+}
+
+template <class T>
+void grouped_linear_weight_grad_wide(const T *dy, const T *x, float *dw, bool accumulate, const Grouped &g, int threads) {
+    weight_grad(dy, x, dw, accumulate, g, threads);
+}
+
+#define MOESAIC_FOR(T)                                                                                             \
+    template void grouped_linear(const T *, const T *, T *, const Grouped &, int);                                 \
+    template void grouped_gated(const T *, const T *, T *, T *, const Grouped &, int);                             \
+    template void grouped_linear_input_grad(const T *, const T *, T *, const Grouped &, int);                      \
+    template void grouped_linear_weight_grad(const T *, const T *, T *, const Grouped &, int);                     \
+    template void grouped_linear_weight_grad_wide(const T *, const T *, float *, bool, const Grouped &, int);
+MOESAIC_FOR(float)
+MOESAIC_FOR(bf16)
 
 }  // namespace moesaic::MOESAIC_ISA

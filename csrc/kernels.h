@@ -14,6 +14,7 @@ struct bf16 {
 struct Grouped {
     int64_t num_experts, inputs, outputs;
     const int64_t *offsets;  // [E+1]
+    int64_t few_rows;        // experts with no more rows read their weights in strips (grouped_linear, grouped_gated)
     int64_t max_rows;        // experts with more rows are left to the caller
 };
 
@@ -32,6 +33,11 @@ struct Typed {
     void (*combine_rows_grad)(const T *dy, const T *out, const float *weights, const int64_t *token_ids, T *d_out,
                               float *d_weights, int64_t rows, int64_t hidden, int threads);
     void (*grouped_linear)(const T *x, const T *weight, T *y, const Grouped &grouped, int threads);
+    void (*grouped_gated)(const T *x, const T *weight, T *gate_up, T *y, const Grouped &grouped, int threads);
+    void (*grouped_linear_input_grad)(const T *dy, const T *weight, T *dx, const Grouped &grouped, int threads);
+    void (*grouped_linear_weight_grad)(const T *dy, const T *x, T *dw, const Grouped &grouped, int threads);
+    void (*grouped_linear_weight_grad_wide)(const T *dy, const T *x, float *dw, bool accumulate, const Grouped &grouped,
+                                            int threads);
 };
 
 struct Kernels {
@@ -54,6 +60,12 @@ namespace avx2 {
 extern const Kernels kernels;
 }
 namespace avx512 {
+extern const Kernels kernels;
+}
+namespace avx512_bf16 {
+extern const Kernels kernels;
+}
+namespace amx {
 extern const Kernels kernels;
 }
 

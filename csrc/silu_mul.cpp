@@ -1,5 +1,6 @@
 // silu(gate) * up and its gradient, in fp32 whatever the rows are kept in (SwiGLU, arXiv:2002.05202, eq. 6).
 #include "parallel.h"
+#include "silu.h"
 #include "variants.h"
 
 namespace moesaic::MOESAIC_ISA {
@@ -7,25 +8,13 @@ namespace {
 
 constexpr int64_t grain = 16384;  // elements below which waking a second thread costs more than it saves
 
-inline Vec sigmoid(Vec x) { return set(1.0f) / (set(1.0f) + exp(set(0.0f) - x)); }
-
 }  // namespace
 
 template <class T>
 void silu_mul(const T *gate_up, T *y, int64_t rows, int64_t inner, int threads) {
     parallel_for(rows, 1, threads_for(rows * inner, grain, threads), [=](int64_t row) {
-        const T *gate = gate_up + row * 2 * inner, *up = gate + inner;
-        T *out = y + row * inner;
-        along(
-            inner,
-            [=](int64_t i) {
-                const Vec g = load(gate + i);
-                store(out + i, g * sigmoid(g) * load(up + i));
-            },
-            [=](int64_t i, int64_t n) {
-                const Vec g = load(gate + i, n);
-                store(out + i, g * sigmoid(g) * load(up + i, n), n);
-            });
+        const T *gate = gate_up + row * 2 * inner;
+        gated_row(gate, gate + inner, y + row * inner, inner);
     });
 }
 

@@ -198,6 +198,18 @@ inline float sum(const Vec &a) {
 
 #endif
 
+// Stores that go past the caches, for outputs that nobody reads soon: `p` must be aligned to 64 bytes, and a call of
+// stream_fence must follow before another thread reads.
+#if defined(__AVX512F__)
+constexpr bool can_stream = true;
+inline void stream(float *p, Vec a) { _mm512_stream_ps(p, a.v); }
+inline void stream_fence() { _mm_sfence(); }
+#else
+constexpr bool can_stream = false;
+inline void stream(float *p, Vec a) { store(p, a); }
+inline void stream_fence() {}
+#endif
+
 #if !defined(__AVX512F__)
 // The first n elements, zeros after them; never reads or writes past the n-th.
 template <class T>

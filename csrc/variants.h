@@ -25,5 +25,14 @@ void combine_rows_grad(const T *dy, const T *out, const float *weights, const in
                        float *d_weights, int64_t rows, int64_t hidden, int threads);
 template <class T>
 void grouped_linear(const T *x, const T *weight, T *y, const Grouped &grouped, int threads);
+template <class T>
+void grouped_gated(const T *x, const T *weight, T *gate_up, T *y, const Grouped &grouped, int threads);
+template <class T>
+void grouped_linear_input_grad(const T *dy, const T *weight, T *dx, const Grouped &grouped, int threads);
+template <class T>
+void grouped_linear_weight_grad(const T *dy, const T *x, T *dw, const Grouped &grouped, int threads);
+template <class T>
+void grouped_linear_weight_grad_wide(const T *dy, const T *x, float *dw, bool accumulate, const Grouped &grouped,
+                                     int threads);
 
 }  // namespace moesaic::MOESAIC_ISA

@@ -38,6 +38,12 @@ def test_gradients_of_the_whole_chain(num_tokens: int) -> None:
     assert torch.autograd.gradcheck(moe, inputs)
 
 
+def test_gradients_of_the_gated_product() -> None:
+    offsets = rows(5)["offsets"]
+    inputs = (leaf(7, 3), leaf(EXPERTS, 10, 3))
+    assert torch.autograd.gradcheck(lambda x, gate_up: ops.grouped_gated(x, gate_up, offsets), inputs)
+
+
 @pytest.mark.parametrize("shape", [(1, 4), (3, 2, 7)])
 def test_gradients_of_the_norm(shape: tuple[int, ...]) -> None:
     assert torch.autograd.gradcheck(lambda x, weight: ops.rms_norm(x, weight, 1e-6), (leaf(*shape), leaf(shape[-1])))
@@ -85,6 +91,11 @@ def samples() -> list[tuple[str, tuple[object, ...]]]:
         ("gather_rows", (leaf(5, 6, dtype=torch.float32), r["token_ids_R"], r["row_ids_R"], r["token_offsets"])),
         ("combine_rows", (out_RD, weights_R, r["row_ids_R"], r["token_offsets"], r["token_ids_R"])),
         ("grouped_linear", (x_RD, leaf(EXPERTS, 5, 3, dtype=torch.float32), r["offsets"])),
+        ("grouped_gated", (x_RD, leaf(EXPERTS, 10, 3, dtype=torch.float32), r["offsets"])),
+        (
+            "add_grouped_linear_weight_grad",
+            (out_RD.detach(), x_RD.detach(), r["offsets"], torch.zeros(EXPERTS, 6, 3), True),
+        ),
         ("silu_mul", (out_RD,)),
         ("rms_norm", (out_RD, leaf(out_RD.shape[1]), 1e-6)),
         ("sort_rows", (torch.tensor([[0, 2], [-1, 1]]), EXPERTS)),

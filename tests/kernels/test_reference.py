@@ -33,6 +33,13 @@ def test_grouped_linear_gives_idle_experts_zero_gradient() -> None:
     assert reference.grouped_linear_weight_grad(y_RO, x_RI, offsets)[1].eq(0).all()
 
 
+def test_weight_gradients_are_added_without_rounding() -> None:
+    dy_RO, x_RI = torch.randn(3, 5).bfloat16(), torch.randn(3, 4).bfloat16()
+    sum_EOI = torch.ones(1, 5, 4)
+    reference.add_grouped_linear_weight_grad(dy_RO, x_RI, torch.tensor([0, 3]), sum_EOI, True)
+    torch.testing.assert_close(sum_EOI[0], 1 + dy_RO.float().T @ x_RI.float())
+
+
 def test_bf16_sums_are_rounded_once() -> None:
     out_RD = torch.tensor([[1.0], [2**-9], [2**-9]], dtype=torch.bfloat16)
     y_TD = reference.combine_rows(out_RD, torch.ones(3), torch.arange(3), torch.tensor([0, 3]))

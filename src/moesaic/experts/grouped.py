@@ -25,7 +25,10 @@ class GroupedExperts(nn.Module):
 
     def forward(self, x_RD: Tensor, expert_offsets: Tensor) -> Tensor:
         """out_RD: each row through its own expert, unweighted."""
-        inner_RF = self.activation(ops.grouped_linear(x_RD, self.gate_up, expert_offsets))
+        if self.activation is ops.silu_mul:
+            inner_RF = ops.grouped_gated(x_RD, self.gate_up, expert_offsets)
+        else:
+            inner_RF = self.activation(ops.grouped_linear(x_RD, self.gate_up, expert_offsets))
         return ops.grouped_linear(inner_RF, self.down, expert_offsets)
 
     def compute(self, x_TD: Tensor, rows: Rows) -> Tensor:

@@ -55,8 +55,18 @@ _choose_isa(os.environ.get("MOESAIC_ISA"))
 
 
 def describe() -> str:
-    """Which instruction set, on how many threads."""
-    return f"{_native.isa()}, {_threads()} thread{'s' if _threads() > 1 else ''}"
+    """Which instruction set, on how many threads, and which experts' products go to torch.mm."""
+    return f"{_native.isa()}, {_threads()} thread{'s' if _threads() > 1 else ''}; experts: {_describe_classes()}"
+
+
+def _describe_classes() -> str:
+    """Who multiplies an expert's rows, by dtype and number of rows: "fp32 native, bf16 native to 64 rows, then ..."."""
+    names = {torch.float32: "fp32", torch.bfloat16: "bf16"}
+    limits = {name: _own_rows(dtype) for dtype, name in names.items()}
+    return ", ".join(
+        f"{name} native" if rows == _NEVER else f"{name} native to {rows} rows, then torch.mm"
+        for name, rows in limits.items()
+    )
 
 
 def _threads() -> int:
@@ -130,28 +140,97 @@ def combine_rows_grad(dy_TD: Tensor, out_RD: Tensor, weights_R: Tensor, token_id
     return d_out_RD, d_weights_R
 
 
-# Rows an expert up to which reading weights in strips beats a library GEMM (benchmarks/native_kernels.py).
+# Rows an expert up to which reading weights in strips beats packing (benchmarks/native_kernels.py --rows).
 _FEW_ROWS = {torch.float32: 16, torch.bfloat16: 4}
+
+# Rows an expert above which torch.mm is the faster, as benchmarks/grouped_gemm.py --classes measured it with
+# oneDNN and MKL held to the same instructions. Not measured on NEON: there torch.mm keeps what it had before.
+_LIBRARY_ROWS = {("portable", torch.float32): 16, ("neon", torch.float32): 16, ("neon", torch.bfloat16): 4}
+_NEVER = 2**62
+
+
+def _own_rows(dtype: torch.dtype) -> int:
+    """Rows an expert up to which its products are computed here; torch.mm takes those with more."""
+    return _LIBRARY_ROWS.get((_native.isa(), dtype), _NEVER)
+
+
+def _left_over(offsets: Tensor, own_rows: int) -> list[tuple[int, int, int]]:
+    """(expert, start, end) of the experts with more rows than that."""
+    if own_rows == _NEVER:
+        return []
+    spans = enumerate(pairwise(offsets.tolist()))
+    return [(expert, start, end) for expert, (start, end) in spans if end - start > own_rows]
 
 
 def grouped_linear(x_RI: Tensor, weight_EOI: Tensor, offsets: Tensor) -> Tensor:
-    """See reference.grouped_linear. Experts with few rows are done here, the others by torch.mm."""
+    """See reference.grouped_linear."""
     if not _takes(x_RI, weight_EOI):
         return reference.grouped_linear(x_RI, weight_EOI, offsets)
-    bounds = offsets.tolist()
-    few = _FEW_ROWS[x_RI.dtype]
-    y_RO = x_RI.new_empty(x_RI.shape[0], weight_EOI.shape[1])
-    if any(0 < end - start <= few for start, end in pairwise(bounds)):
-        inputs = (x_RI.contiguous(), weight_EOI.contiguous(), offsets.contiguous())
-        _native.grouped_linear(*map(_array, inputs), _array(y_RO), few, _threads())
-    for expert, (start, end) in enumerate(pairwise(bounds)):
-        if end - start > few:
-            torch.mm(x_RI[start:end], weight_EOI[expert].T, out=y_RO[start:end])
+    y_RO = torch.empty(x_RI.shape[0], weight_EOI.shape[1], dtype=x_RI.dtype)
+    inputs = (x_RI.contiguous(), weight_EOI.contiguous(), offsets.contiguous())
+    own_rows = _own_rows(x_RI.dtype)
+    _native.grouped_linear(*map(_array, inputs), _array(y_RO), _FEW_ROWS[x_RI.dtype], own_rows, _threads())
+    for expert, start, end in _left_over(offsets, own_rows):
+        torch.mm(x_RI[start:end], weight_EOI[expert].T, out=y_RO[start:end])
     return y_RO
 
 
-grouped_linear_input_grad = reference.grouped_linear_input_grad
-grouped_linear_weight_grad = reference.grouped_linear_weight_grad
+def grouped_gated(x_RI: Tensor, gate_up_EGI: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
+    """See reference.grouped_gated."""
+    if not _takes(x_RI, gate_up_EGI):
+        return reference.grouped_gated(x_RI, gate_up_EGI, offsets)
+    if _left_over(offsets, _own_rows(x_RI.dtype)):
+        gate_up_RG = grouped_linear(x_RI, gate_up_EGI, offsets)
+        return silu_mul(gate_up_RG), gate_up_RG
+    rows, outputs = x_RI.shape[0], gate_up_EGI.shape[1]
+    gate_up_RG = torch.empty(rows, outputs, dtype=x_RI.dtype)
+    y_RF = torch.empty(rows, outputs // 2, dtype=x_RI.dtype)
+    inputs = (x_RI.contiguous(), gate_up_EGI.contiguous(), offsets.contiguous())
+    _native.grouped_gated(*map(_array, inputs), _array(gate_up_RG), _array(y_RF), _FEW_ROWS[x_RI.dtype], _threads())
+    return y_RF, gate_up_RG
+
+
+def grouped_linear_input_grad(dy_RO: Tensor, weight_EOI: Tensor, offsets: Tensor) -> Tensor:
+    """See reference.grouped_linear_input_grad."""
+    if not _takes(dy_RO, weight_EOI):
+        return reference.grouped_linear_input_grad(dy_RO, weight_EOI, offsets)
+    dx_RI = torch.empty(dy_RO.shape[0], weight_EOI.shape[2], dtype=dy_RO.dtype)
+    inputs = (dy_RO.contiguous(), weight_EOI.contiguous(), offsets.contiguous())
+    own_rows = _own_rows(dy_RO.dtype)
+    _native.grouped_linear_input_grad(*map(_array, inputs), _array(dx_RI), own_rows, _threads())
+    for expert, start, end in _left_over(offsets, own_rows):
+        torch.mm(dy_RO[start:end], weight_EOI[expert], out=dx_RI[start:end])
+    return dx_RI
+
+
+def grouped_linear_weight_grad(dy_RO: Tensor, x_RI: Tensor, offsets: Tensor) -> Tensor:
+    """See reference.grouped_linear_weight_grad."""
+    if not _takes(dy_RO, x_RI):
+        return reference.grouped_linear_weight_grad(dy_RO, x_RI, offsets)
+    dw_EOI = torch.empty(offsets.shape[0] - 1, dy_RO.shape[1], x_RI.shape[1], dtype=x_RI.dtype)
+    _weight_grad(dy_RO, x_RI, offsets, dw_EOI, accumulate=False)
+    return dw_EOI
+
+
+def add_grouped_linear_weight_grad(
+    dy_RO: Tensor, x_RI: Tensor, offsets: Tensor, sum_EOI: Tensor, accumulate: bool
+) -> None:
+    """See reference.add_grouped_linear_weight_grad."""
+    if not (_takes(dy_RO, x_RI) and sum_EOI.dtype == torch.float32 and sum_EOI.is_contiguous()):
+        reference.add_grouped_linear_weight_grad(dy_RO, x_RI, offsets, sum_EOI, accumulate)
+        return
+    _weight_grad(dy_RO, x_RI, offsets, sum_EOI, accumulate)
+
+
+def _weight_grad(dy_RO: Tensor, x_RI: Tensor, offsets: Tensor, dw_EOI: Tensor, accumulate: bool) -> None:
+    inputs = (dy_RO.contiguous(), x_RI.contiguous(), offsets.contiguous())
+    own_rows = _own_rows(x_RI.dtype) if dw_EOI.dtype == x_RI.dtype else _NEVER  # torch.mm would round in between
+    _native.grouped_linear_weight_grad(*map(_array, inputs), _array(dw_EOI), accumulate, own_rows, _threads())
+    for expert, start, end in _left_over(offsets, own_rows):
+        if accumulate:
+            dw_EOI[expert].addmm_(dy_RO[start:end].T, x_RI[start:end])
+        else:
+            torch.mm(dy_RO[start:end].T, x_RI[start:end], out=dw_EOI[expert])
 
 
 def silu_mul(gate_up: Tensor) -> Tensor:

@@ -68,10 +68,25 @@ def combine_rows(
 
 
 def grouped_linear(x_RI: Tensor, weight_EOI: Tensor, offsets: Tensor) -> Tensor:
-    """y_RO: each expert's rows times its own matrix, x @ W[e].T. `offsets` is int64 [E+1] on the CPU."""
+    """y_RO: each expert's rows times its own matrix, x @ W[e].T. `offsets` is int64 [E+1] on the CPU.
+
+    A weight with an attribute `grad_buffer` (fp32, of its shape) gets its gradient there, unrounded, and none from
+    autograd: written where `grad_buffer_fresh` is true, which is then set to false, else added to what is there. The
+    same holds for grouped_gated. Compiled graphs do not see the attribute and return the gradient as usual.
+    """
     if _direct(x_RI, weight_EOI):
         return backend.kernels.grouped_linear(x_RI, weight_EOI, offsets)
     return _grouped_linear(x_RI, weight_EOI, offsets)
+
+
+def grouped_gated(x_RI: Tensor, gate_up_EGI: Tensor, offsets: Tensor) -> Tensor:
+    """y_RF: silu_mul(grouped_linear(x, gate_up)), the activation applied while the product is in cache.
+
+    `gate_up_EGI` holds each expert's gate rows, then its up rows, F each (SwiGLU, arXiv:2002.05202, eq. 6).
+    """
+    if _direct(x_RI, gate_up_EGI):
+        return backend.kernels.grouped_gated(x_RI, gate_up_EGI, offsets)[0]
+    return _grouped_gated(x_RI, gate_up_EGI, offsets)[0]
 
 
 def silu_mul(gate_up: Tensor) -> Tensor:
@@ -203,21 +218,79 @@ def _(dy_RO: Tensor, x_RI: Tensor, offsets: Tensor) -> Tensor:
     return dy_RO.new_empty(offsets.shape[0] - 1, dy_RO.shape[1], x_RI.shape[1])
 
 
+@torch.library.custom_op("moesaic::add_grouped_linear_weight_grad", mutates_args=("sum_EOI",))
+def _add_grouped_linear_weight_grad(
+    dy_RO: Tensor, x_RI: Tensor, offsets: Tensor, sum_EOI: Tensor, accumulate: bool
+) -> None:
+    backend.kernels.add_grouped_linear_weight_grad(dy_RO, x_RI, offsets, sum_EOI, accumulate)
+
+
+@_add_grouped_linear_weight_grad.register_fake
+def _(dy_RO: Tensor, x_RI: Tensor, offsets: Tensor, sum_EOI: Tensor, accumulate: bool) -> None:
+    return None
+
+
+def _keep_product(ctx: Any, x_RI: Tensor, weight_EOI: Tensor, offsets: Tensor, *more: Tensor) -> None:
+    ctx.save_for_backward(x_RI, weight_EOI, offsets, *more)
+    # Unpacked, a saved tensor may be another object (torch.utils.checkpoint detaches it) without our attribute.
+    ctx.parameter = weight_EOI if hasattr(weight_EOI, "grad_buffer") else None
+
+
+def _product_grads(
+    ctx: Any, dy_RO: Tensor, x_RI: Tensor, weight_EOI: Tensor, offsets: Tensor
+) -> tuple[Tensor | None, Tensor | None]:
+    """(dx_RI, dw_EOI) of a grouped product, as far as they are wanted; dw goes to the parameter's buffer, if any."""
+    needs_x, needs_weight = ctx.needs_input_grad[:2]
+    direct = _direct(dy_RO, x_RI, weight_EOI)
+    dx_RI = dw_EOI = None
+    if needs_x:
+        input_grad = backend.kernels.grouped_linear_input_grad if direct else _grouped_linear_input_grad
+        dx_RI = input_grad(dy_RO, weight_EOI, offsets)
+    if needs_weight and ctx.parameter is not None:
+        add = backend.kernels.add_grouped_linear_weight_grad if direct else _add_grouped_linear_weight_grad
+        add(dy_RO, x_RI, offsets, ctx.parameter.grad_buffer, not ctx.parameter.grad_buffer_fresh)
+        ctx.parameter.grad_buffer_fresh = False
+    elif needs_weight:
+        weight_grad = backend.kernels.grouped_linear_weight_grad if direct else _grouped_linear_weight_grad
+        dw_EOI = weight_grad(dy_RO, x_RI, offsets)
+    return dx_RI, dw_EOI
+
+
 def _keep_linear(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-    x_RI, weight_EOI, offsets = inputs
-    ctx.save_for_backward(x_RI, weight_EOI, offsets)
+    _keep_product(ctx, *inputs)
 
 
 def _linear_backward(ctx: Any, dy_RO: Tensor) -> tuple[Tensor | None, ...]:
-    x_RI, weight_EOI, offsets = ctx.saved_tensors
-    needs_x, needs_weight, _ = ctx.needs_input_grad
-    dy_RO = dy_RO.contiguous()
-    dx_RI = _grouped_linear_input_grad(dy_RO, weight_EOI, offsets) if needs_x else None
-    dw_EOI = _grouped_linear_weight_grad(dy_RO, x_RI, offsets) if needs_weight else None
-    return dx_RI, dw_EOI, None
+    return *_product_grads(ctx, dy_RO.contiguous(), *ctx.saved_tensors), None
 
 
 torch.library.register_autograd("moesaic::grouped_linear", _linear_backward, setup_context=_keep_linear)
+
+
+@torch.library.custom_op("moesaic::grouped_gated", mutates_args=())
+def _grouped_gated(x_RI: Tensor, gate_up_EGI: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
+    return backend.kernels.grouped_gated(x_RI, gate_up_EGI, offsets)
+
+
+@_grouped_gated.register_fake
+def _(x_RI: Tensor, gate_up_EGI: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
+    rows, outputs = x_RI.shape[0], gate_up_EGI.shape[1]
+    return x_RI.new_empty(rows, outputs // 2), x_RI.new_empty(rows, outputs)
+
+
+def _keep_gated(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
+    _keep_product(ctx, *inputs, output[1])
+    ctx.mark_non_differentiable(output[1])
+
+
+def _gated_backward(ctx: Any, dy_RF: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    *factors, gate_up_RG = ctx.saved_tensors
+    dy_RF = dy_RF.contiguous()
+    silu_grad = backend.kernels.silu_mul_grad if _direct(dy_RF, gate_up_RG) else _silu_mul_grad
+    return *_product_grads(ctx, silu_grad(dy_RF, gate_up_RG), *factors), None
+
+
+torch.library.register_autograd("moesaic::grouped_gated", _gated_backward, setup_context=_keep_gated)
 
 
 @torch.library.custom_op("moesaic::silu_mul", mutates_args=())

@@ -83,6 +83,24 @@ def grouped_linear_weight_grad(dy_RO: Tensor, x_RI: Tensor, offsets: Tensor) -> 
     return dw_EOI
 
 
+def add_grouped_linear_weight_grad(
+    dy_RO: Tensor, x_RI: Tensor, offsets: Tensor, sum_EOI: Tensor, accumulate: bool
+) -> None:
+    """Write dW_EOI into `sum_EOI` (fp32 or wider), or add it to what is there, without rounding it to dy's dtype."""
+    wide = sum_EOI.dtype
+    dw_EOI = grouped_linear_weight_grad(dy_RO.to(wide), x_RI.to(wide), offsets)
+    if accumulate:
+        sum_EOI += dw_EOI
+    else:
+        sum_EOI.copy_(dw_EOI)
+
+
+def grouped_gated(x_RI: Tensor, gate_up_EGI: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
+    """(y_RF, gate_up_RG): silu(gate) * up of each expert's rows times its matrix, and that product, gate then up."""
+    gate_up_RG = grouped_linear(x_RI, gate_up_EGI, offsets)
+    return silu_mul(gate_up_RG), gate_up_RG
+
+
 def silu_mul(gate_up: Tensor) -> Tensor:
     """silu(gate) * up, where the last dimension holds gate then up, F each (SwiGLU, arXiv:2002.05202, eq. 6)."""
     gate, up = _wide(gate_up).chunk(2, dim=-1)

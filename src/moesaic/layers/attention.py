@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from moesaic.config import AttentionConfig, RopeConfig
+from moesaic.kernels.attention import attention
 from moesaic.layers.documents import Segments, positions, segments
 from moesaic.layers.kv_cache import LayerState, Past
 from moesaic.layers.norm import RmsNorm
@@ -131,11 +132,6 @@ class Attention(nn.Module):
             return sight.segments.paste(out, q_BHSA)
         num_slots = past.keys.shape[2]
         masked = sight.needs_mask(self.config.window, num_slots)
-        return torch.nn.functional.scaled_dot_product_attention(
-            q_BHSA,
-            past.keys,
-            past.values,
-            attn_mask=sight.mask(self.config.window, past.first_slot, num_slots) if masked else None,
-            is_causal=not masked and q_BHSA.shape[2] > 1,
-            enable_gqa=self.config.num_heads != self.config.num_key_value_heads,
-        )
+        visible = sight.mask(self.config.window, past.first_slot, num_slots) if masked else None
+        causal = not masked and q_BHSA.shape[2] > 1
+        return attention(q_BHSA, past.keys, past.values, visible=visible, causal=causal)
