@@ -123,6 +123,36 @@ void bound_silu_mul_grad(const Array &dy, const Array &gate_up, const Array &d_g
     });
 }
 
+void bound_cross_entropy(const Array &logits, const Array &targets, const Array &losses, int threads) {
+    check_rank_2("logits", logits);
+    const int64_t rows = size(logits, 0), vocab = size(logits, 1);
+    check("targets", targets, {Kind::i64}, {rows});
+    check("losses", losses, {Kind::f32}, {rows});
+    for (int64_t row = 0; row < rows; ++row)
+        if (data<int64_t>(targets)[row] >= vocab) refuse("targets", "hold an id past " + std::to_string(vocab - 1));
+    nb::gil_scoped_release release;
+    for_type(logits, [&](auto *type) {
+        using T = std::remove_pointer_t<decltype(type)>;
+        chosen().of(type).cross_entropy(data<T>(logits), data<int64_t>(targets), data<float>(losses), rows, vocab,
+                                        threads);
+    });
+}
+
+void bound_rotate(const Array &x, const Array &cos, const Array &sin, const Array &y, float sign, int threads) {
+    check("x_THA", x, floats, {any, any, any});
+    const Heads heads = {size(x, 0), size(x, 1), size(x, 2), size(cos, 0)};
+    if (heads.head_dim % 2) refuse("x_THA", "has an odd head dimension; halves turn with each other");
+    check("cos", cos, {kind_of(x)}, {any, heads.head_dim});
+    check("sin", sin, {kind_of(x)}, {heads.positions, heads.head_dim});
+    check("y_THA", y, {kind_of(x)}, {heads.tokens, heads.num_heads, heads.head_dim});
+    if (heads.tokens > 0 && heads.positions == 0) refuse("cos", "has no positions");
+    nb::gil_scoped_release release;
+    for_type(x, [&](auto *type) {
+        using T = std::remove_pointer_t<decltype(type)>;
+        chosen().of(type).rotate(data<T>(x), data<T>(cos), data<T>(sin), data<T>(y), heads, sign, threads);
+    });
+}
+
 void bound_rms_norm(const Array &x, const Array &weight, const Array &y, const Array &inverse, float eps, int threads) {
     check_rank_2("x", x);
     const int64_t rows = size(x, 0), width = size(x, 1);
@@ -333,6 +363,10 @@ NB_MODULE(_native, m) {
     m.def("grouped_linear_weight_grad", &bound_grouped_linear_weight_grad, nb::arg("dy_RO"), nb::arg("x_RI"),
           nb::arg("offsets"), nb::arg("dw_EOI"), nb::arg("accumulate"), nb::arg("max_rows"), nb::arg("threads"));
     m.def("silu_mul", &bound_silu_mul, nb::arg("gate_up"), nb::arg("y"), nb::arg("threads"));
+    m.def("cross_entropy", &bound_cross_entropy, nb::arg("logits"), nb::arg("targets"), nb::arg("losses"),
+          nb::arg("threads"));
+    m.def("rotate", &bound_rotate, nb::arg("x"), nb::arg("cos"), nb::arg("sin"), nb::arg("y"), nb::arg("sign"),
+          nb::arg("threads"));
     m.def("rms_norm", &bound_rms_norm, nb::arg("x"), nb::arg("weight"), nb::arg("y"), nb::arg("inverse"),
           nb::arg("eps"), nb::arg("threads"));
     m.def("rms_norm_grad", &bound_rms_norm_grad, nb::arg("dy"), nb::arg("x"), nb::arg("weight"), nb::arg("inverse"),

@@ -1,6 +1,6 @@
-// Each expert's rows times its own matrix, and the gradients of that: which products there are, how they are cut into blocks
-// and shared out. One list of blocks holds all experts', so neither a hot expert nor many cold ones leave a thread idle; each
-// block is computed whole by one thread.
+// Each expert's rows times its own matrix, and the gradients of that: which products there are, how they are cut into
+// blocks and shared out. One list of blocks holds all experts', so neither a hot expert nor many cold ones leave a
+// thread idle; each block is computed whole by one thread.
 #include "parallel.h"
 #include "product.h"
 #include "silu.h"
@@ -9,9 +9,11 @@
 namespace moesaic::MOESAIC_ISA {
 namespace {
 
-constexpr int64_t grain = 1 << 18;          // multiplications below which waking a second thread costs more than it saves
+// Multiplications below which waking a second thread costs more than it saves.
+constexpr int64_t grain = 1 << 18;
 constexpr int64_t blocks_a_thread = 8;      // so that the last ones to finish are short
-constexpr int64_t turned_rows = 384;       // of an expert to which packing them, not its weights, is the cheaper on tiles
+// Rows of an expert up to which packing them, not its weights, is the cheaper on tiles.
+constexpr int64_t turned_rows = 384;
 constexpr int64_t stream_bytes = 4 << 20;   // of gradients from which they go past the caches
 constexpr int64_t least_m = 64, least_n = 96;  // of a block: packing is worth its while
 

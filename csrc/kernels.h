@@ -18,8 +18,15 @@ struct Grouped {
     int64_t max_rows;        // experts with more rows are left to the caller
 };
 
+// Tokens in a row, each of num_heads heads; cosines and sines are those of token % positions.
+struct Heads {
+    int64_t tokens, num_heads, head_dim, positions;
+};
+
 template <class T>
 struct Typed {
+    void (*cross_entropy)(T *logits, const int64_t *targets, float *losses, int64_t rows, int64_t vocab, int threads);
+    void (*rotate)(const T *x, const T *cos, const T *sin, T *y, const Heads &heads, float sign, int threads);
     void (*silu_mul)(const T *gate_up, T *y, int64_t rows, int64_t inner, int threads);
     void (*silu_mul_grad)(const T *dy, const T *gate_up, T *d_gate_up, int64_t rows, int64_t inner, int threads);
     void (*rms_norm)(const T *x, const T *weight, T *y, float *inverse, int64_t rows, int64_t size, float eps,

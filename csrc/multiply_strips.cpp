@@ -1,8 +1,8 @@
-// Products for FEW rows of A: decoding reads every weight once, so the time is that of reading memory. Weights (columns of
-// B, which run along k) stream through registers in blocks of them against blocks of A's rows; nothing is packed.
+// Products for few rows of A: decoding reads every weight once, so the time is that of reading memory. Weights (columns
+// of B, which run along k) stream through registers in blocks of them against blocks of A's rows; nothing is packed.
 //
-// One accumulator per (column, row), filled along k from the left: a result depends neither on the number of threads nor on
-// how many rows share the call.
+// One accumulator per (column, row), filled along k from the left: a result depends neither on the number of threads
+// nor on how many rows share the call.
 #include "product.h"
 
 namespace moesaic::MOESAIC_ISA {

@@ -1,7 +1,7 @@
 // bf16 matrix products on the tile unit (AMX): 32 x 32 blocks of C in four tiles, 32 elements of k a step.
 //
-// A tile of A is 16 rows of 32 neighbours in k, read where they lie when rows run along k. A tile of B is 16 pairs of k by
-// 16 columns, a pair side by side, and always packed. Products and sums are fp32; denormal numbers count as zero.
+// A tile of A is 16 rows of 32 neighbours in k, read where they lie when rows run along k. A tile of B is 16 pairs of k
+// by 16 columns, a pair side by side, and always packed. Products and sums are fp32; denormal numbers count as zero.
 #include "product.h"
 
 #if defined(__AMX_BF16__)
@@ -188,7 +188,8 @@ void put_block(const float *sums, C *c, const Product<bf16, C> &p, int64_t rows,
         }
 }
 
-// A panel and some lines more: were panels a multiple of 4096 bytes apart, one row of all would share a few cache lines.
+// A panel and some lines more: were panels a multiple of 4096 bytes apart, one row of all would share a few lines of
+// cache.
 constexpr int64_t bytes_of_panel(int64_t steps) { return (steps > 0 ? steps : 1) * 2 * tile_bytes + 192; }
 
 // One stretch of k against some of B's columns, which it packs.

@@ -24,7 +24,8 @@ constexpr int max_rows = 4, max_vectors = 1;
 constexpr int64_t panel_units = 1024;          // of k in one pass: a panel of them and a few rows of A fit the L2 cache
 constexpr int64_t pack_bytes = 512 << 10;      // B panels packed at once
 constexpr int64_t rows_ahead = 16;             // of B fetched while packing
-constexpr int64_t few_tiles = 2;               // blocks of A's rows up to which packing floats of B costs more than it saves
+// Blocks of A's rows up to which packing floats of B costs more than it saves.
+constexpr int64_t few_tiles = 2;
 constexpr int64_t short_units = 32;            // of k in one pass where B is not packed: reads along its rows stay long
 enum Slot { b_slot, a_slot, sum_slot };
 

@@ -27,8 +27,8 @@ struct Block {
     int64_t m0, m1, n0, n1;
 };
 
-// Computes the block of C (of each part) with one thread. The bits of an element depend on its row of A, its column of B
-// and k alone: not on the block, nor on what else is in it.
+// Computes the block of C (of each part) with one thread. The bits of an element depend on its row of A, its column of
+// B and k alone: not on the block, nor on what else is in it.
 template <class T, class C>
 void multiply_vectors(const Product<T, C> &product, const Block &block);
 

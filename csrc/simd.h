@@ -68,6 +68,7 @@ inline Vec fma(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
 inline Vec clamp(Vec x, float low, float high) {
     return {_mm512_min_ps(set(high).v, _mm512_max_ps(set(low).v, x.v))};
 }
+inline Vec max(Vec a, Vec b) { return {_mm512_max_ps(a.v, b.v)}; }
 inline Vec round(Vec a) { return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
 inline Vec power_of_two(Vec n) {
     const __m512i exponent = _mm512_add_epi32(_mm512_cvtps_epi32(n.v), _mm512_set1_epi32(127));
@@ -108,6 +109,7 @@ inline Vec fma(Vec a, Vec b, Vec c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
 inline Vec clamp(Vec x, float low, float high) {
     return {_mm256_min_ps(set(high).v, _mm256_max_ps(set(low).v, x.v))};
 }
+inline Vec max(Vec a, Vec b) { return {_mm256_max_ps(a.v, b.v)}; }
 inline Vec round(Vec a) { return {_mm256_round_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
 inline Vec power_of_two(Vec n) {
     const __m256i exponent = _mm256_add_epi32(_mm256_cvtps_epi32(n.v), _mm256_set1_epi32(127));
@@ -143,6 +145,7 @@ inline Vec operator*(Vec a, Vec b) { return {vmulq_f32(a.v, b.v)}; }
 inline Vec operator/(Vec a, Vec b) { return {vdivq_f32(a.v, b.v)}; }
 inline Vec fma(Vec a, Vec b, Vec c) { return {vfmaq_f32(c.v, a.v, b.v)}; }
 inline Vec clamp(Vec x, float low, float high) { return {vminq_f32(vmaxq_f32(x.v, set(low).v), set(high).v)}; }
+inline Vec max(Vec a, Vec b) { return {vmaxq_f32(a.v, b.v)}; }
 inline Vec round(Vec a) { return {vrndnq_f32(a.v)}; }
 inline Vec power_of_two(Vec n) {
     return {vreinterpretq_f32_s32(vshlq_n_s32(vaddq_s32(vcvtnq_s32_f32(n.v), vdupq_n_s32(127)), 23))};
@@ -179,6 +182,9 @@ inline Vec fma(const Vec &a, const Vec &b, const Vec &c) {
 }
 inline Vec clamp(const Vec &x, float low, float high) {
     return each([&](int64_t i) { return x.v[i] < low ? low : x.v[i] > high ? high : x.v[i]; });
+}
+inline Vec max(const Vec &a, const Vec &b) {
+    return each([&](int64_t i) { return a.v[i] > b.v[i] ? a.v[i] : b.v[i]; });
 }
 // Adding and taking away 1.5 * 2^23 rounds to the nearest whole number, ties to even, for |x| below 2^22.
 inline Vec round(const Vec &a) { return each([&](int64_t i) { return (a.v[i] + 12582912.0f) - 12582912.0f; }); }

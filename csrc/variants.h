@@ -10,6 +10,10 @@ void silu_mul(const T *gate_up, T *y, int64_t rows, int64_t inner, int threads);
 template <class T>
 void silu_mul_grad(const T *dy, const T *gate_up, T *d_gate_up, int64_t rows, int64_t inner, int threads);
 template <class T>
+void cross_entropy(T *logits, const int64_t *targets, float *losses, int64_t rows, int64_t vocab, int threads);
+template <class T>
+void rotate(const T *x, const T *cos, const T *sin, T *y, const Heads &heads, float sign, int threads);
+template <class T>
 void rms_norm(const T *x, const T *weight, T *y, float *inverse, int64_t rows, int64_t size, float eps, int threads);
 template <class T>
 void rms_norm_input_grad(const T *dy, const T *x, const T *weight, const float *inverse, T *dx, int64_t rows,

@@ -121,6 +121,25 @@ def test_workers_change_nothing_and_come_from_a_script(tmp_path: Path) -> None:
     assert files(tmp_path / "1") == files(tmp_path / "3")
 
 
+def test_a_script_without_its_guard_is_told_so(tmp_path: Path) -> None:
+    """Its workers run it again and meet the lock that it holds: they must not wait for it."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import sys\n"
+        "from moesaic.data import packing\n"
+        "from moesaic.data.corpus import build_corpus\n"
+        "from moesaic.data.tokenizer import Tokenizer\n"
+        "packing._WORKER_BYTES = 1\n"
+        "texts = [f'{i} of {i**3}' for i in range(40)]\n"
+        "corpus = build_corpus('test', {'a': texts})\n"
+        "packing.pack(corpus, Tokenizer.train(texts, 300), sys.argv[1], workers=2)\n"
+    )
+    command = [sys.executable, str(script), str(tmp_path / "p")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 1 and 'put that under `if __name__ == "__main__":`' in done.stderr
+    assert "DataError: a process that tokenizes ended" in done.stderr
+
+
 def test_packed_text_is_kept_and_only_opened_again(corpus: Corpus, tokenizer: Tokenizer, tmp_path: Path) -> None:
     told: list[Packing] = []
     pack(corpus, tokenizer, tmp_path / "p", listen=told.append)

@@ -46,7 +46,7 @@ def test_batches_are_taken_as_they_are_needed(tokenizer: Tokenizer) -> None:
 
 def test_a_worker_that_dies_is_one_line(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(workers, "_encode_in_worker", os._exit)
-    message = r"ended without a word.*with fewer --workers"
+    message = r"a process that tokenizes ended.*with fewer --workers"
     with pytest.raises(DataError, match=message) as caught, encoder(tokenizer, 2) as encode:
         list(encode([(0, 1)]))  # type: ignore[list-item]
     assert "\n" not in str(caught.value)

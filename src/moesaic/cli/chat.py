@@ -24,6 +24,7 @@ class _Chosen(NamedTuple):
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `moesaic chat`."""
     parser.epilog = 'example: moesaic chat --prompt "What is the capital of France?"'
     parser.add_argument(
         "model",
@@ -38,6 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    """Answer one prompt, or talk until the user leaves. Returns the exit code."""
     check_sampling(args)
     if args.json and args.prompt is None:
         raise ConfigError("--json prints one answer; give --prompt TEXT with it")

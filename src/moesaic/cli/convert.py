@@ -20,6 +20,7 @@ class Upcycling(NamedTuple):
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `moesaic convert`."""
     parser.epilog = "example: moesaic convert SmolLM2-135M-Instruct.gguf smollm2 --dtype bf16"
     parser.add_argument("model", metavar="MODEL", help="a checkpoint folder or a .gguf file")
     parser.add_argument("folder", metavar="OUT_FOLDER", help="where the new checkpoint goes")
@@ -36,6 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    """Read a checkpoint and write it as a Hugging Face folder. Returns the exit code."""
     folder = Path(args.folder)
     max_shard_bytes = parse_size(args.max_shard_size)
     upcycling = parse_upcycling(args.upcycle) if args.upcycle else None

@@ -17,6 +17,7 @@ RULES = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `moesaic count`."""
     parser.epilog = "example: moesaic count mixtral-8x7b --context 4096"
     parser.add_argument("model", nargs="?", metavar="MODEL", help="a preset, a folder, a config.json or a .gguf file")
     parser.add_argument("--all", action="store_true", help="every preset, one line each")
@@ -30,6 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    """Print what a model, or every preset, holds and costs. Returns the exit code."""
     if args.all == (args.model is not None):
         raise ConfigError("count takes one MODEL or --all; `moesaic count --all` lists the presets")
     if args.context is not None and args.context < 1:

@@ -35,6 +35,7 @@ PROMPTS = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `moesaic demo`."""
     parser.epilog = "example: moesaic demo --minutes 5 --corpus my-texts"
     parser.add_argument(
         "--minutes", metavar="M", type=float, default=7.0, help="how long it may take, all told (%(default)s)"
@@ -55,6 +56,7 @@ class Schedule(NamedTuple):
 
 
 def run(args: argparse.Namespace) -> int:
+    """Train, compare, save and report, within the minutes given. Returns the exit code."""
     from moesaic.train.resume import RunFolder
 
     started = time.perf_counter()

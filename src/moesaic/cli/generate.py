@@ -18,6 +18,7 @@ from moesaic.errors import ConfigError, GenerationError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `moesaic generate`."""
     parser.epilog = 'example: moesaic generate runs/demo/moe --prompt "In the beginning" --max-new-tokens 50'
     parser.add_argument("model", metavar="MODEL", help="a checkpoint folder or a .gguf file")
     source = parser.add_mutually_exclusive_group()
@@ -29,6 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    """Continue a prompt and say how fast. Returns the exit code."""
     check_sampling(args)
     prompt = _read_prompt(args)
     opened = open_model(args.model, args.dtype)

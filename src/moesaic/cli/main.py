@@ -55,9 +55,11 @@ class Parser(argparse.ArgumentParser):
         )
 
     def print_help(self, file: Any = None) -> None:
+        """Write the help as data: to stdout, whatever `file` says."""
         output.write(self.format_help())
 
     def error(self, message: str) -> NoReturn:
+        """Raise ConfigError where argparse would print and exit."""
         raise ConfigError(f"{message}; see `{self.prog} --help`")
 
 

@@ -16,6 +16,7 @@ VOCAB_SIZE = 16_384
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `moesaic pack`."""
     parser.epilog = "example: moesaic pack my-texts --out my-packed --vocab-size 32768"
     parser.add_argument(
         "corpus",
@@ -38,6 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    """Survey the text, make or load a tokenizer, and pack. Returns the exit code."""
     from moesaic.data.packed import Index
 
     started = time.perf_counter()

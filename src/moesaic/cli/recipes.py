@@ -54,6 +54,7 @@ class Source:
         return None if folder is None else folder.resolve()
 
     def to_json(self) -> dict[str, Any]:
+        """What recipe.json remembers of a sweep's start; the axes stand in sweep.json."""
         return {"size": self.size, "tree": self.tree, "changes": self.changes}
 
 

@@ -35,6 +35,7 @@ class _HowFar(Protocol):
 
 
 def add_corpus_argument(parser: argparse.ArgumentParser) -> None:
+    """Add --corpus, with one meaning for every verb that trains."""
     parser.add_argument(
         "--corpus",
         metavar="FOLDER",

@@ -38,11 +38,13 @@ class Finished(NamedTuple):
     profiled: "Profiled | None"
 
     def to_json(self) -> dict[str, Any]:
+        """What --json prints: the result's fields, and `profile` where one was made."""
         profile = {"profile": self.profiled.to_json()} if self.profiled else {}
         return {**self.result.to_json(), **profile}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `moesaic train`."""
     parser.epilog = EXAMPLES
     parser.add_argument("--out", metavar="FOLDER", type=Path, help="where the run is written")
     parser.add_argument(
@@ -84,6 +86,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    """Print a recipe, train it, or train a sweep of it. Returns the exit code."""
     if args.out is None and not args.print_recipe:
         raise ConfigError("train needs --out FOLDER, or --print-recipe; see `moesaic train --help`")
     if args.profile is not None and args.profile < 1:
@@ -144,6 +147,7 @@ def train_run(
 
 
 def text_facts(text: Text) -> "TextFacts":
+    """What a size needs to know of the text: its training tokens and its vocabulary."""
     from moesaic.train.size import TextFacts
 
     return TextFacts(text.packed.num_train_tokens, text.tokenizer.vocab_size)

@@ -63,10 +63,12 @@ class Domain:
 
     @property
     def train(self) -> "Part":
+        """The documents to train on."""
         return Part(self, TRAIN)
 
     @property
     def held_out(self) -> "Part":
+        """The documents that are held out."""
         return Part(self, HELD_OUT)
 
     def split_documents(self) -> Iterator[tuple[int, str]]:
@@ -104,6 +106,7 @@ class Part:
 
     @property
     def digests(self) -> bytes:
+        """The sha256 of each document, one after another."""
         return np.frombuffer(self._domain.digests, dtype=f"V{_DIGEST_BYTES}")[self._chosen].tobytes()
 
 
@@ -120,6 +123,7 @@ class Corpus:
 
     @property
     def names(self) -> tuple[str, ...]:
+        """The domains' names, sorted."""
         return tuple(domain.name for domain in self.domains)
 
     @property

@@ -42,9 +42,8 @@ def _windows(
     wanted = num_windows if max_tokens is None else min(num_windows, max(1, max_tokens // sequence_length))
     chosen = np.arange(wanted) * num_windows // max(1, wanted)
     starts = document_starts(domain.held_out, domain.held_out_starts, packed.eos_id)
-    starts = starts[
-        starts < num_targets
-    ]  # the eos that closes the text is no input: padding belongs to what it follows
+    # The eos that closes the text is no input: padding belongs to what it follows.
+    starts = starts[starts < num_targets]
     for first in range(0, wanted, batch_size):
         first_B = chosen[first : first + batch_size] * sequence_length
         places_BS = first_B[:, None] + np.arange(sequence_length)

@@ -69,6 +69,7 @@ class Batches:
 
     @property
     def tokens_per_batch(self) -> int:
+        """Targets of a batch."""
         return self.batch_size * self.sequence_length
 
     @property

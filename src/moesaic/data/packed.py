@@ -50,10 +50,12 @@ class PartIndex:
 
     @property
     def tokens(self) -> int:
+        """Token ids in all shards, the eos tokens included."""
         return sum(shard.tokens for shard in self.shards)
 
     @property
     def documents(self) -> int:
+        """Documents in all shards."""
         return sum(shard.documents for shard in self.shards)
 
 
@@ -73,6 +75,7 @@ class Index:
         return sum(part.num_bytes for parts in self.domains.values() for part in parts.values())
 
     def to_json(self) -> str:
+        """The text of index.json, with a checksum of itself; `read` is the inverse."""
         tree = {"format": FORMAT, **asdict(self)}
         return json.dumps({**tree, "checksum": _checksum(tree)}, indent=1)
 
@@ -141,16 +144,18 @@ class Packed:
 
     @property
     def names(self) -> tuple[str, ...]:
+        """The domains' names, in the order that `domain_ids_B` counts."""
         return tuple(domain.name for domain in self.domains)
 
     @cached_property
     def num_train_tokens(self) -> int:
+        """Training tokens of all domains."""
         return sum(len(domain.train) for domain in self.domains)
 
 
 def is_packed(folder: Path) -> bool:
-    """Whether a folder holds packed text rather than text."""
-    return (folder / INDEX).is_file()
+    """Whether a folder holds packed text rather than text, beside which an index.json of another kind may lie."""
+    return (folder / INDEX).is_file() and (folder / TOKENIZER).is_dir()
 
 
 def open_packed(folder: str | Path) -> Packed:

@@ -18,7 +18,7 @@ from moesaic.data.packed import INDEX, TOKENIZER, Index, Packed, PartIndex, is_p
 from moesaic.data.pieces import ids_dtype
 from moesaic.data.shard_writer import JOURNAL, LOCK, Job, Key, ShardWriter
 from moesaic.data.tokenizer import Tokenizer
-from moesaic.data.workers import encoder
+from moesaic.data.workers import encoder, refuse_unguarded_main
 from moesaic.errors import DataError, RunFolderError
 
 SHARD_TOKENS = 1 << 26  # 128 MB of two-byte ids: a file one can copy, and few enough of them
@@ -64,6 +64,7 @@ def pack(
     _ = tokenizer.byte_lengths  # a vocabulary that cannot be measured is refused before the work, not after it
     digest = packed_digest(corpus.digest, tokenizer.digest)
     if not _is_there(folder, digest):
+        refuse_unguarded_main()  # before the lock, which the parent holds
         with _writing(folder), _workplace(folder) as work:
             if _is_there(folder, digest):  # the process that was waited for has made it
                 shutil.rmtree(work, ignore_errors=True)

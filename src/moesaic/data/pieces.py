@@ -34,6 +34,7 @@ class Encoder:
         self._by_pieces = can_be_cut(tokenizer)
 
     def encode(self, texts: Sequence[str]) -> Encoded:
+        """The ids of each document, an eos before it, all in one array."""
         documents = self._join(texts) if self._by_pieces else self._ids(texts)
         ids = np.frombuffer(b"".join(self._eos + document for document in documents), dtype=self._dtype)
         lengths = [len(document) // self._dtype.itemsize + 1 for document in documents]

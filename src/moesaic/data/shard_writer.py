@@ -52,10 +52,13 @@ class Job:
             self.complete.add(key)
 
     def _read_journal(self, header: dict) -> bool:
-        """Whether there is one of the same job. A last line that was cut short does not count."""
+        """Whether there is a whole one of the same job. A last line that was cut short does not count."""
         place = self.work / JOURNAL
         whole = place.read_bytes().rpartition(b"\n")[0] if place.exists() else b""
-        lines = [json.loads(line) for line in whole.splitlines()]
+        try:
+            lines = [json.loads(line) for line in whole.splitlines()]
+        except ValueError:  # damaged: what it lists cannot be trusted
+            return False
         if not lines or lines[0] != header:
             return False
         os.truncate(place, len(whole) + 1)
@@ -102,6 +105,7 @@ class ShardWriter:
         self._path, self._tokens, self._documents = "", 0, 0
 
     def add(self, encoded: Encoded) -> None:
+        """Append documents, to a new shard where the one before is full."""
         begins = np.cumsum(encoded.lengths) - encoded.lengths
         first = 0
         while first < len(begins):
@@ -118,12 +122,14 @@ class ShardWriter:
             first += count
 
     def finish(self) -> None:
+        """Write the eos that closes the part, and close its last shard."""
         assert self._files, "the split puts documents into both parts of every domain"
         self._files[0].write(self._eos)
         self._tokens += 1
         self._close(is_last=True)
 
     def abandon(self) -> None:
+        """Close the files of an unfinished shard, which the next attempt writes anew."""
         for file in self._files or ():
             file.abandon()
 

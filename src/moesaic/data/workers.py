@@ -51,11 +51,20 @@ def encoder(tokenizer: Tokenizer, workers: int) -> Iterator[Encode]:
         yield lambda batches: _in_order(pool, batches, workers * _AHEAD)
     except BrokenProcessPool as error:
         raise DataError(
-            "a process that tokenizes ended without a word, as happens when memory runs out; run it again to go on, "
-            "with fewer --workers"
+            "a process that tokenizes ended; unless it said why above, memory may have run out: run it again to go "
+            "on, with fewer --workers"
         ) from error
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def refuse_unguarded_main() -> None:
+    """Raises DataError in a worker that is about to run its whole program again: it would wait for its parent."""
+    if getattr(multiprocessing.current_process(), "_inheriting", False):  # as multiprocessing itself looks for this
+        raise DataError(
+            "worker processes read the program that starts them, and this one packs text while it is read; put that "
+            "under `if __name__ == \"__main__\":`, or use workers=1"
+        )
 
 
 def _in_order(

@@ -23,6 +23,7 @@ class HeldOutLoss:
 
     @property
     def bits_per_byte(self) -> float:
+        """The mean over domains."""
         return sum(self.by_domain.values()) / len(self.by_domain)
 
 

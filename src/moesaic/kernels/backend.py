@@ -52,7 +52,7 @@ def choose(wanted: str | None) -> Choice:
 
 
 def describe() -> str:
-    """What serves the operations, in a few words: "native (avx512, 2 threads)"."""
+    """What serves the operations: "native (amx, 2 threads; experts: fp32 native, bf16 native)"."""
     detail = _choice.kernels.describe() if _choice.name == "native" else _choice.reason
     return f"{_choice.name} ({detail})"
 

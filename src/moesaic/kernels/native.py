@@ -253,6 +253,26 @@ def silu_mul_grad(dy: Tensor, gate_up: Tensor) -> Tensor:
     return d_rows.view(gate_up.shape)
 
 
+def cross_entropy_(logits_NV: Tensor, targets_N: Tensor) -> Tensor:
+    """See reference.cross_entropy_."""
+    if not _takes(logits_NV) or not logits_NV.is_contiguous():
+        return reference.cross_entropy_(logits_NV, targets_N)
+    losses_N = torch.empty(len(targets_N), dtype=torch.float32)
+    _native.cross_entropy(_array(logits_NV), _array(targets_N.contiguous()), _array(losses_N), _threads())
+    return losses_N
+
+
+def rotate(x_BSHA: Tensor, cos: Tensor, sin: Tensor, sign: float = 1.0) -> Tensor:
+    """See reference.rotate."""
+    if not (_takes(x_BSHA, cos) and _takes(x_BSHA, sin)):
+        return reference.rotate(x_BSHA, cos, sin, sign)
+    y_BSHA = torch.empty(x_BSHA.shape, dtype=x_BSHA.dtype)
+    heads, turns = (x_BSHA.contiguous(), y_BSHA), (cos.contiguous(), sin.contiguous())
+    x, y = (_array(tensor.view(-1, *x_BSHA.shape[2:])) for tensor in heads)
+    _native.rotate(x, *(_array(tensor.view(-1, tensor.shape[-1])) for tensor in turns), y, sign, _threads())
+    return y_BSHA
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """See reference.rms_norm."""
     if not _takes(x, weight):

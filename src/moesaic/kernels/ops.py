@@ -94,6 +94,19 @@ def silu_mul(gate_up: Tensor) -> Tensor:
     return backend.kernels.silu_mul(gate_up) if _direct(gate_up) else _silu_mul(gate_up)
 
 
+def cross_entropy_(logits_NV: Tensor, targets_N: Tensor) -> Tensor:
+    """losses_N, in at least fp32; the logits become the gradient of their sum. A negative target does not count.
+
+    Has no gradient: it is the gradient. For use inside an autograd function.
+    """
+    return backend.kernels.cross_entropy_(logits_NV, targets_N)
+
+
+def rotate(x_BSHA: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """(x1 cos - x2 sin, x2 cos + x1 sin) of each head's halves x1, x2; cos and sin are [B or 1, S, 1, A]."""
+    return backend.kernels.rotate(x_BSHA, cos, sin) if _direct(x_BSHA) else _rotate(x_BSHA, cos, sin, 1.0)
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * weight over the last dimension, in fp32 (arXiv:1910.07467, eq. 4)."""
     if _direct(x, weight):
@@ -281,6 +294,7 @@ def _(x_RI: Tensor, gate_up_EGI: Tensor, offsets: Tensor) -> tuple[Tensor, Tenso
 def _keep_gated(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
     _keep_product(ctx, *inputs, output[1])
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)  # or zeros for output[1] would be made, as large as it is
 
 
 def _gated_backward(ctx: Any, dy_RF: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
@@ -324,6 +338,29 @@ def _silu_mul_backward(ctx: Any, dy: Tensor) -> Tensor:
 torch.library.register_autograd("moesaic::silu_mul", _silu_mul_backward, setup_context=_keep_silu_mul)
 
 
+@torch.library.custom_op("moesaic::rotate", mutates_args=())
+def _rotate(x_BSHA: Tensor, cos: Tensor, sin: Tensor, sign: float) -> Tensor:
+    return backend.kernels.rotate(x_BSHA, cos, sin, sign)
+
+
+@_rotate.register_fake
+def _(x_BSHA: Tensor, cos: Tensor, sin: Tensor, sign: float) -> Tensor:
+    return x_BSHA.new_empty(x_BSHA.shape)
+
+
+def _keep_rotation(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, float], output: Tensor) -> None:
+    _, cos, sin, ctx.sign = inputs
+    ctx.save_for_backward(cos, sin)
+
+
+def _rotate_backward(ctx: Any, dy_BSHA: Tensor) -> tuple[Tensor | None, ...]:
+    """The gradient of a rotation is the rotation back."""
+    return _rotate(dy_BSHA, *ctx.saved_tensors, -ctx.sign), None, None, None
+
+
+torch.library.register_autograd("moesaic::rotate", _rotate_backward, setup_context=_keep_rotation)
+
+
 @torch.library.custom_op("moesaic::rms_norm", mutates_args=())
 def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     return backend.kernels.rms_norm(x, weight, eps)
@@ -347,6 +384,7 @@ def _(dy: Tensor, x: Tensor, weight: Tensor, inverse: Tensor) -> tuple[Tensor, T
 def _keep_rms_norm(ctx: Any, inputs: tuple[Tensor, Tensor, float], output: tuple[Tensor, Tensor]) -> None:
     ctx.save_for_backward(inputs[0], inputs[1], output[1])
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
 
 
 def _rms_norm_backward(ctx: Any, dy: Tensor, _: Tensor) -> tuple[Tensor, Tensor, None]:

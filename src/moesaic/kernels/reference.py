@@ -119,6 +119,33 @@ def _wide(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
+def cross_entropy_(logits_NV: Tensor, targets_N: Tensor) -> Tensor:
+    """losses_N, -log softmax at the target, in at least fp32; the logits become the gradient of their sum.
+
+    A negative target does not count: its loss and its row become 0.
+    """
+    ignored_N1 = (targets_N < 0)[:, None]
+    targets_N1 = targets_N[:, None].clamp(min=0)
+    log_p_NV = torch.log_softmax(_wide(logits_NV), -1)
+    log_p_N1 = log_p_NV.gather(1, targets_N1)
+    # p - 1 without cancellation where p is near 1
+    slope_NV = log_p_NV.exp_().scatter_(1, targets_N1, log_p_N1.expm1())
+    logits_NV.copy_(slope_NV.masked_fill_(ignored_N1, 0.0))
+    return -log_p_N1.masked_fill(ignored_N1, 0.0)[:, 0]
+
+
+def rotate(x_BSHA: Tensor, cos: Tensor, sin: Tensor, sign: float = 1.0) -> Tensor:
+    """(x1 cos - x2 sin, x2 cos + x1 sin) of each head's halves x1, x2; cos and sin are [B or 1, S, 1, A].
+
+    sign: -1 turns back. Products of bf16 heads are taken in fp32 and rounded once.
+    """
+    half = x_BSHA.shape[-1] // 2
+    wide, cos, sin = _wide(x_BSHA), _wide(cos), _wide(sin)[..., :half] * sign
+    first, second = wide[..., :half], wide[..., half:]
+    turned = torch.cat([first * cos[..., :half] - second * sin, second * cos[..., half:] + first * sin], dim=-1)
+    return turned.to(x_BSHA.dtype)
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """(y, inverse): x / sqrt(mean(x^2) + eps) * weight over the last dimension (arXiv:1910.07467, eq. 4).
 

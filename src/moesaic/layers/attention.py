@@ -58,6 +58,7 @@ class Sight:
         return [Sight(torch.arange(length, device=self.positions_BS.device)[None]) for _, length in shapes]
 
     def rotation(self, rope: RopeConfig, head_dim: int, dtype: torch.dtype) -> Rotation:
+        """The rotation of these positions, computed once for all layers that share it."""
         key = (rope, head_dim, dtype)
         if key not in self._rotations:
             self._rotations[key] = rotation(rope, head_dim, self.positions_BS, dtype)

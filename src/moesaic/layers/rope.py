@@ -3,12 +3,13 @@
 B batch, S sequence, H heads, A head dim.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from moesaic.config import RopeConfig
+from moesaic.kernels import ops
 
 
 class Rotation(NamedTuple):
@@ -29,29 +30,4 @@ def rotation(config: RopeConfig, head_dim: int, positions_BS: Tensor, dtype: tor
 
 def rotate(x_BSHA: Tensor, turn: Rotation) -> Tensor:
     """Turn query or key heads by their positions: (x1 cos - x2 sin, x2 cos + x1 sin) of the halves x1, x2."""
-    if torch.is_grad_enabled() and x_BSHA.requires_grad:
-        return _Rotate.apply(x_BSHA, *turn)  # pyright: ignore[reportReturnType]
-    return _rotate(x_BSHA, *turn)
-
-
-class _Rotate(torch.autograd.Function):
-    """Two passes each way where autograd would take seven; the gradient of a rotation is the rotation back."""
-
-    @staticmethod
-    def forward(ctx: Any, x_BSHA: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        ctx.save_for_backward(cos, sin)
-        return _rotate(x_BSHA, cos, sin)
-
-    @staticmethod
-    def backward(ctx: Any, *dy_BSHA: Tensor) -> tuple[Tensor, None, None]:
-        cos, sin = ctx.saved_tensors
-        return _rotate(dy_BSHA[0], cos, -sin), None, None
-
-
-def _rotate(x_BSHA: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    half = x_BSHA.shape[-1] // 2
-    first, second, sin = x_BSHA[..., :half], x_BSHA[..., half:], sin[..., :half]
-    turned = x_BSHA * cos
-    turned[..., :half].addcmul_(second, sin, value=-1)
-    turned[..., half:].addcmul_(first, sin)
-    return turned
+    return ops.rotate(x_BSHA, *turn)

@@ -42,6 +42,7 @@ class DecoderLayer(nn.Module):
         facts: TokenFacts,
         tape: RoutingTape | None,
     ) -> Tensor:
+        """x_BSD for the next layer. Writes to `state` when one is handed in; `tape` hears an MoE layer's routing."""
         x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), sight, state)
         normed_BSD = self.feed_forward_norm(x_BSD)
         if isinstance(self.feed_forward, MoeLayer):

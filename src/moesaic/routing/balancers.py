@@ -17,6 +17,8 @@ from moesaic.routing.routing import RoutingDecision
 
 
 class BalanceLoss(Protocol):
+    """One layer's routing in, one scalar out, with its gradient."""
+
     def __call__(self, decision: RoutingDecision) -> Tensor: ...
 
 

@@ -35,6 +35,8 @@ class Choice(NamedTuple):
 
 
 class Router(Protocol):
+    """Logits in, a choice of experts and their weights out."""
+
     def __call__(self, seen: RouterInput, settings: RouterConfig) -> Choice: ...
 
 

@@ -44,6 +44,7 @@ class Rows:
 
     @property
     def num_experts(self) -> int:
+        """E."""
         return self.expert_offsets.numel() - 1
 
     @property

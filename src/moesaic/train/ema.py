@@ -21,6 +21,7 @@ class WeightAverage:
         self._averages = {weight.name: weight.master.clone() for weight in weights}
 
     def of(self, weight: Weight) -> Tensor:
+        """The average of one weight: the tensor itself, fp32."""
         return self._averages[weight.name]
 
     @torch.no_grad()

@@ -41,6 +41,7 @@ def refuse_unknown(table: str, tree: dict[str, Any], known: Iterable[str]) -> No
 
 
 def names_of(settings_class: type) -> list[str]:
+    """The names of a dataclass's fields."""
     return [field.name for field in dataclasses.fields(settings_class)]
 
 

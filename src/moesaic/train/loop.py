@@ -73,10 +73,12 @@ class Trainer:
 
     @property
     def optimizer(self) -> Optimizer:
+        """What the stepper keeps of the model: masters, gradients, moments, the average."""
         return self.stepper.optimizer
 
     @property
     def last_step(self) -> int:
+        """The step after which `train` ends, counted from 1."""
         return self.stop_after or self.settings.steps
 
     def resume(self) -> bool:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from moesaic.kernels import ops
 from moesaic.models.decoder import Decoder
 from moesaic.routing import RoutingDecision, RoutingTape
 from moesaic.routing.balancers import mean_over_layers
@@ -40,18 +41,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
         num_rows = _rows_at_once(len(x_TD), x_TD.shape[1], len(weight_VD))
         logits_NV = x_TD.new_empty(num_rows, len(weight_VD))
         wide_type = torch.promote_types(x_TD.dtype, torch.float32)
-        wide_NV = logits_NV if wide_type == x_TD.dtype else torch.empty_like(logits_NV, dtype=wide_type)
         dx_TD = torch.empty_like(x_TD) if wants_grad else None
         dw_VD = None
-        loss = wide_NV.new_zeros(())
+        loss = x_TD.new_zeros((), dtype=wide_type)
         for start in range(0, len(x_TD), num_rows):
             x_ND, targets_N = x_TD[start : start + num_rows], targets_T[start : start + num_rows]
-            logits, wide = logits_NV[: len(x_ND)], wide_NV[: len(x_ND)]
+            logits = logits_NV[: len(x_ND)]
             torch.mm(x_ND, weight_VD.T, out=logits)
-            wide.copy_(logits)
-            loss += _loss_and_slope(wide, targets_N)
+            loss += ops.cross_entropy_(logits, targets_N).sum()
             if dx_TD is not None:
-                logits.copy_(wide)
                 torch.mm(logits, weight_VD, out=dx_TD[start : start + num_rows])
                 dw_VD = logits.T @ x_ND if dw_VD is None else _plus_product(dw_VD.to(wide_type), logits.T, x_ND)
         ctx.save_for_backward(dx_TD, dw_VD)
@@ -80,19 +78,6 @@ def _rows_at_once(num_tokens: int, hidden_size: int, vocab_size: int) -> int:
     most = max(hidden_size, LOGITS_AT_ONCE // vocab_size)
     num_chunks = max(1, -(-num_tokens // most))
     return max(1, -(-num_tokens // num_chunks))
-
-
-def _loss_and_slope(logits_NV: Tensor, targets_N: Tensor) -> Tensor:
-    """The summed cross-entropy; `logits_NV` become its gradient by them: softmax, less one at the target."""
-    ignored_N1 = (targets_N == IGNORED)[:, None]
-    targets_N1 = targets_N[:, None].clamp(min=0)
-    log_p_NV = torch.log_softmax(logits_NV, -1, out=logits_NV)
-    log_p_N1 = log_p_NV.gather(1, targets_N1)
-    log_p_NV.exp_().scatter_(1, targets_N1, log_p_N1.expm1())  # p - 1 without cancellation where p is near 1
-    if ignored_N1.any():
-        log_p_N1.masked_fill_(ignored_N1, 0.0)
-        log_p_NV.masked_fill_(ignored_N1, 0.0)
-    return -log_p_N1.sum()
 
 
 def _plus_product(total_VD: Tensor, left_VN: Tensor, right_ND: Tensor) -> Tensor:

@@ -51,9 +51,11 @@ class Profiled(NamedTuple):
 
     @property
     def step_ms(self) -> float:
+        """The mean milliseconds of a profiled step."""
         return sum(time.forward_ms + time.backward_ms for time in self.times)
 
     def to_json(self) -> dict[str, Any]:
+        """A JSON-ready tree."""
         phases = [time._asdict() for time in self.times]
         return {
             "trace": str(self.trace),

@@ -76,6 +76,7 @@ class TrainSettings:
 
     @property
     def tokens_per_step(self) -> int:
+        """Targets of one optimizer step, over all its micro-batches."""
         return self.micro_batches * self.batch_size * self.sequence_length
 
 

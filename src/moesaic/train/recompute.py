@@ -60,6 +60,7 @@ class Recomputation:
         self._layers = layers
 
     def remove(self) -> None:
+        """Give every layer its ordinary forward back."""
         for layer in self._layers:
             layer.__dict__.pop("forward", None)
 

@@ -102,6 +102,7 @@ class MetricsFile:
             raise self._refusal(error) from error
 
     def write(self, line: dict[str, Any]) -> None:
+        """Append one object. Raises RunFolderError when the disk says no."""
         rest = memoryview(json.dumps(line).encode() + b"\n")
         try:
             while rest:
@@ -110,6 +111,7 @@ class MetricsFile:
             raise self._refusal(error) from error
 
     def close(self) -> None:
+        """Nothing is left to write: every line went out at once."""
         self._file.close()
 
     def __enter__(self) -> "MetricsFile":

@@ -1,6 +1,7 @@
 """A run's folder: who is using it, what it has written, and the way back after a stop.
 
 RUN/recipe.json          the recipe and the corpus it was started with
+RUN/tokenizer/           the tokenizer of its text, so that going on finds the same one
 RUN/metrics.jsonl        one JSON object a line: steps, evaluations
 RUN/checkpoints/step-N/  a model that any Hugging Face tool loads, and all that training needs to go on (snapshot.py)
 RUN/best.json            which checkpoint has the lowest held-out loss
@@ -56,6 +57,7 @@ class RunFolder:
 
     @property
     def model(self) -> Path:
+        """Where the finished model goes."""
         return self.path / "model"
 
     @property

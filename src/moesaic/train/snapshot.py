@@ -85,6 +85,7 @@ class SavedStep:
 
     @property
     def facts(self) -> dict[str, Any]:
+        """What trainer.json says. Raises CheckpointError when it cannot be read."""
         return self._json(TRAINER_FACTS)
 
     @property
@@ -106,6 +107,7 @@ class SavedStep:
         return self._tensors(TRAINER_TENSORS)
 
     def restore_random_state(self) -> None:
+        """Put the process's random numbers where they stood."""
         restore_random_state(self._json(RANDOM))
 
     def _tensors(self, name: str) -> dict[str, Tensor]:

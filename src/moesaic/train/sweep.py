@@ -41,6 +41,7 @@ class RunResult:
     active_parameters: int
 
     def to_json(self) -> dict[str, Any]:
+        """A JSON-ready tree."""
         return asdict(self)
 
 
@@ -55,6 +56,7 @@ class Point:
     result: RunResult | None = None
 
     def to_json(self) -> dict[str, Any]:
+        """A JSON-ready tree."""
         return asdict(self)
 
     @classmethod
@@ -180,6 +182,7 @@ class Sweep:
             self._write()
 
     def to_json(self) -> dict[str, Any]:
+        """A JSON-ready tree."""
         return {"axes": self.axes, "points": [point.to_json() for point in self.points]}
 
     def _write(self) -> None:
