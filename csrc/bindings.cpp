@@ -140,9 +140,9 @@ void bound_cross_entropy(const Array &logits, const Array &targets, const Array 
 
 void bound_rotate(const Array &x, const Array &cos, const Array &sin, const Array &y, float sign, int threads) {
     check("x_THA", x, floats, {any, any, any});
+    check("cos", cos, {kind_of(x)}, {any, size(x, 2)});
     const Heads heads = {size(x, 0), size(x, 1), size(x, 2), size(cos, 0)};
     if (heads.head_dim % 2) refuse("x_THA", "has an odd head dimension; halves turn with each other");
-    check("cos", cos, {kind_of(x)}, {any, heads.head_dim});
     check("sin", sin, {kind_of(x)}, {heads.positions, heads.head_dim});
     check("y_THA", y, {kind_of(x)}, {heads.tokens, heads.num_heads, heads.head_dim});
     if (heads.tokens > 0 && heads.positions == 0) refuse("cos", "has no positions");
@@ -179,11 +179,8 @@ void bound_rms_norm_grad(const Array &dy, const Array &x, const Array &weight, c
     nb::gil_scoped_release release;
     for_type(x, [&](auto *type) {
         using T = std::remove_pointer_t<decltype(type)>;
-        const auto &kernels = chosen().of(type);
-        kernels.rms_norm_input_grad(data<T>(dy), data<T>(x), data<T>(weight), data<float>(inverse), data<T>(dx), rows,
-                                    width, threads);
-        kernels.rms_norm_weight_grad(data<T>(dy), data<T>(x), data<float>(inverse), data<float>(d_weight), rows, width,
-                                     threads);
+        chosen().of(type).rms_norm_grad(data<T>(dy), data<T>(x), data<T>(weight), data<float>(inverse), data<T>(dx),
+                                        data<float>(d_weight), rows, width, threads);
     });
 }
 

@@ -45,10 +45,10 @@ void cross_entropy(T *logits, const int64_t *targets, float *losses, int64_t row
         const float highest = highest_of(x, vocab);
         const float log_sum = __builtin_logf(sum_of_exp(x, vocab, highest));
         const float log_p = (to_float(x[target]) - highest) - log_sum;  // in this order: log_sum may be tiny
-        const Vec shift = set(highest + log_sum);
+        const Vec high = set(highest), rest = set(log_sum);
         along(
-            vocab, [=](int64_t i) { store(x + i, exp(load(x + i) - shift)); },
-            [=](int64_t i, int64_t n) { store(x + i, exp(load(x + i, n) - shift), n); });
+            vocab, [=](int64_t i) { store(x + i, exp(load(x + i) - high - rest)); },
+            [=](int64_t i, int64_t n) { store(x + i, exp(load(x + i, n) - high - rest), n); });
         put(x + target, __builtin_expm1f(log_p));  // p - 1 without cancellation where p is near 1
         losses[row] = -log_p;
     });

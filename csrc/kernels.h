@@ -31,10 +31,8 @@ struct Typed {
     void (*silu_mul_grad)(const T *dy, const T *gate_up, T *d_gate_up, int64_t rows, int64_t inner, int threads);
     void (*rms_norm)(const T *x, const T *weight, T *y, float *inverse, int64_t rows, int64_t size, float eps,
                      int threads);
-    void (*rms_norm_input_grad)(const T *dy, const T *x, const T *weight, const float *inverse, T *dx, int64_t rows,
-                                int64_t size, int threads);
-    void (*rms_norm_weight_grad)(const T *dy, const T *x, const float *inverse, float *d_weight, int64_t rows,
-                                 int64_t size, int threads);
+    void (*rms_norm_grad)(const T *dy, const T *x, const T *weight, const float *inverse, T *dx, float *d_weight,
+                          int64_t rows, int64_t size, int threads);
     void (*combine_rows)(const T *out, const float *weights, const int64_t *row_ids, const int64_t *token_offsets, T *y,
                          int64_t tokens, int64_t hidden, int threads);
     void (*combine_rows_grad)(const T *dy, const T *out, const float *weights, const int64_t *token_ids, T *d_out,

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <new>
 
 namespace moesaic {
 
@@ -14,17 +15,29 @@ static inline int threads_for(int64_t work, int64_t grain, int threads) {
     return useful < 2 ? 1 : useful < threads ? static_cast<int>(useful) : threads;
 }
 
-// f(i) for i in [0, items), in `chunk`s handed out as threads come free (cores are not equally quick).
+// f(i) for i in [0, items), in `chunk`s handed out as threads come free (cores are not equally quick). All that `f` may
+// throw is std::bad_alloc.
 template <class F>
 void parallel_for(int64_t items, int64_t chunk, int threads, const F &f) {
     if (threads <= 1 || items <= chunk) {
         for (int64_t i = 0; i < items; ++i) f(i);
         return;
     }
+    bool failed = false;
 #ifdef _OPENMP
 #pragma omp parallel for schedule(dynamic, chunk) num_threads(threads)
 #endif
-    for (int64_t i = 0; i < items; ++i) f(i);
+    for (int64_t i = 0; i < items; ++i) {
+        try {
+            f(i);
+        } catch (...) {  // one that left the loop would end the process
+#ifdef _OPENMP
+#pragma omp atomic write
+#endif
+            failed = true;
+        }
+    }
+    if (failed) throw std::bad_alloc();
 }
 
 }  // namespace moesaic

@@ -63,7 +63,7 @@ def refuse_unguarded_main() -> None:
     if getattr(multiprocessing.current_process(), "_inheriting", False):  # as multiprocessing itself looks for this
         raise DataError(
             "worker processes read the program that starts them, and this one packs text while it is read; put that "
-            "under `if __name__ == \"__main__\":`, or use workers=1"
+            'under `if __name__ == "__main__":`, or use workers=1'
         )
 
 

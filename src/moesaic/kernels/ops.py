@@ -297,7 +297,9 @@ def _keep_gated(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tens
     ctx.set_materialize_grads(False)  # or zeros for output[1] would be made, as large as it is
 
 
-def _gated_backward(ctx: Any, dy_RF: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+def _gated_backward(ctx: Any, dy_RF: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+    if dy_RF is None:
+        return None, None, None
     *factors, gate_up_RG = ctx.saved_tensors
     dy_RF = dy_RF.contiguous()
     silu_grad = backend.kernels.silu_mul_grad if _direct(dy_RF, gate_up_RG) else _silu_mul_grad
@@ -387,7 +389,9 @@ def _keep_rms_norm(ctx: Any, inputs: tuple[Tensor, Tensor, float], output: tuple
     ctx.set_materialize_grads(False)
 
 
-def _rms_norm_backward(ctx: Any, dy: Tensor, _: Tensor) -> tuple[Tensor, Tensor, None]:
+def _rms_norm_backward(ctx: Any, dy: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+    if dy is None:
+        return None, None, None
     x, weight, inverse = ctx.saved_tensors
     return *_rms_norm_grad(dy.contiguous(), x, weight, inverse), None
 

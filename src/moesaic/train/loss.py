@@ -16,8 +16,6 @@ from moesaic.routing import RoutingDecision, RoutingTape
 from moesaic.routing.balancers import mean_over_layers
 from moesaic.train.gradients import add_gradient, has_buffer
 
-IGNORED = -100  # a target that does not count, as torch.nn.functional.cross_entropy has it
-
 # Logits in memory at a time (16 MiB in fp32). But never fewer rows than D: the head's gradient is read and written once
 # for every chunk of rows, which only that many multiplications make cheap, and their logits are no larger than it.
 LOGITS_AT_ONCE = 2**22
@@ -29,14 +27,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     The gradient is computed with the loss, while the logits are there, and scaled in backward.
 
-    bf16: products are summed in fp32 and rounded once; softmax, loss and sums over chunks are in fp32. So the only
-    thing lost is in the logits: 2^-9 of their size at most, differently for every token, which changes a probability
-    by that share of itself (torch has no product of bf16 matrices with an fp32 result on CPUs).
+    bf16: products are summed in fp32 and rounded once; softmax, loss and sums over chunks are in fp32. What is lost is
+    in the logits, 2^-9 of their size at most, differently for every token (torch has no product of bf16 matrices with
+    an fp32 result on CPUs), and in their gradient, 2^-9 of each number.
     """
 
     @staticmethod
     def forward(ctx: Any, x_TD: Tensor, weight_VD: Tensor, targets_T: Tensor) -> Tensor:
-        ctx.weight, ctx.num_targets = weight_VD, max(1, int((targets_T != IGNORED).sum()))
+        ctx.weight, ctx.num_targets = weight_VD, max(1, int((targets_T >= 0).sum()))
         wants_grad = any(ctx.needs_input_grad)
         num_rows = _rows_at_once(len(x_TD), x_TD.shape[1], len(weight_VD))
         logits_NV = x_TD.new_empty(num_rows, len(weight_VD))
@@ -90,7 +88,7 @@ def _plus_product(total_VD: Tensor, left_VN: Tensor, right_ND: Tensor) -> Tensor
 
 
 def linear_cross_entropy(x_TD: Tensor, weight_VD: Tensor, targets_T: Tensor) -> Tensor:
-    """The mean cross-entropy of x @ weight.T over the targets that are not IGNORED, in nats, in fp32 or wider.
+    """The mean cross-entropy of x @ weight.T over the targets that are not negative, in nats, in fp32 or wider.
 
     As torch.nn.functional.cross_entropy gives it; without any target it is 0, with zero gradients.
     """

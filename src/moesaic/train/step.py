@@ -20,7 +20,7 @@ from moesaic.routing.balancers import update_selection_bias
 from moesaic.telemetry.load import StepLoad
 from moesaic.telemetry.recorder import LoadRecorder
 from moesaic.train.compilation import compiled
-from moesaic.train.loss import IGNORED, losses
+from moesaic.train.loss import losses
 from moesaic.train.optimizer import Optimizer
 from moesaic.train.recipe import TrainSettings
 from moesaic.train.recompute import recompute_layers
@@ -170,7 +170,7 @@ class _Share:
 
 
 def _shares(micro_batches: Sequence[Batch]) -> list[_Share]:
-    targets = [int((batch.targets_BS != IGNORED).sum()) for batch in micro_batches]
+    targets = [int((batch.targets_BS >= 0).sum()) for batch in micro_batches]
     tokens = [batch.inputs_BS.size for batch in micro_batches]
     return [_Share(t / max(1, sum(targets)), n / sum(tokens)) for t, n in zip(targets, tokens, strict=True)]
 
