@@ -41,7 +41,6 @@ def random_tokens(folder: Path, num_tokens: int, num_domains: int = 8, num_shard
                 name=f"domain {domain}",
                 train=ShardedTokens(shards),
                 held_out=empty,
-                held_out_bytes=0,
                 train_starts=np.concatenate(starts),
             )
         )

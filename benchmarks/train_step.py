@@ -29,6 +29,7 @@ from moesaic.data.loader import Batch
 from moesaic.models.decoder import Decoder
 from moesaic.telemetry.recorder import LoadRecorder
 from moesaic.train.memory import peak_memory_bytes
+from moesaic.train.precision import Precision
 from moesaic.train.recipe import TrainSettings
 from moesaic.train.step import Stepper
 from moesaic.train.twins import dense_twin
@@ -53,7 +54,7 @@ CONFIG = {
     "use_cache": False,
 }
 OURS, TWIN = "moesaic", "moesaic, dense twin"
-PEERS = {
+PEERS: dict[Precision, tuple[str, ...]] = {
     "fp32": ("transformers grouped_mm", "transformers eager"),
     "bf16": (
         "transformers grouped_mm, autocast",
@@ -78,7 +79,7 @@ def same_weights(theirs: transformers.PreTrainedModel) -> Decoder:
 def transformers_step(name: str) -> Step:
     model = transformers_model()
     if name.endswith("bf16 weights"):
-        model = model.to(torch.bfloat16)
+        torch.nn.Module.to(model, torch.bfloat16)
     model.set_experts_implementation("eager" if "eager" in name else "grouped_mm")
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, weight_decay=0.1, fused=True)
 
@@ -94,7 +95,7 @@ def transformers_step(name: str) -> Step:
     return step
 
 
-def moesaic_step(name: str, precision: str) -> Step:
+def moesaic_step(name: str, precision: Precision) -> Step:
     model = same_weights(transformers_model())
     if name == TWIN:
         model = Decoder(dense_twin(model.config, "active")).initialize(0)
@@ -116,11 +117,11 @@ def moesaic_step(name: str, precision: str) -> Step:
     return step
 
 
-def make_step(name: str, precision: str) -> Step:
+def make_step(name: str, precision: Precision) -> Step:
     return moesaic_step(name, precision) if name in (OURS, TWIN) else transformers_step(name)
 
 
-def interleaved(names: tuple[str, ...], precision: str, rounds: int) -> dict[str, list[float]]:
+def interleaved(names: tuple[str, ...], precision: Precision, rounds: int) -> dict[str, list[float]]:
     """Tokens/s of each engine in each round, after one round that warms up."""
     steps = {name: make_step(name, precision) for name in names}
     rates: dict[str, list[float]] = {name: [] for name in names}
@@ -135,14 +136,14 @@ def interleaved(names: tuple[str, ...], precision: str, rounds: int) -> dict[str
     return rates
 
 
-def peak_memory(name: str, precision: str, threads: int) -> int:
+def peak_memory(name: str, precision: Precision, threads: int) -> int:
     """Peak resident bytes of a process that takes three steps with this engine alone."""
     arguments = ["--memory-of", name, "--precision", precision, "--threads", str(threads)]
     done = subprocess.run([sys.executable, __file__, *arguments], capture_output=True, text=True, check=True)
     return int(done.stdout.split()[-1])
 
 
-def compare(precision: str, rounds: int, threads: int) -> dict[str, object]:
+def compare(precision: Precision, rounds: int, threads: int) -> dict[str, object]:
     names = (OURS, TWIN, *PEERS[precision])
     rates = interleaved(names, precision, rounds)
     medians = {name: statistics.median(rate) for name, rate in rates.items()}

@@ -12,6 +12,23 @@ MoesaicError
 Each message is one line: what was seen, what is allowed, what to do next. The command line prints it and exits with 2.
 """
 
+import errno
+
+OUT_OF_MEMORY = (
+    "out of memory; use a smaller model, a smaller train.batch_size with more train.micro_batches, or "
+    'train.recompute="layers" (generate and chat take --dtype bf16)'
+)
+_TORCH_SAYS = ("can't allocate memory", "not enough memory", "out of memory")
+
+
+def ran_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out, as Python, the system or torch (a plain RuntimeError) says it."""
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    if isinstance(error, RuntimeError):
+        return any(words in str(error) for words in _TORCH_SAYS)
+    return isinstance(error, MemoryError)
+
 
 class MoesaicError(Exception):
     """The base of every error that moesaic raises for a user's mistake."""
@@ -42,7 +59,7 @@ class NonFiniteError(MoesaicError):
 
     def __init__(self, *, step: int, what: str, value: float, micro_batch: int | None = None) -> None:
         super().__init__(
-            f"the {what} is {value} at step {step + 1}; lower train.learning_rate and go on from the last checkpoint"
+            f"the {what} is {value} at step {step + 1}; lower train.learning_rate and start again in another folder"
         )
         self.step, self.what, self.value, self.micro_batch = step, what, value, micro_batch
 

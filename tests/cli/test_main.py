@@ -69,7 +69,13 @@ def test_misuse_is_one_line_and_2(arguments, seen, capsys):
         (CheckpointError("two\nlines"), 2, "moesaic: error: two lines"),
         (PermissionError(errno.EACCES, "Permission denied", "/x"), 2, "moesaic: error: Permission denied: /x; choose"),
         (OSError(errno.ENOSPC, "No space left on device"), 2, "moesaic: error: No space left on device"),
-        (MemoryError(), 2, "moesaic: error: out of memory"),
+        (MemoryError(), 2, "moesaic: error: out of memory; use a smaller model"),
+        (
+            RuntimeError("[enforce fail at alloc_cpu.cpp:117] . DefaultCPUAllocator: can't allocate memory: you tried"),
+            2,
+            "moesaic: error: out of memory; use a smaller model, a smaller train.batch_size with more",
+        ),
+        (RuntimeError("shapes cannot be multiplied"), 1, "moesaic: this is a bug in moesaic (RuntimeError"),
         (KeyboardInterrupt(), 130, "moesaic: interrupted"),
         (
             ZeroDivisionError("ouch"),

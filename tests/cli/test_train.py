@@ -89,6 +89,19 @@ def test_resume_of_another_recipe_is_refused(tmp_path, corpus, recipe, capsys):
     assert "going on from step 6 of 6" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("damaged", [b"", b"{", b"[1]", b"caf\xe9", b'{"corpus_folder": null, "start": {"siz": 1}}'])
+def test_a_damaged_recipe_names_the_way_on_and_it_works(tmp_path, corpus, recipe, capsys, damaged):
+    assert train(tmp_path, corpus, recipe) == 0
+    place = tmp_path / "run" / "recipe.json"
+    place.write_bytes(damaged)
+    assert main(["train", "--out", str(tmp_path / "run"), "--resume"]) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert f"{place} is damaged (" in last and "; delete it and use --resume with --config FILE or --size" in last
+    place.unlink()
+    assert train(tmp_path, corpus, recipe, "--resume") == 0
+    assert main(["train", "--out", str(tmp_path / "run"), "--resume"]) == 0
+
+
 def test_resume_needs_no_recipe_and_no_corpus(tmp_path, corpus, recipe, capsys, monkeypatch):
     assert train(tmp_path, corpus, recipe, "--set", "train.steps=4") == 0
     monkeypatch.chdir(tmp_path / "corpus")

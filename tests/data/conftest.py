@@ -38,7 +38,7 @@ def numbered(sizes: Mapping[str, int]) -> Packed:
     """Domains whose training tokens are 1, 2, 3, ...: a window's first token tells where it lies."""
     empty = np.zeros(2, dtype=np.uint32)
     domains = [
-        PackedDomain(name=name, train=np.arange(1, size + 1, dtype=np.uint32), held_out=empty, held_out_bytes=0)
+        PackedDomain(name=name, train=np.arange(1, size + 1, dtype=np.uint32), held_out=empty)
         for name, size in sizes.items()
     ]
     return Packed(domains=tuple(domains), byte_lengths=np.ones(max(sizes.values()) + 1, dtype=np.int64), eos_id=0)

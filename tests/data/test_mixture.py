@@ -85,6 +85,7 @@ def test_epochs_that_do_not_fit_the_run_say_what_would() -> None:
         ({"c": 1.0}, r"weights for unknown domain 'c'; known: a, b"),
         ({"a": -1.0}, r"must be numbers of 0 or more"),
         ({"a": 0.0}, r"must be numbers of 0 or more, and one above 0"),
+        ({"a": 1e308, "b": 1e308}, r"add up to inf; use at most 1e\+100"),
         ({"a": math.nan}, r"must be numbers of 0 or more"),
         ("equal", r"weights='equal'; use 'proportional', 'uniform'"),
     ],

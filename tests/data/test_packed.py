@@ -1,3 +1,4 @@
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -71,6 +72,71 @@ def test_an_index_that_is_damaged_or_foreign(folder: Path) -> None:
     with pytest.raises(DataError, match=r"is no packed text: it has no index\.json; make one with `moesaic pack`"):
         open_packed(folder)
     assert not is_packed(folder)
+
+
+def rewritten(folder: Path, change) -> None:
+    """index.json changed, with a checksum that fits again."""
+    place = folder / "index.json"
+    tree = json.loads(place.read_text())
+    del tree["checksum"]
+    change(tree)
+    checksum = hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
+    place.write_text(json.dumps({**tree, "checksum": checksum}))
+
+
+def first_shard(tree: dict) -> dict:
+    return tree["domains"]["code"]["train"]["shards"][0]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda tree: tree.update(dtype="O"),
+        lambda tree: tree.update(dtype="<f8"),
+        lambda tree: tree.update(domains=[]),
+        lambda tree: tree.update(more=1),
+        lambda tree: tree.pop("digest"),
+        lambda tree: tree["domains"]["code"].pop("held_out"),
+        lambda tree: first_shard(tree).pop("sha256"),
+        lambda tree: first_shard(tree).update(sha256=["0"]),
+        lambda tree: first_shard(tree).update(tokens="5"),
+        lambda tree: first_shard(tree).update(tokens=-1),
+        lambda tree: first_shard(tree).update(path="/etc/passwd"),
+        lambda tree: first_shard(tree).update(path="000-code/../../up"),
+        lambda tree: first_shard(tree).update(path=""),
+        lambda tree: first_shard(tree).update(path=5),
+    ],
+)
+def test_an_index_that_says_what_packing_never_says(folder: Path, change) -> None:
+    rewritten(folder, change)
+    with pytest.raises(DataError, match=r"index\.json is damaged \(.*; delete .* and pack the text again") as caught:
+        open_packed(folder)
+    assert "\n" not in str(caught.value)
+
+
+def test_shards_and_parts_with_nothing_in_them_are_opened(folder: Path) -> None:
+    nothing = hashlib.sha256(b"").hexdigest()
+
+    def empty(tree: dict) -> None:
+        tree["domains"]["code"]["held_out"]["shards"] = []
+        shard = {"path": "000-code/empty", "tokens": 0, "documents": 0, "sha256": [nothing, nothing]}
+        tree["domains"]["code"]["train"]["shards"].insert(0, shard)
+
+    before = open_packed(folder).domains[0]
+    for suffix in (".bin", ".starts"):
+        (folder / "000-code" / f"empty{suffix}").write_bytes(b"")
+    rewritten(folder, empty)
+    code = open_packed(folder).domains[0]
+    assert len(code.train) == len(before.train) and len(code.held_out) == 0
+    assert code.train_starts is not None and before.train_starts is not None
+    assert np.array_equal(code.train_starts, before.train_starts)
+
+
+def test_text_beside_an_index_of_another_kind_is_text(tmp_path: Path) -> None:
+    (tmp_path / "prose").mkdir()
+    (tmp_path / "prose" / "a.txt").write_text("of cats")
+    (tmp_path / "index.json").write_text('{"of": "a web page"}')
+    assert not is_packed(tmp_path)
 
 
 def test_another_tokenizer_is_noticed(folder: Path, corpus: Corpus) -> None:

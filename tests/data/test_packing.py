@@ -51,7 +51,7 @@ def test_packed_domains_are_documents_between_eos_tokens(
             assert all(piece[0] == 0 for piece in pieces) and ids[-1] == 0
             assert [tokenizer.decode(piece[1:].tolist()) for piece in pieces] == list(part)
             assert ids.dtype == np.uint16
-        assert domain.held_out_bytes == text.held_out.num_bytes
+        assert packed.byte_lengths[domain.held_out].sum() == text.held_out.num_bytes
 
 
 def test_shards_are_closed_at_the_first_document_beyond_their_size(packed_in_shards: Packed) -> None:
@@ -215,6 +215,23 @@ def test_a_journal_that_was_cut_short_counts_up_to_its_last_line(
         assert not work.exists()
 
 
+@pytest.mark.parametrize("line", [0, 1, 3])
+def test_a_damaged_journal_starts_the_packing_over(
+    corpus: Corpus, tokenizer: Tokenizer, tmp_path: Path, line: int
+) -> None:
+    pack(corpus, tokenizer, tmp_path / "whole", shard_tokens=300)
+    with pytest.raises(StoppedError), pytest.MonkeyPatch.context() as patch:
+        patch.setattr("moesaic.data.packing._BATCH_DOCUMENTS", 16)
+        pack(corpus, tokenizer, tmp_path / "p", shard_tokens=300, listen=stop_at(15))
+    journal = tmp_path / ".p.packing" / "journal.jsonl"
+    lines = journal.read_bytes().splitlines(keepends=True)
+    journal.write_bytes(b"".join([*lines[:line], b"{" + lines[line][1:][::-1] + b"\n", *lines[line + 1 :]]))
+    told: list[Packing] = []
+    pack(corpus, tokenizer, tmp_path / "p", shard_tokens=300, listen=told.append)
+    assert told[0].documents <= 256 and told[-1] == Packing(320, corpus.num_bytes)
+    assert files(tmp_path / "p") == files(tmp_path / "whole")
+
+
 SLOW_SCRIPT = """
 import sys, time
 from moesaic.data import packing
@@ -286,6 +303,8 @@ def test_a_second_process_waits_and_uses_what_the_first_made(
 
 
 def test_packing_errors(corpus: Corpus, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="shard_tokens=0; use 1 or more"):
+        pack(corpus, tokenizer, tmp_path / "p", shard_tokens=0)
     with pytest.raises(DataError, match="no eos token to put between documents"):
         pack(corpus, Tokenizer(tokenizer.backend), tmp_path / "p")
     with pytest.raises(DataError, match="not byte-level BPE"):

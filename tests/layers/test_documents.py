@@ -18,7 +18,8 @@ def packed(draw):
 @given(packed())
 def test_documents_are_numbered_over_the_batch_and_positions_count_their_tokens(drawn):
     ids_BS, mask_BS = drawn
-    documents, number, expected = number_documents(ids_BS), -1, torch.zeros_like(ids_BS)
+    documents, expected = number_documents(ids_BS), torch.zeros_like(ids_BS)
+    number, seen = -1, 0
     for row in range(ids_BS.shape[0]):
         for slot in range(ids_BS.shape[1]):
             if slot == 0 or ids_BS[row, slot] != ids_BS[row, slot - 1]:

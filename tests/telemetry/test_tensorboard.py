@@ -13,6 +13,7 @@ import pytest
 from moesaic.errors import RunFolderError
 from moesaic.telemetry import tensorboard
 from moesaic.telemetry.load import LayerLoad, StepLoad
+from moesaic.telemetry.raw_file import write_whole
 from moesaic.telemetry.tensorboard import EventFile, line_scalars
 
 # tensorboard 2.21: RecordWriter(file).write(Event(wall_time=1000.5, step=300, summary=Summary(value=[
@@ -103,6 +104,19 @@ def test_a_folder_that_cannot_be_written(tmp_path):
         EventFile(tmp_path / "board", first_step=1) as events,
     ):
         events.add(1, {"loss": 1.0})
+
+
+def test_what_the_system_takes_in_parts_is_written_whole():
+    class Slow:
+        taken = b""
+
+        def write(self, data):
+            self.taken += bytes(data[:3])
+            return min(3, len(data))
+
+    slow = Slow()
+    write_whole(slow, b"a record of 21 bytes.")
+    assert slow.taken == b"a record of 21 bytes."
 
 
 READER = """

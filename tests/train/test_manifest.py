@@ -19,8 +19,17 @@ def folder(tmp_path):
 
 def test_a_folder_as_it_was_written_has_no_damage(folder):
     assert damage(folder) is None
-    (folder / "notes.txt").write_text("of the user")
-    assert damage(folder) is None
+
+
+def test_a_file_that_is_not_listed_is_damage(folder):
+    (folder / "weights.safetensors").write_bytes(b"of another step")
+    assert damage(folder) == f"{folder / 'weights.safetensors'} is there, and {MANIFEST} does not list it"
+
+
+def test_a_line_that_was_cut_out_is_damage(folder):
+    lines = (folder / MANIFEST).read_text().splitlines(keepends=True)
+    (folder / MANIFEST).write_text("".join(lines[1:]))
+    assert "does not list it" in str(damage(folder))
 
 
 @pytest.mark.skipif(shutil.which("sha256sum") is None, reason="no sha256sum")

@@ -213,12 +213,12 @@ def test_the_average_takes_the_model_s_place_and_leaves_no_trace(precision):
         trained.run(step, [batch(step)])
     before = state_of(trained)
     averages = {name.removesuffix("|ema"): tensor for name, tensor in before.items() if name.endswith("|ema")}
-    with trained.ema_weights():
+    with trained.optimizer.averaged_weights():
         for name, parameter in trained.model.named_parameters():
             assert torch.equal(parameter, averages[name].to(parameter.dtype)), name
     assert differences(before, state_of(trained)) == []
-    with pytest.raises(ZeroDivisionError), trained.ema_weights():
+    with pytest.raises(ZeroDivisionError), trained.optimizer.averaged_weights():
         raise ZeroDivisionError
     assert differences(before, state_of(trained)) == []
-    with pytest.raises(ConfigError, match="keeps no average"), stepper(SETTINGS).ema_weights():
+    with pytest.raises(ConfigError, match="keeps no average"), stepper(SETTINGS).optimizer.averaged_weights():
         pass

@@ -76,7 +76,8 @@ def test_choices_are_replayed_though_the_bias_has_moved(monkeypatch):
     with torch.no_grad():
         model.hidden(tokens(), tape=before)
         for layer in model.config.moe_layers:
-            model.layers[layer].feed_forward.router.selection_bias += torch.tensor([5.0, -5.0, 5.0, -5.0, 0.0])
+            bias = model.get_buffer(f"layers.{layer}.feed_forward.router.selection_bias")
+            bias += torch.tensor([5.0, -5.0, 5.0, -5.0, 0.0])
         after = RoutingTape()
         model.hidden(tokens(), tape=after)
     assert not torch.equal(before.decisions[0].rows.counts_E, after.decisions[0].rows.counts_E)

@@ -1,6 +1,7 @@
 """The way back after a stop: the same bits, or one line that says why not."""
 
 import dataclasses
+import errno
 import json
 import shutil
 
@@ -8,7 +9,9 @@ import pytest
 
 from moesaic.errors import CheckpointError, RunFolderError
 from moesaic.models.decoder import Decoder
+from moesaic.train import resume
 from moesaic.train.resume import RunFolder, differences
+from moesaic.train.snapshot import SavedStep
 from tests.train.tiny_run import (
     BIASED,
     CONFIG,
@@ -220,9 +223,12 @@ def test_the_recipe_of_a_folder_is_kept_and_other_ones_are_refused(tmp_path):
         assert (tmp_path / "run" / "recipe.json").read_text() == before
         folder.write_recipe({"train": {"steps": 5, "seed": 0, "betas": (0.9, 0.95), "keep_best": 3}})
         assert json.loads((tmp_path / "run" / "recipe.json").read_text())["train"]["keep_best"] == 3
-        (tmp_path / "run" / "recipe.json").write_text("{")
-        with pytest.raises(RunFolderError, match=r"recipe\.json is damaged"):
-            folder.write_recipe({})
+        for damaged in (b"{", b"", b"[]", b"caf\xe9"):
+            (tmp_path / "run" / "recipe.json").write_bytes(damaged)
+            with pytest.raises(
+                RunFolderError, match=r"recipe\.json is damaged .*; delete it and use --resume with --c"
+            ):
+                folder.write_recipe({})
 
 
 def test_differences_are_said_once_and_shortly():
@@ -233,6 +239,34 @@ def test_differences_are_said_once_and_shortly():
     assert found[2] == "layers[*].experts was 8 and is now 9"
     assert len(found) == 4 and len(found[3]) < 140
     assert differences(old, old) == []
+
+
+def test_optimizer_tensors_that_do_not_fit_leave_the_trainer_as_it_was(finished, tmp_path, monkeypatch):
+    with RunFolder.claim(shutil.copytree(finished, tmp_path / "run")) as folder:
+        again = trainer(run=folder)
+        before = state_of(again)
+        tensors = SavedStep.load_optimizer_tensors
+        last = sorted(tensors(SavedStep(4, folder.checkpoints[-1][1])))[-1]
+        for spoil in (lambda tensor: tensor[None], None):
+
+            def spoilt(saved, spoil=spoil):
+                found = tensors(saved)
+                found |= {last: spoil(found[last])} if spoil else {"more": found[last]}
+                return found
+
+            monkeypatch.setattr(SavedStep, "load_optimizer_tensors", spoilt)
+            with pytest.raises(CheckpointError, match="resume with the recipe that wrote it"):
+                again.resume()
+            assert state_of(again) == before and again.step == 0
+
+
+def test_a_checkpoint_whose_folder_cannot_be_made_durable_is_one_line(tmp_path, monkeypatch):
+    def refuse(folder):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(resume, "_sync_folder", refuse)
+    with RunFolder.claim(tmp_path / "run") as folder, pytest.raises(CheckpointError, match="durable: Input/output err"):
+        trainer(run=folder).train()
 
 
 def test_folders_that_are_no_checkpoints_are_left_alone(finished, tmp_path):

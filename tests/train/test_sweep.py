@@ -1,5 +1,6 @@
 """A sweep's points, their names, what is remembered of them, and that one failure is not the others'."""
 
+import datetime
 import json
 
 import pytest
@@ -47,6 +48,19 @@ def test_names_are_different_and_fit_for_folders(swept):
     names = [point.name for point in points_of({"train.balance_losses": swept, "data.seed": [1]})]
     assert len(set(names)) == len(names)
     assert all(name.isascii() and "/" not in name and len(name) < 120 for name in names)
+
+
+def test_names_stay_in_the_folder_and_keep_a_minus():
+    (point,) = points_of({"model.../../evil": [1]})
+    assert point.name == "evil=1"
+    (point,) = points_of({"a/../x.seed": [-1], "b.seed": ["../up/"]})
+    assert point.name == "a-..-x.seed=-1,b.seed=..-up"
+    assert [point.name for point in points_of({"train.warmup_steps": [-1, 1]})] == ["warmup_steps=-1", "warmup_steps=1"]
+
+
+def test_a_value_that_json_lacks_has_a_name_too():
+    (point,) = points_of({"model.x": [datetime.date(2024, 1, 1)]})
+    assert point.name == "x=2024-01-01"
 
 
 def test_fields_of_one_name_keep_their_tables():
@@ -152,3 +166,45 @@ def test_a_damaged_record_is_named(tmp_path):
     (tmp_path / "sweep.json").write_text('{"points": [{}]}')
     with pytest.raises(RunFolderError, match=r"sweep.json cannot be read .* delete it"):
         Sweep.begin(tmp_path, AXES, resume=True)
+
+
+def test_points_that_are_added_take_no_name_that_is_taken(tmp_path):
+    """ "a/b" and "a b" are alike as names: the second becomes "-2", whichever of them is asked for later."""
+
+    def train(point: Point) -> RunResult:
+        return result(1.0)
+
+    Sweep.begin(tmp_path, {"data.x": ["a/b"]}, resume=False).run(train, lambda line: None)
+    sweep = Sweep.begin(tmp_path, {"data.x": ["a b", "a/b"]}, resume=True)
+    assert [(point.name, point.status) for point in sweep.points] == [("x=a-b-2", "waiting"), ("x=a-b", "done")]
+    sweep._write()
+    again = Sweep.begin(tmp_path, {"data.x": ["a:b", "a b", "a/b"]}, resume=True)
+    assert [point.name for point in again.points] == ["x=a-b-3", "x=a-b-2", "x=a-b"]
+
+
+def test_a_record_that_leads_out_of_the_folder_is_refused(tmp_path):
+    point = Point(name="../x=1", changes={"data.x": 1}).to_json()
+    (tmp_path / "sweep.json").write_text(json.dumps({"points": [point]}))
+    with pytest.raises(RunFolderError, match=r"sweep.json cannot be read .* delete it"):
+        Sweep.begin(tmp_path, {"data.x": [1]}, resume=True)
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: you ...")])
+def test_a_point_that_is_too_large_does_not_end_the_sweep(tmp_path, error):
+    def train(point: Point) -> RunResult:
+        if point.changes["train.seed"] == 0:
+            raise error
+        return losses(point)
+
+    sweep = Sweep.begin(tmp_path, AXES, resume=False)
+    sweep.run(train, lambda line: None)
+    assert [point.status for point in sweep.points] == ["failed", "done"] * 2
+    assert str(sweep.points[0].error).startswith("out of memory; use a smaller model")
+
+
+def test_a_bug_ends_the_sweep(tmp_path):
+    def train(point: Point) -> RunResult:
+        raise RuntimeError("shapes cannot be multiplied")
+
+    with pytest.raises(RuntimeError, match="shapes"):
+        Sweep.begin(tmp_path, AXES, resume=False).run(train, lambda line: None)

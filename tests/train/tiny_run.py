@@ -35,7 +35,7 @@ def packed_text(num_tokens: int = 2000, digest: str = "a") -> Packed:
 
     def domain(name: str, stride: int) -> PackedDomain:
         ids = (np.arange(num_tokens) * stride % 60 + 1).astype(np.uint16)
-        return PackedDomain(name=name, train=ids, held_out=ids[:200], held_out_bytes=199)
+        return PackedDomain(name=name, train=ids, held_out=ids[:200])
 
     domains = (domain("ones", 1), domain("threes", 3))
     return Packed(domains=domains, byte_lengths=np.ones(61, dtype=np.int64), eos_id=0, digest=digest)

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, NoReturn
 
 from moesaic import __version__
 from moesaic.cli import output
-from moesaic.errors import ConfigError, MoesaicError
+from moesaic.errors import OUT_OF_MEMORY, ConfigError, MoesaicError, ran_out_of_memory
 from moesaic.registry import unknown_name
 
 VERBS = {
@@ -90,8 +90,8 @@ def explain(error: BaseException) -> Failure:
     if isinstance(error, KeyboardInterrupt):
         why = _one_line(error)
         return Failure(f"moesaic: interrupted: {why}" if why else "moesaic: interrupted", 130)
-    if isinstance(error, MemoryError):
-        return Failure("moesaic: error: out of memory; use --dtype bf16 or a smaller model", 2)
+    if ran_out_of_memory(error):
+        return Failure(f"moesaic: error: {OUT_OF_MEMORY}", 2)
     if isinstance(error, OSError):
         return Failure(f"moesaic: error: {_explain_os_error(error)}", 2)
     bug = f"moesaic: this is a bug in moesaic ({type(error).__name__}: {_one_line(error)})"

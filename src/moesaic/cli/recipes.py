@@ -3,7 +3,7 @@
 import argparse
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -95,6 +95,8 @@ def _axes(words: list[str], axes: dict[str, list[Any]]) -> dict[str, list[Any]]:
 
 def _resumed(out: Path) -> Source | None:
     """What the run or sweep in a folder was started with; None when there is none yet."""
+    from moesaic.train.resume import damaged_recipe
+
     place, sweep = out / "recipe.json", out / "sweep.json"
     if not place.exists():
         return None
@@ -102,12 +104,26 @@ def _resumed(out: Path) -> Source | None:
         facts = json.loads(place.read_text(encoding="utf-8"))
         corpus = facts["corpus_folder"]
         start = facts["start"] if "start" in facts else {"size": None, "tree": facts["recipe"], "changes": {}}
-        axes = json.loads(sweep.read_text(encoding="utf-8"))["axes"] if "start" in facts else None
+        source = Source(**start, corpus=None if corpus is None else Path(corpus))
+        if not isinstance(source.size, str) and not isinstance(source.tree, dict):
+            raise ValueError("it names neither a size nor a recipe")
+        if not isinstance(source.changes, dict):
+            raise ValueError("its changes are no table")
     except (OSError, ValueError, KeyError, TypeError) as error:
+        raise damaged_recipe(place, repr(error)) from error
+    return replace(source, axes=_axes_of_sweep(sweep)) if "start" in facts else source
+
+
+def _axes_of_sweep(place: Path) -> dict[str, list[Any]]:
+    from moesaic.train.sweep import axes_of_table
+
+    try:
+        return axes_of_table(json.loads(place.read_text(encoding="utf-8"))["axes"])
+    except (OSError, ValueError, KeyError, TypeError, ConfigError) as error:
         raise RunFolderError(
-            f"what {out} was started with cannot be read ({error!r}); give it again with --config or --size"
+            f"{place} is damaged ({error!r}); delete it if it is there and give --config or --size, --sweep and "
+            "--resume again: every point is looked at once more"
         ) from error
-    return Source(**start, axes=axes, corpus=None if corpus is None else Path(corpus))
 
 
 def print_recipe(source: Source, as_json: bool) -> None:

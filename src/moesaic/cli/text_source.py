@@ -83,14 +83,21 @@ def make_tokenizer(corpus: "Corpus", vocab_size: int, folder: Path | None = None
 
 
 def pack_with_progress(corpus: "Corpus", tokenizer: "Tokenizer", folder: Path, workers: int | None = None) -> "Packed":
-    """Pack, unless `folder` holds the result; by as many processes as there are processors if not told otherwise."""
+    """Pack, unless `folder` holds the result; by a process on each processor it may use if not told otherwise."""
     from moesaic.data.packed import is_packed
     from moesaic.data.packing import pack
 
     if is_packed(folder):
         return pack(corpus, tokenizer, folder)
     with _progress("tokenizing", corpus.num_bytes) as listen:
-        return pack(corpus, tokenizer, folder, workers=workers or os.cpu_count() or 1, listen=listen)
+        return pack(corpus, tokenizer, folder, workers=workers or _usable_processors(), listen=listen)
+
+
+def _usable_processors() -> int:
+    """Those that this process may run on, where the system tells; a container often has fewer than the machine."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def _open_text(folder: Path, tokenizer_folder: Path | None) -> Text:

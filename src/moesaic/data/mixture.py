@@ -17,6 +17,7 @@ from moesaic.errors import DataError
 Weights = Mapping[str, float] | Literal["proportional", "uniform"]
 
 DECK_SIZE = 1024  # samples, to within half a sample for each domain
+MOST_WEIGHT = 1e100  # all together: far below where sums of floats overflow
 EPOCHS_TOLERANCE = 0.01  # of the run's length
 
 
@@ -108,4 +109,6 @@ def _by_domain(names: Sequence[str], values: Mapping[str, float], what: str) -> 
     numbers = [float(values.get(name, 0.0)) for name in names]
     if not all(math.isfinite(number) and number >= 0 for number in numbers) or not any(numbers):
         raise DataError(f"{what} {dict(values)}; they must be numbers of 0 or more, and one above 0")
+    if sum(numbers) > MOST_WEIGHT:
+        raise DataError(f"{what} {dict(values)} add up to {sum(numbers):g}; use at most {MOST_WEIGHT:g}")
     return numbers

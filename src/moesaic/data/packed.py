@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -29,6 +29,8 @@ INDEX = "index.json"
 TOKENIZER = "tokenizer"
 TOKENS_SUFFIX, STARTS_SUFFIX = ".bin", ".starts"
 STARTS_DTYPE = np.dtype("<i8")
+TOKEN_DTYPES = ("<u2", "<u4")
+PARTS = {"train", "held_out"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,13 +93,18 @@ class Index:
             raise DataError(_damaged(place, folder, "it is not JSON")) from error
         if not isinstance(tree, dict) or tree.pop("checksum", None) != _checksum(tree):
             raise DataError(_damaged(place, folder, "its checksum does not fit"))
-        if tree.pop("format") != FORMAT:
+        if tree.pop("format", None) != FORMAT:
             raise DataError(f"{folder} was packed by another version of moesaic; pack the text again")
-        domains = {
-            name: {part: _part_index(facts) for part, facts in parts.items()}
-            for name, parts in tree.pop("domains").items()
-        }
-        return cls(domains=domains, **tree)
+        try:
+            domains = {
+                name: {part: _part_index(facts) for part, facts in parts.items()}
+                for name, parts in tree.pop("domains").items()
+            }
+            index = cls(domains=domains, **tree)
+            _check_index(index)
+        except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+            raise DataError(_damaged(place, folder, f"{type(error).__name__}: {error}")) from error
+        return index
 
 
 class ShardedTokens:
@@ -121,7 +128,6 @@ class PackedDomain:
     name: str
     train: np.ndarray | ShardedTokens
     held_out: np.ndarray
-    held_out_bytes: int
     train_starts: np.ndarray | None = None
     held_out_starts: np.ndarray | None = None
 
@@ -171,7 +177,7 @@ def open_packed(folder: str | Path) -> Packed:
     tokenizer = Tokenizer.load(folder / TOKENIZER)
     if tokenizer.digest != index.tokenizer or tokenizer.eos_id is None:
         raise DataError(_damaged(folder / TOKENIZER, folder, "it is not the tokenizer that the text was packed with"))
-    domains = tuple(_open_domain(folder, name, parts, index.dtype, tokenizer) for name, parts in index.domains.items())
+    domains = tuple(_open_domain(folder, name, parts, index.dtype) for name, parts in index.domains.items())
     return Packed(domains=domains, byte_lengths=tokenizer.byte_lengths, eos_id=tokenizer.eos_id, digest=index.digest)
 
 
@@ -202,16 +208,12 @@ def packed_digest(corpus_digest: str, tokenizer_digest: str) -> str:
     return hashlib.sha256(f"{FORMAT} {corpus_digest} {tokenizer_digest}".encode()).hexdigest()
 
 
-def _open_domain(
-    folder: Path, name: str, parts: Mapping[str, PartIndex], dtype: str, tokenizer: Tokenizer
-) -> PackedDomain:
+def _open_domain(folder: Path, name: str, parts: Mapping[str, PartIndex], dtype: str) -> PackedDomain:
     train, held_out = parts["train"], parts["held_out"]
-    held_out_ids = np.concatenate(_map(folder, held_out, TOKENS_SUFFIX, np.dtype(dtype)))
     return PackedDomain(
         name=name,
         train=ShardedTokens(_map(folder, train, TOKENS_SUFFIX, np.dtype(dtype))),
-        held_out=held_out_ids,
-        held_out_bytes=int(tokenizer.byte_lengths[held_out_ids].sum()),
+        held_out=_joined(_map(folder, held_out, TOKENS_SUFFIX, np.dtype(dtype)), np.dtype(dtype)),
         train_starts=_starts(folder, train),
         held_out_starts=_starts(folder, held_out),
     )
@@ -220,7 +222,16 @@ def _open_domain(
 def _map(folder: Path, part: PartIndex, suffix: str, dtype: np.dtype) -> list[np.ndarray]:
     """As plain arrays: the subclass that memmap returns makes every slice of it slow."""
     paths = (folder / (shard.path + suffix) for shard in part.shards)
-    return [np.memmap(path, dtype=dtype, mode="r").view(np.ndarray) for path in paths]
+    return [
+        np.memmap(path, dtype=dtype, mode="r").view(np.ndarray)
+        if path.stat().st_size  # nothing cannot be mapped
+        else np.empty(0, dtype=dtype)
+        for path in paths
+    ]
+
+
+def _joined(arrays: Sequence[np.ndarray], dtype: np.dtype) -> np.ndarray:
+    return np.concatenate(arrays) if arrays else np.empty(0, dtype=dtype)
 
 
 def _starts(folder: Path, part: PartIndex) -> np.ndarray:
@@ -229,12 +240,14 @@ def _starts(folder: Path, part: PartIndex) -> np.ndarray:
     for shard, starts in zip(part.shards, _map(folder, part, STARTS_SUFFIX, STARTS_DTYPE), strict=True):
         pieces.append(starts + before)
         before += shard.tokens
-    return np.concatenate(pieces)
+    return _joined(pieces, STARTS_DTYPE)
 
 
 def _verify(folder: Path, index: Index) -> None:
     """Compare every file with the index, several at a time: hashing lets other threads run."""
     files = list(_expected_files(folder, index))
+    if not files:
+        return
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as threads:
         for (path, _, _), wrong in zip(files, threads.map(_what_is_wrong, *zip(*files, strict=True)), strict=True):
             if wrong:
@@ -269,6 +282,21 @@ def _damaged(path: Path, folder: Path, wrong: str) -> str:
 def _part_index(facts: dict[str, Any]) -> PartIndex:
     shards = tuple(Shard(**{**shard, "sha256": tuple(shard["sha256"])}) for shard in facts["shards"])
     return PartIndex(num_bytes=facts["num_bytes"], shards=shards)
+
+
+def _check_index(index: Index) -> None:
+    """Raises ValueError for what `pack` never writes, such as a path that leads out of the folder."""
+    if index.dtype not in TOKEN_DTYPES:
+        raise ValueError(f"dtype={index.dtype!r}")
+    for name, parts in index.domains.items():
+        if parts.keys() != PARTS:
+            raise ValueError(f"the parts of {name!r} are {sorted(parts)}")
+        for shard in (shard for part in parts.values() for shard in part.shards):
+            path = PurePosixPath(shard.path)
+            if path.is_absolute() or ".." in path.parts or "\0" in shard.path or not path.name:
+                raise ValueError(f"the path {shard.path!r}")
+            if len(shard.sha256) != 2 or min(shard.tokens, shard.documents) < 0:
+                raise ValueError(f"the numbers of {shard.path!r}")
 
 
 def _checksum(tree: Mapping[str, Any]) -> str:

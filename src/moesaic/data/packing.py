@@ -59,6 +59,8 @@ def pack(
     something else or cannot be written.
     """
     folder = Path(folder)
+    if shard_tokens < 1:
+        raise DataError(f"shard_tokens={shard_tokens}; use 1 or more")
     if tokenizer.eos_id is None:
         raise DataError("the tokenizer has no eos token to put between documents; name one in tokenizer_config.json")
     _ = tokenizer.byte_lengths  # a vocabulary that cannot be measured is refused before the work, not after it

@@ -15,6 +15,7 @@ from typing import Any, BinaryIO, Self
 from moesaic.errors import RunFolderError
 from moesaic.telemetry.health import LayerHealth, RouterHealth
 from moesaic.telemetry.load import StepLoad
+from moesaic.telemetry.raw_file import write_whole
 
 _VERSION = b"brain.Event:2"
 _SESSION_START = 1
@@ -77,7 +78,7 @@ class EventFile:
         try:
             file = self._file or self._open()
             summary = b"".join(_message(1, _text(1, tag) + _float(2, value)) for tag, value in scalars.items())
-            file.write(_record(_event(step, wall_time_s) + _message(5, summary)))
+            write_whole(file, _record(_event(step, wall_time_s) + _message(5, summary)))
         except OSError as error:
             raise RunFolderError(
                 f"cannot write to {self.folder}: {error.strerror}; free space, or leave out --tensorboard"
@@ -88,8 +89,9 @@ class EventFile:
         # Readers take the files of a folder in the order of their names.
         path = self.folder / f"events.out.tfevents.{time.time_ns():020d}.{os.getpid()}"
         self._file = path.open("xb", buffering=0)
-        self._file.write(_record(_event(0, None) + _message(3, _VERSION)))
-        self._file.write(_record(_event(self.first_step, None) + _message(7, _number(1, _SESSION_START))))
+        write_whole(self._file, _record(_event(0, None) + _message(3, _VERSION)))
+        session = _message(7, _number(1, _SESSION_START))
+        write_whole(self._file, _record(_event(self.first_step, None) + session))
         return self._file
 
 

@@ -85,10 +85,18 @@ def _fit(value: Any, annotation: Any) -> Any:
         return {key: _fit(item, inner[1]) for key, item in value.items()}
     if annotation is float:
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        return float(_require(value, is_number and math.isfinite(value)))
+        return float(_require(value, is_number and _is_finite(value)))
     if annotation is int:
         return _require(value, isinstance(value, int) and not isinstance(value, bool))
     return _require(value, isinstance(value, annotation))
+
+
+def _is_finite(value: float) -> bool:
+    """Whether a float can hold it."""
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # a whole number beyond 1.8e308
+        return False
 
 
 def _require(value: Any, condition: bool) -> Any:

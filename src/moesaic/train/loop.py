@@ -84,8 +84,8 @@ class Trainer:
     def resume(self) -> bool:
         """Go back to the newest checkpoint of the run's folder; false when there is none.
 
-        Raises CheckpointError when it is damaged, RunFolderError when it is of another recipe or other data; then
-        neither this trainer nor the folder has changed.
+        Raises CheckpointError when it is damaged or does not fit, RunFolderError when it is of another recipe or other
+        data; then neither this trainer nor the folder has changed.
         """
         saved = self.run.newest() if self.run else None
         if self.run is None or saved is None:
@@ -97,8 +97,9 @@ class Trainer:
                 f"{saved.folder} stops before sample {facts['next_sample']} and the step after it begins with "
                 f"{self._first_sample(facts['step'])}; another version of moesaic wrote it: start in another folder"
             )
-        self.model.load_state_dict(saved.load_weights())
-        restore_state(self.model, self.optimizer, saved.load_optimizer_tensors())
+        weights = saved.load_weights()
+        restore_state(self.model, self.optimizer, saved.load_optimizer_tensors())  # first, for it may refuse
+        self.model.load_state_dict(weights)
         self.step, self.seconds = facts["step"], facts["seconds"]
         saved.restore_random_state()
         return True

@@ -15,7 +15,10 @@ def write_manifest(folder: Path) -> None:
 
 
 def damage(folder: Path) -> str | None:
-    """What is wrong with the first file that is not as it was written, in words; None when all are."""
+    """What is wrong with the first file that is not as it was written, in words; None when all are.
+
+    A file that is not listed counts too: what reads the folder might take it for one of its own.
+    """
     try:
         text = (folder / MANIFEST).read_bytes().decode()
     except FileNotFoundError:
@@ -35,7 +38,11 @@ def damage(folder: Path) -> str | None:
             return f"{file} cannot be read ({error})"
         if digest != entry[1]:
             return f"{file} is damaged (it does not match {MANIFEST})"
-    return None if entries else f"{folder / MANIFEST} is empty"
+    if not entries:
+        return f"{folder / MANIFEST} is empty"
+    listed = {entry[2] for entry in entries if entry} | {MANIFEST}
+    others = sorted(path.name for path in folder.iterdir() if path.name not in listed)
+    return f"{folder / others[0]} is there, and {MANIFEST} does not list it" if others else None
 
 
 def _digest(file: Path) -> str:

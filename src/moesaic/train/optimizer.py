@@ -159,7 +159,7 @@ def named_state(model: Decoder, optimizer: Optimizer) -> Iterator[tuple[str, Ten
 def restore_state(model: Decoder, optimizer: Optimizer, tensors: dict[str, Tensor]) -> None:
     """The inverse of `named_state`, in place; rounded weights are made from their masters again.
 
-    Raises CheckpointError when these are not the tensors that this optimizer keeps.
+    Raises CheckpointError when these are not the tensors that this optimizer keeps; then none has changed.
     """
     kept = dict(named_state(model, optimizer))
     if different := sorted(kept.keys() ^ tensors.keys()):
@@ -174,6 +174,7 @@ def restore_state(model: Decoder, optimizer: Optimizer, tensors: dict[str, Tenso
                 f"{name} has shape {tuple(tensors[name].shape)} in the checkpoint and {tuple(tensor.shape)} in this "
                 "model; resume with the recipe that wrote it"
             )
+    for name, tensor in kept.items():
         tensor.copy_(tensors[name])
     for weight in optimizer.weights:
         weight.publish()

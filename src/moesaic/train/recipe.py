@@ -12,7 +12,7 @@ from typing import Any, Literal
 from moesaic.config import ModelConfig
 from moesaic.errors import ConfigError
 from moesaic.families import family
-from moesaic.train.fields import names_of, refuse_unknown, settle
+from moesaic.train.fields import names_of, refuse_unknown, settle, shown
 
 Points = tuple[tuple[int, float], ...]
 Scheduled = float | Points
@@ -119,6 +119,8 @@ class Recipe:
         settle(self, "")
         if self.vocab_size < 1:
             raise ConfigError(f"vocab_size={self.vocab_size}; use 1 or more")
+        for name, value in self.model.items():
+            _check_json(f"model.{name}", value)
 
     def model_config(self, vocab_size: int, eos_token_id: int | None) -> ModelConfig:
         """The description of the model, with the tokenizer's sizes filled in where the recipe leaves them open.
@@ -173,7 +175,7 @@ def read_toml(path: Path) -> dict[str, Any]:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"cannot read the recipe {path}: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except ValueError as error:  # of TOML, of UTF-8, or of a number with thousands of digits
         raise ConfigError(f"{path} is not valid TOML: {error}") from error
 
 
@@ -217,7 +219,7 @@ def parse_value(text: str) -> Any:
     """A value as TOML writes it; anything else is plain words."""
     try:
         return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+    except ValueError:  # no TOML, or a number with thousands of digits
         return text
 
 
@@ -235,7 +237,9 @@ _AT_LEAST = {
     "keep_checkpoints": 1,
     "keep_best": 0,
 }
+_AT_MOST = {"seed": 2**63 - 1}
 _ABOVE_ZERO = ("learning_rate", "clip_norm")
+_MOST_SHARE = 1e100
 _FRACTIONS = ("ema_decay", "muon_momentum")
 
 
@@ -243,6 +247,9 @@ def _check_ranges(settings: TrainSettings) -> None:
     for name, least in _AT_LEAST.items():
         if getattr(settings, name) < least:
             raise ConfigError(f"train.{name}={getattr(settings, name)}; use {least} or more")
+    for name, most in _AT_MOST.items():
+        if getattr(settings, name) > most:
+            raise ConfigError(f"train.{name}={getattr(settings, name)}; use {most} or less")
     for name in _ABOVE_ZERO:
         if getattr(settings, name) <= 0:
             raise ConfigError(f"train.{name}={getattr(settings, name)}; it must be above 0")
@@ -293,9 +300,21 @@ def _check_scheduled(where: str, value: Scheduled) -> None:
         raise ConfigError(f"{where} has the value {least}; use 0 or more")
 
 
+def _check_json(where: str, value: Any) -> None:
+    """The model's description is kept as JSON, which has no dates and no infinity."""
+    try:
+        json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError):
+        raise ConfigError(
+            f"{where}={shown(value)}; it must be a finite number, a text, true or false, or a list or table of these"
+        ) from None
+
+
 def _check_shares(name: str, shares: Mapping[str, float]) -> None:
     for domain, share in shares.items():
         if share < 0:
             raise ConfigError(f"data.{name}: {domain!r} has {share}; use 0 or more")
+        if share > _MOST_SHARE:
+            raise ConfigError(f"data.{name}: {domain!r} has {share}; use {_MOST_SHARE:g} or less")
     if not any(shares.values()):
         raise ConfigError(f"data.{name}={dict(shares)!r} gives no domain anything; give one a number above 0")

@@ -12,6 +12,7 @@ from typing import Any
 from moesaic.errors import RunFolderError
 from moesaic.evaluate.perplexity import HeldOutLoss
 from moesaic.telemetry.load import StepLoad
+from moesaic.telemetry.raw_file import write_whole
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,10 +104,8 @@ class MetricsFile:
 
     def write(self, line: dict[str, Any]) -> None:
         """Append one object. Raises RunFolderError when the disk says no."""
-        rest = memoryview(json.dumps(line).encode() + b"\n")
         try:
-            while rest:
-                rest = rest[self._file.write(rest) :]
+            write_whole(self._file, json.dumps(line).encode() + b"\n")
         except OSError as error:
             raise self._refusal(error) from error
 

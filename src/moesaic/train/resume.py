@@ -13,6 +13,7 @@ import json
 import os
 import re
 import shutil
+import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -71,7 +72,7 @@ class RunFolder:
         """Remember what the run is. Raises RunFolderError when the folder holds a run of another recipe."""
         place = self.path / "recipe.json"
         text = json.dumps(facts, indent=2)
-        before = place.read_text(encoding="utf-8") if place.exists() else None
+        before = _recipe_text(place) if place.exists() else None
         if before is not None:
             refuse_differences(self.path, _parsed(place, before), facts)
         if before != text:
@@ -109,6 +110,10 @@ class RunFolder:
             _sync_folder(folder.parent)
         except CheckpointError as error:
             raise CheckpointError(f"{error}; {self.way_back()}") from error
+        except OSError as error:
+            raise CheckpointError(
+                f"cannot make {folder} durable: {error.strerror or error}; {self.way_back()}"
+            ) from error
 
     def way_back(self) -> str:
         """Where the run can go on from, in words that end a message."""
@@ -167,7 +172,10 @@ def write_beside(place: Path, text: str) -> None:
     """Write a small file so that it is either the old one or the new one. Raises RunFolderError when it cannot be."""
     beside = place.with_name(f".{place.name}.partial")
     try:
-        beside.write_text(text, encoding="utf-8")
+        with beside.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())  # or a power cut after the rename could leave an empty file
         os.replace(beside, place)
     except OSError as error:
         beside.unlink(missing_ok=True)
@@ -184,11 +192,29 @@ class _Absent:
 _ABSENT = _Absent()
 
 
+def damaged_recipe(place: Path, why: object) -> RunFolderError:
+    """What to say of a recipe.json that cannot be used, with the way on: the checkpoints need it no longer."""
+    return RunFolderError(
+        f"{place} is damaged ({why}); delete it and use --resume with --config FILE or --size as the run was "
+        "started with, and with --corpus and --sweep where it had them"
+    )
+
+
+def _recipe_text(place: Path) -> str:
+    try:
+        return place.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise damaged_recipe(place, error) from error
+
+
 def _parsed(place: Path, text: str) -> dict[str, Any]:
     try:
-        return json.loads(text)
+        tree = json.loads(text)
     except ValueError as error:
-        raise RunFolderError(f"{place} is damaged ({error}); choose another folder with --out") from error
+        raise damaged_recipe(place, error) from error
+    if not isinstance(tree, dict):
+        raise damaged_recipe(place, "it is no table")
+    return tree
 
 
 def _shown(value: Any) -> str:
@@ -205,9 +231,9 @@ def _name(run: Path, saved: SavedStep) -> str:
 def _remove(folder: Path) -> None:
     """Out of sight first, so that a kill in the middle leaves nothing that looks like a checkpoint."""
     try:
-        doomed = folder if folder.name.startswith(".") else folder.with_name(f".{folder.name}.old-0")
-        if doomed != folder:
-            folder.rename(doomed)
+        doomed = folder
+        if not folder.name.startswith("."):
+            doomed = folder.rename(folder.with_name(f".{folder.name}.old-{uuid.uuid4().hex[:8]}"))
         shutil.rmtree(doomed)
     except OSError as error:
         raise RunFolderError(f"cannot delete {folder}: {error.strerror}; delete it yourself") from error

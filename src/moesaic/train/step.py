@@ -5,7 +5,7 @@ B batch, S sequence, E experts.
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -107,13 +107,6 @@ class Stepper:
         if not self.model.config.moe_layers:
             return {}
         return {name: scheduled(value, step) for name, value in self.settings.balance_losses}
-
-    def ema_weights(self) -> AbstractContextManager[None]:
-        """The model computes with the moving average of its weights in this block.
-
-        Raises ConfigError when the settings keep none.
-        """
-        return self.optimizer.averaged_weights()
 
     def _accumulate(
         self,

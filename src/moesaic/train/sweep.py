@@ -9,12 +9,12 @@ import itertools
 import json
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from moesaic.errors import ConfigError, MoesaicError, RunFolderError
+from moesaic.errors import OUT_OF_MEMORY, ConfigError, MoesaicError, RunFolderError, ran_out_of_memory
 from moesaic.telemetry.report import write_report
 from moesaic.telemetry.report_data import HeldOut, ModelResult, ReportData
 from moesaic.train.recipe import parse_value
@@ -23,6 +23,7 @@ from moesaic.train.resume import write_beside
 MOST_POINTS = 1000
 MOST_IN_REPORT = 6
 LONGEST_NAME = 100
+_NAME = re.compile(r"[A-Za-z0-9_.+,=-]*=[A-Za-z0-9_.+,=-]*")  # of a folder; so it is never ".."
 
 Axes = dict[str, list[Any]]
 """A field ("train.learning_rate") and the values it takes."""
@@ -93,8 +94,11 @@ def axes_of_table(table: Any, prefix: str = "") -> Axes:
     return axes
 
 
-def points_of(axes: Axes) -> list[Point]:
-    """Every combination, the last axis moving fastest. Raises ConfigError for axes that make none, or too many."""
+def points_of(axes: Axes, earlier: Sequence[Point] = ()) -> list[Point]:
+    """Every combination, the last axis moving fastest. Raises ConfigError for axes that make none, or too many.
+
+    Those among `earlier` keep their names, and done ones stay so; what failed waits again: the reason may be gone.
+    """
     if not axes:
         raise ConfigError(
             "--sweep without anything to vary; name a field and its values, as --sweep train.seed=0,1,2, or have a "
@@ -108,24 +112,43 @@ def points_of(axes: Axes) -> list[Point]:
     count = math.prod(len(values) for values in axes.values())
     if count > MOST_POINTS:
         raise ConfigError(f"a sweep of {count} points; at most {MOST_POINTS}, so vary fewer fields at once")
+    known = {_key(point.changes): point for point in earlier}
+    taken = {point.name for point in earlier}
     points: list[Point] = []
     for values in itertools.product(*axes.values()):
         changes = dict(zip(axes, values, strict=True))
-        points.append(Point(name=_name(changes, [point.name for point in points]), changes=changes))
+        before = known.get(_key(changes))
+        if before is not None and before.status == "done":
+            points.append(before)
+            continue
+        name = before.name if before is not None else _name(changes, taken)
+        taken.add(name)
+        points.append(Point(name=name, changes=changes))
     return points
 
 
-def _name(changes: Mapping[str, Any], taken: Sequence[str]) -> str:
+def _key(changes: Mapping[str, Any]) -> str:
+    """Equal for equal changes, in whatever order."""
+    return json.dumps(changes, sort_keys=True, default=str)
+
+
+def _name(changes: Mapping[str, Any], taken: Collection[str]) -> str:
     """A readable folder name, "learning_rate=0.001,seed=0", that no other point has."""
     fields = [path.rpartition(".")[2] for path in changes]
     parts = []
     for (path, value), short in zip(changes.items(), fields, strict=True):
-        text = value if isinstance(value, str) else json.dumps(value)
-        label = path if fields.count(short) > 1 else short
-        parts.append(f"{label}={re.sub(r'[^A-Za-z0-9_.+-]+', '-', text).strip('-')}")
+        text = value if isinstance(value, str) else json.dumps(value, default=str)
+        label = _for_folder(path if fields.count(short) > 1 else short).lstrip(".-")
+        parts.append(f"{label}={_for_folder(text)}")
     name = ",".join(parts)[:LONGEST_NAME]
     numbers = (f"{name}-{number}" for number in itertools.count(2))
     return next(one for one in itertools.chain([name], numbers) if one not in taken)
+
+
+def _for_folder(text: str) -> str:
+    """Without what a folder's name should not hold; a number's minus stays."""
+    name = re.sub(r"[^A-Za-z0-9_.+-]+", "-", text).rstrip("-")
+    return name if text.startswith("-") else name.lstrip("-")
 
 
 @dataclass
@@ -142,22 +165,23 @@ class Sweep:
 
         Raises RunFolderError when there was an earlier one and `resume` is false, or when its record is damaged.
         """
-        place, points = folder / "sweep.json", points_of(axes)
+        place = folder / "sweep.json"
         if not place.exists():
-            return cls(folder, axes, points)
+            return cls(folder, axes, points_of(axes))
         try:
             tree = json.loads(place.read_text(encoding="utf-8"))
             earlier = [Point.from_json(point) for point in tree["points"]]
+            if foreign := [point.name for point in earlier if not _NAME.fullmatch(point.name)]:
+                raise ValueError(f"the name {foreign[0]!r}")
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise RunFolderError(f"{place} cannot be read ({error}); delete it to look at every point again") from error
-        done = {json.dumps(point.changes): point for point in earlier if point.status == "done"}
         if not resume:
+            done = sum(point.status == "done" for point in earlier)
             raise RunFolderError(
-                f"{folder} holds a sweep with {len(done)} of {len(earlier)} points done; "
+                f"{folder} holds a sweep with {done} of {len(earlier)} points done; "
                 "add --resume to go on, or choose another folder with --out"
             )
-        # What failed is tried again: the reason may be gone.
-        return cls(folder, axes, [done.get(json.dumps(point.changes), point) for point in points])
+        return cls(folder, axes, points_of(axes, earlier))
 
     @property
     def best_first(self) -> list[Point]:
@@ -195,8 +219,12 @@ class Sweep:
 def _attempt(point: Point, train: Callable[[Point], RunResult]) -> Point:
     try:
         result = train(point)
-    except (MoesaicError, MemoryError) as error:
-        return replace(point, status="failed", error=" ".join(str(error).split()) or "out of memory")
+    except MoesaicError as error:
+        return replace(point, status="failed", error=" ".join(str(error).split()))
+    except Exception as error:
+        if not ran_out_of_memory(error):
+            raise
+        return replace(point, status="failed", error=OUT_OF_MEMORY)
     return replace(point, status="done", error=None, result=result)
 
 
