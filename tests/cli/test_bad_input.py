@@ -1,10 +1,8 @@
 """Every kind of bad input, through the command line: exit 2, one line of error, and nothing half-written."""
 
 import json
-import resource
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +10,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from moesaic.train.resume import RunFolder
+from tests.full_disk import full_disk
 
 Damage = Callable[[Path], object]
 INDEX = "model.safetensors.index.json"
@@ -206,17 +205,6 @@ def test_a_second_run_into_a_directory_in_use(moesaic, train, corpus, tmp_path):
         assert_one_line(moesaic("demo", "--out", tmp_path / "demo", "--corpus", corpus), "demo is in use by another")
     assert_one_line(moesaic("demo", "--out", tmp_path / "run", "--corpus", corpus), "run is not an empty folder")
     assert files(tmp_path) == before
-
-
-@contextmanager
-def full_disk(num_bytes: int) -> Iterator[None]:
-    """The system refuses to let any file grow beyond `num_bytes`: a full disk for which one need not be root."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @pytest.mark.parametrize("room_bytes", [0, 1_000, 10_000])

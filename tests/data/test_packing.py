@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -24,6 +24,7 @@ from moesaic.data.packed import Index, Packed, ShardedTokens, is_packed
 from moesaic.data.packing import Packing, pack
 from moesaic.data.tokenizer import Tokenizer
 from moesaic.errors import DataError, RunFolderError
+from tests.full_disk import full_disk
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -329,18 +330,8 @@ def test_large_vocabularies_are_packed_in_four_bytes(corpus: Corpus, tokenizer: 
     assert packed.domains[0].held_out.dtype == np.uint32
 
 
-@pytest.fixture
-def full_disk() -> Iterator[None]:
-    """The system refuses to let any file grow beyond 200 bytes."""
-    import resource
-
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (200, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
-def test_a_full_disk_is_one_line(corpus: Corpus, tokenizer: Tokenizer, tmp_path: Path, full_disk: None) -> None:
-    with pytest.raises(RunFolderError, match=r"cannot write .*/p: File too large; free some space"):
+def test_a_full_disk_is_one_line(corpus: Corpus, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    refused = pytest.raises(RunFolderError, match=r"cannot write .*/p: File too large; free some space")
+    with refused, full_disk(200):
         pack(corpus, tokenizer, tmp_path / "p")
     assert not (tmp_path / "p").exists()

@@ -2,12 +2,10 @@
 
 import gc
 import json
-import resource
 import signal
 import threading
 import time
 import weakref
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -17,6 +15,7 @@ from moesaic.hub import saving
 from moesaic.train.checkpoint import CheckpointWriter
 from moesaic.train.resume import RunFolder
 from moesaic.train.snapshot import Snapshot
+from tests.full_disk import full_disk
 from tests.train.tiny_run import changed, raw_bytes, state_of, trainer
 
 
@@ -37,17 +36,6 @@ def files(folder: RunFolder) -> dict[str, bytes]:
 
 def save(writing, run, step, score=None):
     writing.save(run.model, run.optimizer, {"step": step, "held_out_bits_per_byte": score})
-
-
-@contextmanager
-def full_disk(num_bytes):
-    """The system refuses to let any file grow beyond `num_bytes`."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def test_what_is_saved_is_the_moment_of_the_call(folder, monkeypatch):
