@@ -14,7 +14,8 @@ SOURCE = Path(moesaic.errors.__file__).parent
 
 # fmt: off
 ROOMS = [
-    "errors", "registry", "config", "trace", "placement", "kernels", "routing", "experts", "layers", "models",
+    "errors", "registry", "checks", "tensor_spec", "router_config", "config", "trace", "placement", "kernels",
+    "routing", "experts", "layers", "models",
     "families", "hub", "engine", "parallel", "plan", "data", "telemetry", "evaluate", "train", "tune", "quantize",
     "bench", "serve", "cli",
 ]
@@ -27,7 +28,16 @@ OUTSIDE = {"__init__", "__main__"}
 ALIASES = {"_native": "kernels"}
 
 # Free of torch, whatever room they are in, so that rooms without torch may import them.
-TORCH_FREE = ["errors.py", "registry.py", "config.py", "models/weight_map.py", "families"]
+TORCH_FREE = [
+    "errors.py",
+    "registry.py",
+    "checks.py",
+    "tensor_spec.py",
+    "router_config.py",
+    "config.py",
+    "models/weight_map.py",
+    "families",
+]
 
 
 def modules() -> list[Path]:

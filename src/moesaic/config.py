@@ -5,41 +5,24 @@ Every number that a planner, a cache or a checkpoint reader needs is derived fro
 """
 
 import dataclasses
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
+from moesaic.checks import require, require_positive
 from moesaic.errors import ConfigError
-
-Role = Literal["embedding", "attention", "norm", "router", "experts", "shared_experts", "mlp", "head"]
-ROLES: tuple[Role, ...] = ("embedding", "attention", "norm", "router", "experts", "shared_experts", "mlp", "head")
-
-
-class TensorSpec(NamedTuple):
-    """A tensor of the model: its name in our modules, its shape, what it is for.
-
-    `top_k_of` is (k, E) for expert tensors, of which k out of E slices along dim 0 are used for a token.
-    `is_parameter` is false for buffers that no gradient reaches (selection biases); they are saved but not counted.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    role: Role
-    top_k_of: tuple[int, int] | None = None
-    is_parameter: bool = True
-
-    @property
-    def numel(self) -> int:
-        return math.prod(self.shape)
-
-    @property
-    def active_numel(self) -> int:
-        """Elements used for one token."""
-        if self.top_k_of is None:
-            return self.numel
-        top_k, num_experts = self.top_k_of
-        return self.numel // num_experts * top_k
+from moesaic.router_config import (
+    GroupConfig,
+    HashSettings,
+    NoisySettings,
+    NullSettings,
+    ReluSettings,
+    RouterConfig,
+    SinkhornSettings,
+    SparseMixerSettings,
+    TopPSettings,
+)
+from moesaic.tensor_spec import ROLES, Role, TensorSpec
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,20 +45,6 @@ class StateSpec:
         return kept * self.elements_per_token * bytes_per_element
 
 
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ConfigError(message)
-
-
-def _require_positive(part: Any, *fields: str) -> None:
-    for field in fields:
-        value = getattr(part, field)
-        _require(
-            isinstance(value, int) and not isinstance(value, bool) and value > 0,
-            f"{field}={value!r} in {type(part).__name__}; it must be a whole number above 0",
-        )
-
-
 @dataclass(frozen=True, kw_only=True)
 class NormConfig:
     """RMSNorm (Zhang & Sennrich, arXiv:1910.07467, eq. 4) with a learned weight."""
@@ -83,7 +52,7 @@ class NormConfig:
     eps: float = 1e-6
 
     def __post_init__(self) -> None:
-        _require(self.eps > 0, f"norm eps={self.eps}; it must be above 0")
+        require(self.eps > 0, f"norm eps={self.eps}; it must be above 0")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +62,7 @@ class RopeConfig:
     theta: float = 10_000.0
 
     def __post_init__(self) -> None:
-        _require(self.theta > 0, f"rope theta={self.theta}; it must be above 0")
+        require(self.theta > 0, f"rope theta={self.theta}; it must be above 0")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,15 +82,15 @@ class AttentionConfig:
     head_norm: NormConfig | None = None
 
     def __post_init__(self) -> None:
-        _require_positive(self, "num_heads", "num_key_value_heads", "head_dim")
-        _require(
+        require_positive(self, "num_heads", "num_key_value_heads", "head_dim")
+        require(
             self.num_heads % self.num_key_value_heads == 0,
             f"num_heads={self.num_heads} is not a multiple of num_key_value_heads={self.num_key_value_heads}; "
             f"use one of {[g for g in range(1, self.num_heads + 1) if self.num_heads % g == 0]}",
         )
-        _require(self.head_dim % 2 == 0, f"head_dim={self.head_dim} is odd; rotary positions need an even one")
+        require(self.head_dim % 2 == 0, f"head_dim={self.head_dim} is odd; rotary positions need an even one")
         if self.window is not None:
-            _require_positive(self, "window")
+            require_positive(self, "window")
 
     def tensors(self, prefix: str, hidden_size: int) -> Iterator[TensorSpec]:
         query_size = self.num_heads * self.head_dim
@@ -158,7 +127,7 @@ class MlpConfig:
     bias: bool = False
 
     def __post_init__(self) -> None:
-        _require_positive(self, "intermediate_size")
+        require_positive(self, "intermediate_size")
 
     def tensors(self, prefix: str, hidden_size: int, role: Role = "mlp") -> Iterator[TensorSpec]:
         shapes = {
@@ -173,34 +142,6 @@ class MlpConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RouterConfig:
-    """How tokens choose experts. `name` is a router of `moesaic.routing.routers`; the rest are its settings.
-
-    renormalize divides the chosen weights by their sum; scaling_factor multiplies them afterwards;
-    selection_bias adds a bias per expert that takes part in choosing but never in weighting (arXiv:2408.15664).
-    """
-
-    name: str
-    num_experts: int
-    top_k: int
-    renormalize: bool = True
-    scaling_factor: float = 1.0
-    selection_bias: bool = False
-
-    def __post_init__(self) -> None:
-        _require_positive(self, "num_experts", "top_k")
-        _require(
-            self.top_k <= self.num_experts,
-            f"top_k={self.top_k} is more than num_experts={self.num_experts}; use 1 to {self.num_experts}",
-        )
-
-    def tensors(self, prefix: str, hidden_size: int) -> Iterator[TensorSpec]:
-        yield TensorSpec(f"{prefix}.weight", (self.num_experts, hidden_size), "router")
-        if self.selection_bias:
-            yield TensorSpec(f"{prefix}.selection_bias", (self.num_experts,), "router", is_parameter=False)
-
-
-@dataclass(frozen=True, kw_only=True)
 class MoeConfig:
     """A router over gated experts, and optionally a shared expert that every token passes (arXiv:2401.06066)."""
 
@@ -210,7 +151,7 @@ class MoeConfig:
     shared: MlpConfig | None = None
 
     def __post_init__(self) -> None:
-        _require_positive(self, "intermediate_size")
+        require_positive(self, "intermediate_size")
 
     def tensors(self, prefix: str, hidden_size: int) -> Iterator[TensorSpec]:
         num_experts, top_k = self.router.num_experts, self.router.top_k
@@ -247,7 +188,7 @@ class StackConfig:
     final_norm: NormConfig = NormConfig()
 
     def __post_init__(self) -> None:
-        _require(len(self.layers) > 0, "a stack without layers; give at least one")
+        require(len(self.layers) > 0, "a stack without layers; give at least one")
 
     def tensors(self, prefix: str, hidden_size: int) -> Iterator[TensorSpec]:
         for index, layer in enumerate(self.layers):
@@ -279,7 +220,7 @@ class ModelConfig:
     pad_token_id: int | None = None
 
     def __post_init__(self) -> None:
-        _require_positive(self, "vocab_size", "hidden_size", "context_length")
+        require_positive(self, "vocab_size", "hidden_size", "context_length")
 
     @property
     def layers(self) -> tuple[LayerConfig, ...]:
@@ -345,7 +286,7 @@ class ModelConfig:
     def from_dict(cls, tree: dict[str, Any]) -> "ModelConfig":
         """The inverse of `to_dict`. Raises ConfigError for parts or fields it does not know."""
         config = _from_json(tree)
-        _require(isinstance(config, cls), f"a {type(config).__name__} is not a ModelConfig")
+        require(isinstance(config, cls), f"a {type(config).__name__} is not a ModelConfig")
         return config
 
 
@@ -357,6 +298,14 @@ _PARTS = {
         AttentionConfig,
         MlpConfig,
         RouterConfig,
+        GroupConfig,
+        NoisySettings,
+        HashSettings,
+        SparseMixerSettings,
+        SinkhornSettings,
+        ReluSettings,
+        TopPSettings,
+        NullSettings,
         MoeConfig,
         LayerConfig,
         StackConfig,
@@ -384,5 +333,5 @@ def _from_json(value: Any) -> Any:
     if part is None:
         raise ConfigError(f"unknown part {value.get('part')!r} in a model description; known: {', '.join(_PARTS)}")
     known = {field.name for field in dataclasses.fields(part)}
-    _require(fields.keys() <= known, f"unknown field {sorted(fields.keys() - known)} in {part.__name__}")
+    require(fields.keys() <= known, f"unknown field {sorted(fields.keys() - known)} in {part.__name__}")
     return part(**fields)

@@ -5,8 +5,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moesaic.config import TensorSpec
 from moesaic.models.weight_map import Piece, check_weight_map, file_shapes, piece_shape
+from moesaic.tensor_spec import TensorSpec
 
 GATE_UP = TensorSpec("gate_up", (3, 10, 4), "experts")
 HALVES = [slice(0, 5), slice(5, 10)]

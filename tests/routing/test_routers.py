@@ -37,15 +37,15 @@ def test_routers_follow_their_equations(score, renormalize, num_experts, top_k, 
     for token, logits in enumerate(logits_TE.tolist()):
         bias = bias_E.tolist() if bias_E is not None else [0.0] * num_experts
         ids, weights, scores = plain_choice(logits, score, top_k, bias, renormalize, 2.5)
-        assert choice.expert_ids_TK[token].tolist() == ids
-        assert choice.weights_TK[token].tolist() == pytest.approx(weights, rel=1e-12)
+        assert choice.expert_ids_TM[token].tolist() == ids
+        assert choice.weights_TM[token].tolist() == pytest.approx(weights, rel=1e-12)
         assert choice.scores_TE[token].tolist() == pytest.approx(scores, rel=1e-12)
 
 
 def test_among_equal_scores_the_lower_expert_wins():
     settings = RouterConfig(name="softmax_topk", num_experts=6, top_k=3)
     choice = ROUTERS["softmax_topk"](RouterInput(torch.zeros(4, 6)), settings)
-    assert choice.expert_ids_TK.tolist() == [[0, 1, 2]] * 4
+    assert choice.expert_ids_TM.tolist() == [[0, 1, 2]] * 4
 
 
 def test_a_bias_chooses_but_never_weighs_and_gets_no_gradient():
@@ -54,9 +54,9 @@ def test_a_bias_chooses_but_never_weighs_and_gets_no_gradient():
     settings = RouterConfig(name="sigmoid_topk", num_experts=4, top_k=2, selection_bias=True)
     choice = ROUTERS["sigmoid_topk"](RouterInput(logits, selection_bias_E=bias), settings)
     scores = torch.sigmoid(logits)[0]
-    assert choice.expert_ids_TK.tolist() == [[3, 0]]
-    assert torch.allclose(choice.weights_TK[0], scores[[3, 0]] / (scores[3] + scores[0]))
-    choice.weights_TK[0, 0].backward()
+    assert choice.expert_ids_TM.tolist() == [[3, 0]]
+    assert torch.allclose(choice.weights_TM[0], scores[[3, 0]] / (scores[3] + scores[0]))
+    choice.weights_TM[0, 0].backward()
     assert logits.grad is not None
     assert bias.grad is None
 

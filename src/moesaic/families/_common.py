@@ -4,9 +4,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
-from moesaic.config import AttentionConfig, ModelConfig, MoeConfig, NormConfig, RopeConfig, TensorSpec
+from moesaic.config import AttentionConfig, ModelConfig, MoeConfig, NormConfig, RopeConfig
 from moesaic.errors import ConfigError
 from moesaic.models.weight_map import Piece, WeightMap
+from moesaic.tensor_spec import TensorSpec
 
 T = TypeVar("T")
 

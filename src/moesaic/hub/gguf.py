@@ -10,10 +10,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from moesaic import families
-from moesaic.config import ModelConfig, TensorSpec
+from moesaic.config import ModelConfig
 from moesaic.errors import CheckpointError, ConfigError, MissingDependencyError
 from moesaic.hub.safetensors_header import TensorHeader
 from moesaic.models.weight_map import Piece, WeightMap
+from moesaic.tensor_spec import TensorSpec
 
 _OUTER = {"embedding": "token_embd", "final_norm": "output_norm", "head": "output"}
 _LAYER = {

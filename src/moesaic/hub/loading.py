@@ -10,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from moesaic import families
-from moesaic.config import ModelConfig, TensorSpec
+from moesaic.config import ModelConfig
 from moesaic.errors import CheckpointError
 from moesaic.hub import checkpoint
 from moesaic.hub.gguf import GgufFile
@@ -18,6 +18,7 @@ from moesaic.hub.resolve import Place, weights_place
 from moesaic.hub.safetensors_header import TensorHeader
 from moesaic.models.decoder import Decoder
 from moesaic.models.weight_map import Piece, WeightMap
+from moesaic.tensor_spec import TensorSpec
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 

@@ -5,49 +5,13 @@ B batch, S sequence, T = B*S tokens, D hidden, E experts.
 
 from dataclasses import replace
 
-import torch
 from torch import Tensor, nn
 
-from moesaic.config import MoeConfig, RouterConfig
+from moesaic.config import MoeConfig
 from moesaic.experts.grouped import GroupedExperts
 from moesaic.layers.mlp import Mlp
-from moesaic.routing import RoutingDecision, RoutingTape, Rows, TokenFacts
-from moesaic.routing.routers import ROUTERS, RouterInput
-
-
-class RouterLayer(nn.Module):
-    """The learned part of a router: `weight` [E, D], and a fp32 `selection_bias` [E] that no gradient reaches."""
-
-    selection_bias: Tensor | None
-
-    def __init__(self, config: RouterConfig, hidden_size: int) -> None:
-        super().__init__()
-        self.config = config
-        self.choose = ROUTERS[config.name]
-        self.weight = nn.Parameter(torch.empty(config.num_experts, hidden_size))
-        bias = torch.zeros(config.num_experts, dtype=torch.float32) if config.selection_bias else None
-        self.register_buffer("selection_bias", bias)
-
-    def forward(self, x_TD: Tensor, facts: TokenFacts, choices: Rows | None = None) -> RoutingDecision:
-        """Choose experts for every token, in fp32 (or wider) whatever the model's dtype.
-
-        choices: rows whose experts are taken instead; they are weighed anew.
-        """
-        wide = torch.promote_types(self.weight.dtype, torch.float32)
-        logits_TE = torch.nn.functional.linear(x_TD.to(wide), self.weight.to(wide))
-        dictated_TK = choices.as_topk()[0] if choices is not None else None
-        choice = self.choose(RouterInput(logits_TE, facts.token_ids_T, self.selection_bias, dictated_TK), self.config)
-        if choices is not None:
-            rows = choices.weighed(choice.weights_TK)
-        else:
-            rows = Rows.from_topk(
-                choice.expert_ids_TK,
-                choice.weights_TK,
-                self.config.num_experts,
-                mask_T=facts.mask_T,
-                weight_on=choice.weight_on,
-            )
-        return RoutingDecision(rows, logits_TE, choice.scores_TE, facts.mask_T, facts.document_ids_T)
+from moesaic.layers.router import RouterLayer
+from moesaic.routing import RoutingTape, TokenFacts
 
 
 class MoeLayer(nn.Module):

@@ -5,7 +5,8 @@ import math
 import torch
 from torch import Tensor
 
-from moesaic.config import ModelConfig, TensorSpec
+from moesaic.config import ModelConfig
+from moesaic.tensor_spec import TensorSpec
 
 EMBEDDING_STD = 0.02
 ROUTER_STD = 0.02

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import product
 
-from moesaic.config import TensorSpec
+from moesaic.tensor_spec import TensorSpec
 
 
 @dataclass(frozen=True, slots=True)

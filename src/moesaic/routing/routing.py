@@ -12,6 +12,7 @@ from torch import Tensor
 
 from moesaic.errors import ConfigError
 from moesaic.kernels import ops
+from moesaic.router_config import GroupConfig
 
 
 class TokenOrder(NamedTuple):
@@ -86,9 +87,16 @@ class Rows:
         weights = self.weights_R.new_zeros(shape[0] * shape[1]).scatter(0, pair_ids_R, self.weights_R)
         return expert_ids.view(shape), weights.view(shape)
 
-    def weighed(self, weights_TK: Tensor) -> "Rows":
-        """The same rows with other weights, one for each of a token's K choices."""
-        return replace(self, weights_R=_weights_of_rows(weights_TK, self.token_ids_R, self.choice_R))
+    def choices(self) -> Tensor:
+        """expert_ids_TM, -1 where a token has no M-th choice: as_topk's for any rows, M being the most of any token."""
+        width = self.top_k if self.top_k is not None else int(self.choice_R.max()) + 1 if self.choice_R.numel() else 0
+        expert_ids = self.choice_R.new_full((self.num_tokens * width,), -1)
+        expert_ids = expert_ids.scatter(0, self.token_ids_R * width + self.choice_R, self.expert_ids_R)
+        return expert_ids.view(self.num_tokens, width)
+
+    def weighed(self, weights_TM: Tensor) -> "Rows":
+        """The same rows with other weights, one for each of a token's choices (see `choices`)."""
+        return replace(self, weights_R=_weights_of_rows(weights_TM, self.token_ids_R, self.choice_R))
 
     @classmethod
     def from_topk(
@@ -99,8 +107,12 @@ class Rows:
         *,
         mask_T: Tensor | None = None,
         weight_on: Literal["output", "input"] = "output",
+        fixed_top_k: bool = True,
     ) -> "Rows":
-        """Sort (token, choice) pairs by expert. Tokens where `mask_T` is false are left out."""
+        """Sort (token, choice) pairs by expert. Tokens where `mask_T` is false are left out, and choices of -1.
+
+        fixed_top_k: whether every other token has all of its K choices.
+        """
         if mask_T is not None:
             expert_ids_TK = torch.where(mask_T[:, None], expert_ids_TK, -1)
         token_ids_R, choice_R, expert_offsets = ops.sort_rows(expert_ids_TK, num_experts)
@@ -110,7 +122,7 @@ class Rows:
             weights_R=_weights_of_rows(weights_TK, token_ids_R, choice_R),
             choice_R=choice_R,
             num_tokens=expert_ids_TK.shape[0],
-            top_k=expert_ids_TK.shape[1],
+            top_k=expert_ids_TK.shape[1] if fixed_top_k else None,
             weight_on=weight_on,
         )
 
@@ -142,7 +154,11 @@ class TokenFacts(NamedTuple):
 class RoutingDecision:
     """One layer's routing of one batch: the rows, and what balancers and telemetry need to judge them.
 
+    rows: what the experts compute. before_capacity: what the router chose, where a capacity has changed it; else None.
     logits_TE: the router's raw outputs, fp32. scores_TE: its score of every expert before any bias, fp32.
+    ranked_TE: what was ranked where that is not the score; noise_std_TE: of the noise in it (noisy top-k).
+    shared_weight_T: the weight of what overflowed to the shared expert; None where nothing can.
+    router_weight_ED: the learned router. groups: how its experts are grouped; None when they are not.
     mask_T, document_ids_T: see TokenFacts.
     """
 
@@ -151,6 +167,17 @@ class RoutingDecision:
     scores_TE: Tensor
     mask_T: Tensor | None = None
     document_ids_T: Tensor | None = None
+    before_capacity: Rows | None = None
+    ranked_TE: Tensor | None = None
+    noise_std_TE: Tensor | None = None
+    shared_weight_T: Tensor | None = None
+    router_weight_ED: Tensor | None = None
+    groups: GroupConfig | None = None
+
+    @property
+    def chosen(self) -> Rows:
+        """What the router chose, whether or not a capacity let it through: what balancing counts."""
+        return self.rows if self.before_capacity is None else self.before_capacity
 
 
 class RoutingTape:
@@ -159,7 +186,7 @@ class RoutingTape:
     Hand one to a model's forward: it records into `decisions` (layer index -> RoutingDecision). Subclasses override
     `hear` to keep less.
     replay: layer -> the rows that it takes as they are, weights included.
-    choices: layer -> rows (K a token) whose experts it takes; the router weighs them anew, with its gradient.
+    choices: layer -> rows, before any capacity, whose experts it takes; the router weighs them anew, with its gradient.
     """
 
     def __init__(self, replay: dict[int, Rows] | None = None, *, choices: dict[int, Rows] | None = None) -> None:

@@ -7,8 +7,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from moesaic.config import Role
 from moesaic.models.decoder import Decoder
+from moesaic.tensor_spec import Role
 
 Precision = Literal["fp32", "bf16"]
 

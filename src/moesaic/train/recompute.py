@@ -29,7 +29,7 @@ class _FirstHearing(RoutingTape):
 
     def hear(self, layer: int, decision: RoutingDecision) -> None:
         # Without the weights: their graph would keep what the recomputation is there to let go.
-        self.choices[layer] = replace(decision.rows, weights_R=decision.rows.weights_R.detach())
+        self.choices[layer] = replace(decision.chosen, weights_R=decision.chosen.weights_R.detach())
         if self.listener is not None:
             self.listener.hear(layer, decision)
 

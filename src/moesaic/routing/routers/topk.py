@@ -1,0 +1,55 @@
+"""Routers that take the K best scores; they differ in the score and in what divides it.
+
+T tokens, E experts, K choices a token. z are the logits, b the selection bias (0 without one), s the scores.
+"""
+
+import torch
+
+from moesaic.router_config import RouterConfig
+from moesaic.routing.routers.router import ROUTERS, Choice, RouterInput, select, weigh
+
+
+@ROUTERS.register("softmax_topk")
+def softmax_topk(seen: RouterInput, settings: RouterConfig) -> Choice:
+    """Softmax over all experts, then the K largest (Mixtral arXiv:2401.04088 sec. 2.1; Qwen3; OLMoE without division).
+
+    s = softmax(z); choose the top K of s + b; g = s[chosen], divided by their sum if renormalize.
+    With groups scored by "max" this is the group-limited greedy choice of DeepSeek-V2 (arXiv:2405.04434, sec. 2.2.2).
+    """
+    scores_TE = torch.softmax(seen.logits_TE, dim=-1)
+    expert_ids_TK = select(scores_TE, seen, settings)
+    return Choice(expert_ids_TK, weigh(scores_TE, expert_ids_TK, settings), scores_TE)
+
+
+@ROUTERS.register("topk_softmax")
+def topk_softmax(seen: RouterInput, settings: RouterConfig) -> Choice:
+    """The K largest logits, then softmax over these alone (Granite; gpt-oss).
+
+    Choose the top K of z + b; g = softmax(z[chosen]). Scores are the softmax over all experts.
+    """
+    expert_ids_TK = select(seen.logits_TE, seen, settings)
+    chosen_TK = seen.logits_TE.gather(1, expert_ids_TK.clamp(min=0))
+    weights_TK = torch.softmax(chosen_TK, dim=-1) * settings.scaling_factor
+    return Choice(expert_ids_TK, weights_TK, torch.softmax(seen.logits_TE, dim=-1), ranked_TE=seen.logits_TE)
+
+
+@ROUTERS.register("sigmoid_topk")
+def sigmoid_topk(seen: RouterInput, settings: RouterConfig) -> Choice:
+    """Independent sigmoid scores, then the K largest (DeepSeek-V3 arXiv:2412.19437 eqs. 12-16).
+
+    s = sigmoid(z); choose the top K of s + b; g = s[chosen] / (their sum + 1e-20) if renormalize.
+    """
+    scores_TE = torch.sigmoid(seen.logits_TE)
+    expert_ids_TK = select(scores_TE, seen, settings)
+    return Choice(expert_ids_TK, weigh(scores_TE, expert_ids_TK, settings, tiny=1e-20), scores_TE)
+
+
+@ROUTERS.register("sqrt_softplus_topk")
+def sqrt_softplus_topk(seen: RouterInput, settings: RouterConfig) -> Choice:
+    """Scores that grow as the root of the logit, then the K largest (DeepSeek-V4, arXiv:2606.19348).
+
+    s = sqrt(log(1 + exp(z))); choose the top K of s + b; g = s[chosen] / (their sum + 1e-20).
+    """
+    scores_TE = torch.nn.functional.softplus(seen.logits_TE).sqrt()
+    expert_ids_TK = select(scores_TE, seen, settings)
+    return Choice(expert_ids_TK, weigh(scores_TE, expert_ids_TK, settings, tiny=1e-20), scores_TE)
