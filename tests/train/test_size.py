@@ -113,3 +113,12 @@ def test_a_printed_recipe_is_the_recipe():
     assert Recipe.from_dict(tomllib.loads(text)) == sized.recipe
     assert "hidden_size = 256  # 32 x layers" in text
     assert math.isclose(tomllib.loads(text)["train"]["balance_losses"][0][1], 1e-3)
+
+
+def test_a_wish_that_makes_a_run_endless_is_refused_unless_its_steps_are_wished_too():
+    with pytest.raises(
+        ConfigError, match=r"with model\.num_experts_per_tok=99 the tiny size would compute [\d,]+ times"
+    ):
+        derive("tiny", {"model.num_experts_per_tok": 99}, has_fast_bf16=False)
+    sized = derive("tiny", {"model.num_experts_per_tok": 99, "train.steps": 5}, has_fast_bf16=False)
+    assert sized.recipe.train.steps == 5

@@ -12,10 +12,12 @@ from typing import Any, NamedTuple
 from moesaic.config import ModelConfig
 from moesaic.errors import ConfigError
 from moesaic.registry import unknown_name
+from moesaic.train.fields import shown
 from moesaic.train.recipe import Recipe, with_value
 
 MOST_PASSES = 4  # over a corpus; more teach much less than new text (arXiv:2305.16264, sec. 6)
 EVALUATIONS = 10  # of a run
+MOST_TIMES = 30  # what wishes may make of a size's computation before somebody must say how many steps they want
 # Of a training run on two CPU cores, a second: what the estimates of time are made with.
 STEADY_FLOPS = {"fp32": 1e11, "bf16": 2e11}
 
@@ -123,7 +125,8 @@ def derive(
     """The recipe of a size. `wanted` are fields that shall be otherwise, as {"train.steps": 500}.
 
     has_fast_bf16: whether the machine multiplies bf16 faster than fp32 (None: look). text: what there is to train
-    on; None derives as if there were enough. Raises ConfigError for an unknown size and for impossible wishes.
+    on; None derives as if there were enough. Raises ConfigError for an unknown size, for impossible wishes, and for
+    wishes with which the run would take far longer than the size is meant for.
     """
     if size not in SIZES:
         raise unknown_name("size", size, list(SIZES))
@@ -139,7 +142,22 @@ def derive(
     tokens = recipe.train.steps * recipe.train.tokens_per_step
     # A token of a sequence sees half of it on average; a backward pass costs two forward passes.
     flops = 3.0 * config.flops_per_token(recipe.train.sequence_length // 2) * tokens
-    return SizedRecipe(size=size, recipe=recipe, derived=tuple(derived), tokens=tokens, flops=flops)
+    sized = SizedRecipe(size=size, recipe=recipe, derived=tuple(derived), tokens=tokens, flops=flops)
+    if wanted and "train.steps" not in wanted:
+        _check_length(sized, derive(size, has_fast_bf16=draft.has_fast_bf16, text=text), wanted)
+    return sized
+
+
+def _check_length(sized: SizedRecipe, plain: SizedRecipe, wanted: Mapping[str, Any]) -> None:
+    """Refuse a run that its wishes have made much longer than the size promises: nobody meant to start that one."""
+    times = sized.flops / plain.flops
+    if times <= MOST_TIMES:
+        return
+    wishes = ", ".join(f"{path}={shown(value)}" for path, value in wanted.items())
+    raise ConfigError(
+        f"with {wishes} the {sized.size} size would compute {times:,.0f} times what it is meant for, about "
+        f"{sized.seconds / 3600:,.0f} hours on 2 CPU cores; set train.steps as well, or choose smaller values"
+    )
 
 
 def fast_bf16() -> bool:
