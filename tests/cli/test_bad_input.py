@@ -10,30 +10,13 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from moesaic.train.resume import RunFolder
+from tests.cli.tiny_recipe import RECIPE
 from tests.full_disk import full_disk
 
 Damage = Callable[[Path], object]
 INDEX = "model.safetensors.index.json"
 ROUTER = "model.layers.1.block_sparse_moe.gate.weight"
 PROMPT = ("--prompt", "the quick", "--max-new-tokens", "2")
-RECIPE = """
-vocab_size = 300
-[model]
-model_type = "mixtral"
-hidden_size = 24
-num_hidden_layers = 1
-num_attention_heads = 2
-num_key_value_heads = 1
-num_local_experts = 5
-num_experts_per_tok = 2
-intermediate_size = 12
-[train]
-steps = 2
-batch_size = 2
-sequence_length = 16
-evaluate_tokens = 64
-checkpoint_every = 1
-"""
 
 
 def edit(path: Path, **fields: Any) -> None:
@@ -97,7 +80,7 @@ def corpus(tmp_path) -> Path:
 
 @pytest.fixture
 def train(moesaic, tmp_path, corpus) -> Callable[..., Any]:
-    (tmp_path / "run.toml").write_text(RECIPE, encoding="utf-8")
+    (tmp_path / "run.toml").write_text(RECIPE + "checkpoint_every = 1\n", encoding="utf-8")
 
     def run(out: Path, *more: str) -> Any:
         return moesaic("train", "--out", out, "--config", tmp_path / "run.toml", "--corpus", corpus, *more)

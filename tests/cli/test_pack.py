@@ -6,24 +6,7 @@ import pytest
 
 from moesaic.data.packed import open_packed
 from moesaic.data.tokenizer import Tokenizer
-
-RECIPE = """
-vocab_size = 300
-[model]
-model_type = "mixtral"
-hidden_size = 24
-num_hidden_layers = 1
-num_attention_heads = 2
-num_key_value_heads = 1
-num_local_experts = 5
-num_experts_per_tok = 2
-intermediate_size = 12
-[train]
-steps = 2
-batch_size = 2
-sequence_length = 16
-evaluate_tokens = 64
-"""
+from tests.cli.tiny_recipe import RECIPE
 
 
 @pytest.fixture(autouse=True)
