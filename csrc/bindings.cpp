@@ -2,11 +2,16 @@
 // allocated by the caller.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
+#include <nanobind/stl/array.h>
+#include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include <array>
 #include <initializer_list>
+#include <optional>
 #include <string>
+#include <utility>
 
 #include "dispatch.h"
 
@@ -39,12 +44,15 @@ std::string shape_text(const Array &array) {
     return text + "]";
 }
 
-[[noreturn]] void refuse(const char *name, const std::string &what) { throw nb::value_error((name + (" " + what)).c_str()); }
+[[noreturn]] void refuse(const char *name, const std::string &what) {
+    throw nb::value_error((name + (" " + what)).c_str());
+}
 
 constexpr int64_t any = -1;
 
 // Raises ValueError unless `array` is contiguous, of one of `kinds` and of this shape (`any` fits every size).
-void check(const char *name, const Array &array, std::initializer_list<Kind> kinds, std::initializer_list<int64_t> shape) {
+void check(const char *name, const Array &array, std::initializer_list<Kind> kinds,
+           std::initializer_list<int64_t> shape) {
     bool known = false;
     std::string allowed;
     for (Kind kind : kinds) {
@@ -63,7 +71,8 @@ void check(const char *name, const Array &array, std::initializer_list<Kind> kin
     if (array.size() == 0) return;
     int64_t stride = 1;
     for (size_t i = array.ndim(); i-- > 0; stride *= static_cast<int64_t>(array.shape(i)))
-        if (array.shape(i) > 1 && array.stride(i) != stride) refuse(name, "is not contiguous; call .contiguous() first");
+        if (array.shape(i) > 1 && array.stride(i) != stride)
+            refuse(name, "is not contiguous; call .contiguous() first");
 }
 
 int64_t size(const Array &array, size_t axis) { return static_cast<int64_t>(array.shape(axis)); }
@@ -181,6 +190,69 @@ void bound_rms_norm_grad(const Array &dy, const Array &x, const Array &weight, c
         using T = std::remove_pointer_t<decltype(type)>;
         chosen().of(type).rms_norm_grad(data<T>(dy), data<T>(x), data<T>(weight), data<float>(inverse), data<T>(dx),
                                         data<float>(d_weight), rows, width, threads);
+    });
+}
+
+void bound_adamw(const Array &weight, const Array &gradient, const Array &first, const Array &second,
+                 const std::optional<Array> &rounded, const std::optional<Array> &average,
+                 const std::array<float, 9> &numbers, int threads) {
+    check("weight", weight, {Kind::f32}, {any});
+    const int64_t count = size(weight, 0);
+    check("gradient", gradient, {Kind::f32}, {count});
+    check("first", first, {Kind::f32}, {count});
+    check("second", second, {Kind::f32}, {count});
+    if (rounded) check("rounded", *rounded, {Kind::bf16}, {count});
+    if (average) check("average", *average, {Kind::f32}, {count});
+    const auto [clip, kept, fresh1, beta2, fresh2, rate, second_root, eps, newest] = numbers;
+    const AdamStep step{clip, kept, fresh1, beta2, fresh2, rate, second_root, eps, newest};
+    const AdamTensors tensors{data<float>(weight),
+                              data<float>(first),
+                              data<float>(second),
+                              data<float>(gradient),
+                              rounded ? data<bf16>(*rounded) : nullptr,
+                              average ? data<float>(*average) : nullptr};
+    nb::gil_scoped_release release;
+    chosen().adamw(tensors, step, count, threads);
+}
+
+AttentionShape check_heads(const Array &q, const Array &k, const Array &v) {
+    check("q_BSHA", q, floats, {any, any, any, any});
+    check("k_BSGA", k, {kind_of(q)}, {size(q, 0), size(q, 1), any, size(q, 3)});
+    const AttentionShape shape{size(q, 0), size(q, 1), size(q, 2), size(k, 2), size(q, 3)};
+    check("v_BSGA", v, {kind_of(q)}, {shape.batch, shape.length, shape.num_groups, shape.head_dim});
+    if (shape.num_groups < 1 || shape.num_heads % shape.num_groups)
+        refuse("k_BSGA", "has a number of heads that does not divide that of the queries");
+    return shape;
+}
+
+void bound_causal_attention(const Array &q, const Array &k, const Array &v, const Array &out, const Array &log_sum,
+                            int threads) {
+    const AttentionShape shape = check_heads(q, k, v);
+    check("out_BSHA", out, {kind_of(q)}, {shape.batch, shape.length, shape.num_heads, shape.head_dim});
+    check("log_sum_BHS", log_sum, {Kind::f32}, {shape.batch, shape.num_heads, shape.length});
+    nb::gil_scoped_release release;
+    for_type(q, [&](auto *type) {
+        using T = std::remove_pointer_t<decltype(type)>;
+        chosen().of(type).causal_attention(data<T>(q), data<T>(k), data<T>(v), data<T>(out), data<float>(log_sum),
+                                           shape, threads);
+    });
+}
+
+void bound_causal_attention_grad(const Array &d_out, const Array &q, const Array &k, const Array &v, const Array &out,
+                                 const Array &log_sum, const Array &dq, const Array &dk, const Array &dv, int threads) {
+    const AttentionShape shape = check_heads(q, k, v);
+    const Kind kind = kind_of(q);
+    for (const auto &[name, array] : {std::pair{"d_out_BSHA", &d_out}, {"out_BSHA", &out}, {"dq_BSHA", &dq}})
+        check(name, *array, {kind}, {shape.batch, shape.length, shape.num_heads, shape.head_dim});
+    for (const auto &[name, array] : {std::pair{"dk_BSGA", &dk}, {"dv_BSGA", &dv}})
+        check(name, *array, {kind}, {shape.batch, shape.length, shape.num_groups, shape.head_dim});
+    check("log_sum_BHS", log_sum, {Kind::f32}, {shape.batch, shape.num_heads, shape.length});
+    nb::gil_scoped_release release;
+    for_type(q, [&](auto *type) {
+        using T = std::remove_pointer_t<decltype(type)>;
+        const AttentionGrad<T> grad{data<T>(d_out), data<T>(q), data<T>(k), data<T>(v), data<T>(out),
+                                    data<float>(log_sum), data<T>(dq), data<T>(dk), data<T>(dv)};
+        chosen().of(type).causal_attention_grad(grad, shape, threads);
     });
 }
 
@@ -364,6 +436,13 @@ NB_MODULE(_native, m) {
           nb::arg("threads"));
     m.def("rotate", &bound_rotate, nb::arg("x"), nb::arg("cos"), nb::arg("sin"), nb::arg("y"), nb::arg("sign"),
           nb::arg("threads"));
+    m.def("causal_attention", &bound_causal_attention, nb::arg("q_BSHA"), nb::arg("k_BSGA"), nb::arg("v_BSGA"),
+          nb::arg("out_BSHA"), nb::arg("log_sum_BHS"), nb::arg("threads"));
+    m.def("causal_attention_grad", &bound_causal_attention_grad, nb::arg("d_out_BSHA"), nb::arg("q_BSHA"),
+          nb::arg("k_BSGA"), nb::arg("v_BSGA"), nb::arg("out_BSHA"), nb::arg("log_sum_BHS"), nb::arg("dq_BSHA"),
+          nb::arg("dk_BSGA"), nb::arg("dv_BSGA"), nb::arg("threads"));
+    m.def("adamw", &bound_adamw, nb::arg("weight"), nb::arg("gradient"), nb::arg("first"), nb::arg("second"),
+          nb::arg("rounded").none(), nb::arg("average").none(), nb::arg("numbers"), nb::arg("threads"));
     m.def("rms_norm", &bound_rms_norm, nb::arg("x"), nb::arg("weight"), nb::arg("y"), nb::arg("inverse"),
           nb::arg("eps"), nb::arg("threads"));
     m.def("rms_norm_grad", &bound_rms_norm_grad, nb::arg("dy"), nb::arg("x"), nb::arg("weight"), nb::arg("inverse"),

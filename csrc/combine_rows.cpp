@@ -57,8 +57,10 @@ void combine_rows_grad(const T *dy, const T *out, const float *weights, const in
     });
 }
 
-template void combine_rows(const float *, const float *, const int64_t *, const int64_t *, float *, int64_t, int64_t, int);
-template void combine_rows(const bf16 *, const float *, const int64_t *, const int64_t *, bf16 *, int64_t, int64_t, int);
+template void combine_rows(const float *, const float *, const int64_t *, const int64_t *, float *, int64_t, int64_t,
+                           int);
+template void combine_rows(const bf16 *, const float *, const int64_t *, const int64_t *, bf16 *, int64_t, int64_t,
+                           int);
 template void combine_rows_grad(const float *, const float *, const float *, const int64_t *, float *, float *, int64_t,
                                 int64_t, int);
 template void combine_rows_grad(const bf16 *, const bf16 *, const float *, const int64_t *, bf16 *, float *, int64_t,

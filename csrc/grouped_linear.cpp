@@ -17,24 +17,6 @@ constexpr int64_t turned_rows = 384;
 constexpr int64_t stream_bytes = 4 << 20;   // of gradients from which they go past the caches
 constexpr int64_t least_m = 64, least_n = 96;  // of a block: packing is worth its while
 
-#if defined(__AMX_BF16__)
-template <class T>
-constexpr bool on_tiles = sizeof(T) == 2;
-#else
-template <class T>
-constexpr bool on_tiles = false;
-#endif
-
-template <class T, class C>
-inline void multiply(const Product<T, C> &product, const Block &block) {
-#if defined(__AMX_BF16__)
-    if constexpr (on_tiles<T>) multiply_tiles(product, block);
-    else multiply_vectors(product, block);
-#else
-    multiply_vectors(product, block);
-#endif
-}
-
 struct Item {
     int64_t expert;
     Block block;
@@ -67,13 +49,16 @@ struct Plan {
         second = at_most(ceil_div(pieces, first), cut == Cut::m_first ? most_n : most_m);
         for (int64_t i = 0; i < m_pieces; ++i)
             for (int64_t j = 0; j < n_pieces; ++j)
-                add({expert, {bound(m, m_pieces, i), bound(m, m_pieces, i + 1), bound(n, n_pieces, j), bound(n, n_pieces, j + 1)}});
+                add({expert, {bound(m, m_pieces, i), bound(m, m_pieces, i + 1),  //
+                              bound(n, n_pieces, j), bound(n, n_pieces, j + 1)}});
     }
 
   private:
     int64_t m_pieces = 1, n_pieces = 1;
     // Bounds at multiples of 32, so that only the last block has ragged tiles.
-    static int64_t bound(int64_t size, int64_t pieces, int64_t i) { return at_most(size, even_cut(ceil_div(size, 32), pieces, i) * 32); }
+    static int64_t bound(int64_t size, int64_t pieces, int64_t i) {
+        return at_most(size, even_cut(ceil_div(size, 32), pieces, i) * 32);
+    }
 };
 
 // product_of(expert) for every expert, cut and shared out: compute(item, product).
@@ -120,9 +105,10 @@ void forward(const T *x, const T *weight, T *y, const Grouped &g, int parts, int
     if (g.outputs == 0) return;
     const auto product_of = [&](int64_t e) { return forward_product(x, weight, y, g, parts, e); };
     for_blocks(g.num_experts, Cut::n_first, threads, product_of, [&](const Item &item, const Product<T, T> &p) {
-        if (p.m <= g.few_rows) multiply_strips(p, item.block);
-        else if (on_tiles<T> && p.m <= turned_rows) multiply(turned(p), {item.block.n0, item.block.n1, item.block.m0, item.block.m1});
-        else multiply(p, item.block);
+        const Block &b = item.block;
+        if (p.m <= g.few_rows) multiply_strips(p, b);
+        else if (on_tiles<T> && p.m <= turned_rows) multiply(turned(p), {b.n0, b.n1, b.m0, b.m1});
+        else multiply(p, b);
         after(item);
     });
 }
@@ -163,12 +149,14 @@ template <class T, class C>
 void weight_grad(const T *dy, const T *x, C *dw, bool accumulate, const Grouped &g, int threads) {
     const int64_t row_bytes = g.inputs * static_cast<int64_t>(sizeof(C));
     const bool whole_lines = row_bytes % 64 == 0 && reinterpret_cast<uintptr_t>(dw) % 64 == 0;
-    const bool stream = can_stream && !accumulate && whole_lines && g.num_experts * g.outputs * row_bytes > stream_bytes;
+    const bool large = g.num_experts * g.outputs * row_bytes > stream_bytes;
+    const bool stream = can_stream && !accumulate && whole_lines && large;
     const auto product_of = [&](int64_t e) -> Product<T, C> {
         const int64_t start = g.offsets[e], rows = g.offsets[e + 1] - start;
         const bool skip = rows > g.max_rows || (rows == 0 && accumulate);
         return {dy + start * g.outputs, 1, g.outputs, x + start * g.inputs, g.inputs, 1,
-                dw + e * g.outputs * g.inputs, g.inputs, 1, skip ? 0 : g.outputs, g.inputs, rows, accumulate, stream, 1, 0, 0, 0};
+                dw + e * g.outputs * g.inputs, g.inputs, 1, skip ? 0 : g.outputs, g.inputs, rows, accumulate, stream,
+                1, 0, 0, 0};
     };
     for_blocks(g.num_experts, Cut::m_first, threads, product_of,
                [](const Item &item, const Product<T, C> &p) { multiply(p, item.block); });
@@ -182,7 +170,8 @@ void grouped_linear_weight_grad(const T *dy, const T *x, T *dw, const Grouped &g
 }
 
 template <class T>
-void grouped_linear_weight_grad_wide(const T *dy, const T *x, float *dw, bool accumulate, const Grouped &g, int threads) {
+void grouped_linear_weight_grad_wide(const T *dy, const T *x, float *dw, bool accumulate, const Grouped &g,
+                                     int threads) {
     weight_grad(dy, x, dw, accumulate, g, threads);
 }
 

@@ -23,8 +23,39 @@ struct Heads {
     int64_t tokens, num_heads, head_dim, positions;
 };
 
+// Queries [batch, length, num_heads, head_dim]; keys and values have num_groups heads, each for as many query heads.
+struct AttentionShape {
+    int64_t batch, length, num_heads, num_groups, head_dim;
+};
+
+// What the gradient of attention reads and writes. log_sum [batch, num_heads, length].
+template <class T>
+struct AttentionGrad {
+    const T *d_out, *q, *k, *v, *out;
+    const float *log_sum;
+    T *dq, *dk, *dv;
+};
+
+// What AdamW moves and writes, all of one size. rounded, average: null where not kept.
+struct AdamTensors {
+    float *weight, *first, *second;
+    const float *gradient;
+    bf16 *rounded;
+    float *average;
+};
+
+// The numbers of one step: what the gradient is multiplied by, what decay leaves of the weight, the moments' decay and
+// what is taken of the newest (fresh1 = 1 - beta1), the learning rate and the root of the second moment's bias
+// correction, what the average takes of the newest weight.
+struct AdamStep {
+    float clip, kept, fresh1, beta2, fresh2, rate, second_root, eps, newest;
+};
+
 template <class T>
 struct Typed {
+    void (*causal_attention)(const T *q, const T *k, const T *v, T *out, float *log_sum, const AttentionShape &shape,
+                             int threads);
+    void (*causal_attention_grad)(const AttentionGrad<T> &grad, const AttentionShape &shape, int threads);
     void (*cross_entropy)(T *logits, const int64_t *targets, float *losses, int64_t rows, int64_t vocab, int threads);
     void (*rotate)(const T *x, const T *cos, const T *sin, T *y, const Heads &heads, float sign, int threads);
     void (*silu_mul)(const T *gate_up, T *y, int64_t rows, int64_t inner, int threads);
@@ -49,6 +80,7 @@ struct Kernels {
     const char *isa;
     Typed<float> f32;
     Typed<bf16> b16;
+    void (*adamw)(const AdamTensors &tensors, const AdamStep &step, int64_t size, int threads);
 
     const Typed<float> &of(const float *) const { return f32; }
     const Typed<bf16> &of(const bf16 *) const { return b16; }

@@ -34,7 +34,9 @@ void configure(int upper, int lower) {
     _tile_loadconfig(&config);
 }
 
-inline __mmask16 first_lanes(int64_t n) { return n >= 16 ? 0xffff : n <= 0 ? 0 : static_cast<__mmask16>((1u << n) - 1u); }
+inline __mmask16 first_lanes(int64_t n) {
+    return n >= 16 ? 0xffff : n <= 0 ? 0 : static_cast<__mmask16>((1u << n) - 1u);
+}
 inline __mmask32 first_halves(int64_t n) { return n >= 32 ? ~0u : n <= 0 ? 0u : (1u << n) - 1u; }
 
 // Lane i: low[i] in its lower half, high[i] in its upper (zeros without it); zeros from n on.
@@ -59,7 +61,7 @@ void pack_tile(const bf16 *b, int64_t b_col, int64_t ks, int64_t columns, __m512
         for (int64_t i = 0; i < side; ++i) square[i] = _mm512_loadu_si512(b + i * b_col);
     } else {
         for (int64_t i = 0; i < side; ++i)
-            square[i] = i < columns ? _mm512_maskz_loadu_epi16(first_halves(ks), b + i * b_col) : _mm512_setzero_si512();
+            square[i] = _mm512_maskz_loadu_epi16(i < columns ? first_halves(ks) : 0, b + i * b_col);
     }
     transpose(square);
 #pragma GCC unroll 16
@@ -94,14 +96,12 @@ void accumulate(const Operands &o, int64_t b_step) {
     const auto one_step = [b_step](const char *a0, const char *a1, int64_t a_row, const char *b) {
         _tile_loadd(4, a0, a_row);
         _tile_loadd(6, b, 64);
+        if (lower) _tile_loadd(5, a1, a_row);
         _tile_dpbf16ps(0, 4, 6);
+        if (lower) _tile_dpbf16ps(2, 5, 6);
         if (right) {
             _tile_loadd(7, b + tile_bytes, 64);
             _tile_dpbf16ps(1, 4, 7);
-        }
-        if (lower) {
-            _tile_loadd(5, a1, a_row);
-            _tile_dpbf16ps(2, 5, 6);
         }
         if (lower && right) _tile_dpbf16ps(3, 5, 7);
         (void)a1, (void)b_step;
@@ -163,6 +163,23 @@ inline void stream_row(bf16 *c, const float *sums) {
     _mm512_stream_si512(reinterpret_cast<__m512i *>(c), _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1));
 }
 
+// 32 whole rows of sums [32][32] as columns of C, a cache line of each at once: rows of C a power of two apart share
+// few lines of cache, and the first half of one would not wait there for the second.
+void put_turned(const float *sums, bf16 *c, int64_t c_col, int64_t columns) {
+    for (int64_t n = 0; n < columns; n += side) {
+        Vec low[16], high[16];
+#pragma GCC unroll 16
+        for (int64_t i = 0; i < side; ++i) low[i] = load(sums + i * step + n);
+        transpose(low);
+#pragma GCC unroll 16
+        for (int64_t i = 0; i < side; ++i) high[i] = load(sums + (side + i) * step + n);
+        transpose(high);
+        const int64_t here = at_most(columns - n, side);
+        for (int64_t i = 0; i < here; ++i)
+            _mm512_storeu_si512(c + (n + i) * c_col, (__m512i)_mm512_cvtne2ps_pbh(high[i].v, low[i].v));
+    }
+}
+
 // Rounds a block of sums [32][32] into C.
 template <class C>
 void put_block(const float *sums, C *c, const Product<bf16, C> &p, int64_t rows, int64_t columns) {
@@ -176,6 +193,9 @@ void put_block(const float *sums, C *c, const Product<bf16, C> &p, int64_t rows,
             for (int64_t n = 0; n < columns; n += side)
                 put_row(c + m * c_row + n, load(sums + m * step + n), columns - n, p.accumulate);
         return;
+    }
+    if constexpr (sizeof(C) == 2) {
+        if (rows == step && !p.accumulate) return put_turned(sums, c, c_col, columns);
     }
     for (int64_t m = 0; m < rows; m += side)
         for (int64_t n = 0; n < columns; n += side) {

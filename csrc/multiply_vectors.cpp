@@ -82,7 +82,8 @@ template <class U, bool packed, int M, int V>
 #pragma GCC unroll 8
         for (int m = 0; m < M; ++m) {
 #pragma GCC unroll 4
-            for (int v = 0; v < V; ++v) acc[m][v] = multiply_add<U>(m < 4 ? a + m * a_row : below + (m - 4) * a_row, bs[v], acc[m][v]);
+            for (int v = 0; v < V; ++v)
+                acc[m][v] = multiply_add<U>(m < 4 ? a + m * a_row : below + (m - 4) * a_row, bs[v], acc[m][v]);
         }
     }
     for (int m = 0; m < M; ++m)
@@ -157,7 +158,8 @@ template <class T>
 inline Vec load_units(const T *p, int64_t left) {
 #if defined(__AVX512BF16__)
     if constexpr (per_unit<T> == 2)
-        return {_mm512_castsi512_ps(left >= 32 ? _mm512_loadu_si512(p) : _mm512_maskz_loadu_epi16(first_halves(left), p))};
+        return {_mm512_castsi512_ps(left >= 32 ? _mm512_loadu_si512(p)
+                                               : _mm512_maskz_loadu_epi16(first_halves(left), p))};
 #endif
     return load_some(p, left);
 }
@@ -254,7 +256,9 @@ struct Panels {
     int64_t vectors, count;
     explicit Panels(int64_t n) : vectors(ceil_div(n, lanes)), count(ceil_div(vectors, max_vectors)) {}
     int64_t start(int64_t i) const { return even_cut(vectors, count, i) * lanes; }
-    int width(int64_t i) const { return static_cast<int>(even_cut(vectors, count, i + 1) - even_cut(vectors, count, i)); }
+    int width(int64_t i) const {
+        return static_cast<int>(even_cut(vectors, count, i + 1) - even_cut(vectors, count, i));
+    }
 };
 
 template <class T, class C>

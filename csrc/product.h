@@ -42,6 +42,25 @@ template <class C>
 void multiply_tiles(const Product<bf16, C> &product, const Block &block);
 #endif
 
+#if defined(__AMX_BF16__)
+template <class T>
+constexpr bool on_tiles = sizeof(T) == 2;
+#else
+template <class T>
+constexpr bool on_tiles = false;
+#endif
+
+// The block by the best that this instruction set has.
+template <class T, class C>
+inline void multiply(const Product<T, C> &product, const Block &block) {
+#if defined(__AMX_BF16__)
+    if constexpr (on_tiles<T>) multiply_tiles(product, block);
+    else multiply_vectors(product, block);
+#else
+    multiply_vectors(product, block);
+#endif
+}
+
 inline void prefetch(const void *p) {
 #if defined(__GNUC__)
     __builtin_prefetch(p);
@@ -59,6 +78,8 @@ inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t at_most(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // Where piece i of `size` begins when cut into `pieces` of sizes as even as they can be.
-inline int64_t even_cut(int64_t size, int64_t pieces, int64_t i) { return size / pieces * i + at_most(i, size % pieces); }
+inline int64_t even_cut(int64_t size, int64_t pieces, int64_t i) {
+    return size / pieces * i + at_most(i, size % pieces);
+}
 
 }  // namespace moesaic::MOESAIC_ISA

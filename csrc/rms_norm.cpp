@@ -35,9 +35,9 @@ void rms_norm(const T *x, const T *weight, T *y, float *inverse, int64_t rows, i
     });
 }
 
-// dx = s * (w * dy - x * s^2 * mean(w * dy * x)) and dw = sum over rows of dy * x * s, with s the row's inverse root mean
-// square. Rows are read once: each block of them has its own sum of dw, and these are added in the blocks' order, which
-// does not depend on the number of threads.
+// dx = s * (w * dy - x * s^2 * mean(w * dy * x)) and dw = sum over rows of dy * x * s, with s the row's inverse root
+// mean square. Rows are read once: each block of them has its own sum of dw, and these are added in the blocks' order,
+// which does not depend on the number of threads.
 template <class T>
 void rms_norm_grad(const T *dy, const T *x, const T *weight, const float *inverse, T *dx, float *d_weight, int64_t rows,
                    int64_t size, int threads) {
@@ -80,8 +80,8 @@ void rms_norm_grad(const T *dy, const T *x, const T *weight, const float *invers
 
 template void rms_norm(const float *, const float *, float *, float *, int64_t, int64_t, float, int);
 template void rms_norm(const bf16 *, const bf16 *, bf16 *, float *, int64_t, int64_t, float, int);
-template void rms_norm_grad(const float *, const float *, const float *, const float *, float *, float *, int64_t, int64_t,
-                            int);
+template void rms_norm_grad(const float *, const float *, const float *, const float *, float *, float *, int64_t,
+                            int64_t, int);
 template void rms_norm_grad(const bf16 *, const bf16 *, const bf16 *, const float *, bf16 *, float *, int64_t, int64_t,
                             int);
 

@@ -7,7 +7,8 @@ namespace moesaic::MOESAIC_ISA {
 template <class T>
 void rotate(const T *x, const T *cos, const T *sin, T *y, const Heads &heads, float sign, int threads) {
     const int64_t size = heads.head_dim, half = size / 2;
-    parallel_for(heads.tokens, 4, threads_for(heads.tokens * heads.num_heads * size, 16384, threads), [=](int64_t token) {
+    const int useful = threads_for(heads.tokens * heads.num_heads * size, 16384, threads);
+    parallel_for(heads.tokens, 4, useful, [=](int64_t token) {
         const T *c = cos + token % heads.positions * size, *s = sin + token % heads.positions * size;
         const Vec by = set(sign);
         for (int64_t head = token * heads.num_heads; head < (token + 1) * heads.num_heads; ++head) {

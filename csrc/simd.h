@@ -48,13 +48,18 @@ inline Vec load(const bf16 *p) { return {widen(_mm256_loadu_si256(reinterpret_ca
 inline __mmask16 first(int64_t n) { return static_cast<__mmask16>((1u << n) - 1u); }
 inline Vec load(const float *p, int64_t n) { return {_mm512_maskz_loadu_ps(first(n), p)}; }
 inline Vec load(const bf16 *p, int64_t n) { return {widen(_mm256_maskz_loadu_epi16(first(n), p))}; }
-inline __m256i narrow(__m512 x) {
+inline __m256i narrow_exactly(__m512 x) {
     const __m512i bits = _mm512_castps_si512(x);
     const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
     __m512i up = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
     up = _mm512_mask_mov_epi32(up, _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q), _mm512_set1_epi32(0x7fc00000));
     return _mm512_cvtepi32_epi16(_mm512_srli_epi32(up, 16));
 }
+#if defined(__AVX512BF16__)
+inline __m256i narrow(__m512 x) { return (__m256i)_mm512_cvtneps_pbh(x); }  // denormal numbers become zero
+#else
+inline __m256i narrow(__m512 x) { return narrow_exactly(x); }
+#endif
 inline void store(float *p, Vec a) { _mm512_storeu_ps(p, a.v); }
 inline void store(bf16 *p, Vec a) { _mm256_storeu_si256(reinterpret_cast<__m256i *>(p), narrow(a.v)); }
 inline void store(float *p, Vec a, int64_t n) { _mm512_mask_storeu_ps(p, first(n), a.v); }
@@ -69,6 +74,7 @@ inline Vec clamp(Vec x, float low, float high) {
     return {_mm512_min_ps(set(high).v, _mm512_max_ps(set(low).v, x.v))};
 }
 inline Vec max(Vec a, Vec b) { return {_mm512_max_ps(a.v, b.v)}; }
+inline Vec sqrt(Vec a) { return {_mm512_sqrt_ps(a.v)}; }
 inline Vec round(Vec a) { return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
 inline Vec power_of_two(Vec n) {
     const __m512i exponent = _mm512_add_epi32(_mm512_cvtps_epi32(n.v), _mm512_set1_epi32(127));
@@ -110,6 +116,7 @@ inline Vec clamp(Vec x, float low, float high) {
     return {_mm256_min_ps(set(high).v, _mm256_max_ps(set(low).v, x.v))};
 }
 inline Vec max(Vec a, Vec b) { return {_mm256_max_ps(a.v, b.v)}; }
+inline Vec sqrt(Vec a) { return {_mm256_sqrt_ps(a.v)}; }
 inline Vec round(Vec a) { return {_mm256_round_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
 inline Vec power_of_two(Vec n) {
     const __m256i exponent = _mm256_add_epi32(_mm256_cvtps_epi32(n.v), _mm256_set1_epi32(127));
@@ -146,6 +153,7 @@ inline Vec operator/(Vec a, Vec b) { return {vdivq_f32(a.v, b.v)}; }
 inline Vec fma(Vec a, Vec b, Vec c) { return {vfmaq_f32(c.v, a.v, b.v)}; }
 inline Vec clamp(Vec x, float low, float high) { return {vminq_f32(vmaxq_f32(x.v, set(low).v), set(high).v)}; }
 inline Vec max(Vec a, Vec b) { return {vmaxq_f32(a.v, b.v)}; }
+inline Vec sqrt(Vec a) { return {vsqrtq_f32(a.v)}; }
 inline Vec round(Vec a) { return {vrndnq_f32(a.v)}; }
 inline Vec power_of_two(Vec n) {
     return {vreinterpretq_f32_s32(vshlq_n_s32(vaddq_s32(vcvtnq_s32_f32(n.v), vdupq_n_s32(127)), 23))};
@@ -186,6 +194,7 @@ inline Vec clamp(const Vec &x, float low, float high) {
 inline Vec max(const Vec &a, const Vec &b) {
     return each([&](int64_t i) { return a.v[i] > b.v[i] ? a.v[i] : b.v[i]; });
 }
+inline Vec sqrt(const Vec &a) { return each([&](int64_t i) { return __builtin_sqrtf(a.v[i]); }); }
 // Adding and taking away 1.5 * 2^23 rounds to the nearest whole number, ties to even, for |x| below 2^22.
 inline Vec round(const Vec &a) { return each([&](int64_t i) { return (a.v[i] + 12582912.0f) - 12582912.0f; }); }
 inline Vec power_of_two(const Vec &n) {
@@ -202,6 +211,19 @@ inline float sum(const Vec &a) {
     return total;
 }
 
+#endif
+
+// A store that rounds as torch does, to the bit: denormal numbers stay.
+#if defined(__AVX512F__)
+inline void store_exactly(bf16 *p, Vec a) { _mm256_storeu_si256(reinterpret_cast<__m256i *>(p), narrow_exactly(a.v)); }
+inline void store_exactly(bf16 *p, Vec a, int64_t n) { _mm256_mask_storeu_epi16(p, first(n), narrow_exactly(a.v)); }
+#else
+inline void store_exactly(bf16 *p, const Vec &a) { store(p, a); }
+inline void store_exactly(bf16 *p, const Vec &a, int64_t n) {
+    float lanes[Vec::lanes];
+    store(lanes, a);
+    for (int64_t i = 0; i < n; ++i) put(p + i, lanes[i]);
+}
 #endif
 
 // Stores that go past the caches, for outputs that nobody reads soon: `p` must be aligned to 64 bytes, and a call of

@@ -8,12 +8,12 @@ namespace moesaic::MOESAIC_ISA {
 
 template <class T>
 static constexpr Typed<T> typed = {
-    cross_entropy<T>, rotate<T>,
+    causal_attention<T>, causal_attention_grad<T>, cross_entropy<T>, rotate<T>,
     silu_mul<T>,     silu_mul_grad<T>,     rms_norm<T>,       rms_norm_grad<T>,
     combine_rows<T>, combine_rows_grad<T>, grouped_linear<T>, grouped_gated<T>,       grouped_linear_input_grad<T>,
     grouped_linear_weight_grad<T>, grouped_linear_weight_grad_wide<T>,
 };
 
-extern const Kernels kernels = {MOESAIC_TEXT(MOESAIC_ISA), typed<float>, typed<bf16>};
+extern const Kernels kernels = {MOESAIC_TEXT(MOESAIC_ISA), typed<float>, typed<bf16>, adamw};
 
 }  // namespace moesaic::MOESAIC_ISA

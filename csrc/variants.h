@@ -5,6 +5,12 @@
 
 namespace moesaic::MOESAIC_ISA {
 
+void adamw(const AdamTensors &tensors, const AdamStep &step, int64_t size, int threads);
+template <class T>
+void causal_attention(const T *q, const T *k, const T *v, T *out, float *log_sum, const AttentionShape &shape,
+                      int threads);
+template <class T>
+void causal_attention_grad(const AttentionGrad<T> &grad, const AttentionShape &shape, int threads);
 template <class T>
 void silu_mul(const T *gate_up, T *y, int64_t rows, int64_t inner, int threads);
 template <class T>

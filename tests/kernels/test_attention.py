@@ -1,9 +1,23 @@
-"""Attention against torch's own in fp64, and the gradients of bf16 against those of fp32."""
+"""Attention against torch's own in fp64; the causal kernel against the reference over odd sizes."""
 
 import pytest
 import torch
 
+from moesaic.kernels import reference
 from moesaic.kernels.attention import attention
+
+native = pytest.importorskip("moesaic.kernels.native", reason="the kernels were not built: no C++ compiler")
+
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+@pytest.fixture(params=native._native.available_isas())
+def isa(request: pytest.FixtureRequest):
+    """Each instruction set that this machine has."""
+    before = native._native.isa()
+    assert native._native.use_isa(request.param)
+    yield request.param
+    native._native.use_isa(before)
 
 
 def _inputs(dtype, *, batch=2, heads=4, key_value_heads=2, queries=7, keys=7, head_dim=8):
@@ -45,3 +59,82 @@ def test_bf16_values_with_a_gradient_are_those_without():
     with torch.no_grad():
         plain = attention(*inputs, causal=True)
     assert torch.equal(attention(*inputs, causal=True).detach(), plain)
+
+
+def _whole_rows(batch, length, heads, groups, head_dim, dtype):
+    generator = torch.Generator().manual_seed(length)
+    shapes = [(batch, length, count, head_dim) for count in (heads, groups, groups, heads)]
+    return [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "sizes",
+    [(0, 5, 2, 1, 8), (2, 0, 2, 1, 8), (1, 1, 1, 1, 8), (2, 7, 2, 1, 6), (1, 65, 4, 2, 16), (2, 131, 3, 3, 20)],
+    ids=str,
+)
+def test_causal_rows_of_odd_sizes_are_those_of_fp64(isa, sizes, dtype):
+    """Against torch's attention in fp64: blocks of queries that end early, heads that share keys, widths with tails.
+
+    fp32 loses some units in the last place of sums of S terms. bf16 rounds each probability and each of its slopes
+    (2^-9 of each, and slopes are differences of numbers a few times their size), then sums them and rounds once more.
+    """
+    *inputs, d_out = _whole_rows(*sizes, dtype)
+    exact = [tensor.double().requires_grad_() for tensor in inputs]
+    heads = [tensor.transpose(1, 2) for tensor in exact]
+    wanted = torch.nn.functional.scaled_dot_product_attention(*heads, is_causal=True, enable_gqa=True).transpose(1, 2)
+    slopes = torch.autograd.grad(wanted, exact, d_out.double())
+    out, log_sum = native.causal_attention(*inputs)
+    found = (out, *native.causal_attention_grad(d_out, *inputs, out, log_sum))
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    for one, other in zip(found, (wanted, *slopes), strict=True):
+        assert one.dtype == dtype and one.shape == other.shape
+        scale = other.abs().max() if other.numel() else 0
+        assert ((one.double() - other).abs() <= tolerance * scale + 1e-6).all()
+
+
+@pytest.mark.parametrize("sizes", [(1, 1, 1, 1, 8), (2, 9, 4, 2, 6), (1, 70, 3, 1, 16)], ids=str)
+def test_the_reference_s_gradient_is_autograd_s(sizes):
+    *inputs, d_out = (tensor.double() for tensor in _whole_rows(*sizes, torch.float32))
+    for tensor in inputs:
+        tensor.requires_grad_()
+    out, log_sum = reference.causal_attention(*inputs)
+    wanted = torch.autograd.grad(out, inputs, d_out)
+    found = reference.causal_attention_grad(d_out, *(t.detach() for t in inputs), out.detach(), log_sum.detach())
+    for one, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_causal_rows_are_bit_equal_for_any_number_of_threads_and_rows_beside_them(isa, dtype):
+    *inputs, d_out = _whole_rows(3, 97, 4, 2, 24, dtype)
+
+    def run(threads, inputs, d_out):
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        out, log_sum = native.causal_attention(*inputs)
+        slopes = native.causal_attention_grad(d_out, *inputs, out, log_sum)
+        torch.set_num_threads(before)
+        return out, log_sum, *slopes
+
+    alone = run(1, inputs, d_out)
+    for one, other in zip(alone, run(3, inputs, d_out), strict=True):
+        assert torch.equal(one, other)
+    for one, other in zip(alone, run(1, [tensor[1:2] for tensor in inputs], d_out[1:2]), strict=True):
+        assert torch.equal(one[1:2], other)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_token_sees_nothing_of_later_ones(isa, dtype):
+    inputs = _whole_rows(1, 80, 2, 2, 16, dtype)[:3]
+    before = native.causal_attention(*inputs)[0]
+    for tensor in inputs:
+        tensor[:, 50:] = 300.0
+    assert torch.equal(native.causal_attention(*inputs)[0][:, :50], before[:, :50])
+
+
+def test_scores_that_are_not_finite_show():
+    q, k, v = _whole_rows(1, 40, 1, 1, 8, torch.float32)[:3]
+    k[0, 20, 0, 0] = float("nan")
+    out = native.causal_attention(q, k, v)[0]
+    assert out[0, :20].isfinite().all() and out[0, 20:].isnan().all()

@@ -3,6 +3,7 @@ import torch
 
 from moesaic.train.muon import Muon, orthogonalize
 from moesaic.train.optimizer import Optimizer
+from moesaic.train.precision import Copies
 from tests.tiny import lively
 from tests.train.step_helpers import MOE, changed
 
@@ -19,12 +20,12 @@ def torch_muon(weight, gradients, **settings):
     return parameter.data
 
 
-def our_muon(weight, matrix_shape, gradients, *, lr, weight_decay, momentum, clip=None):
-    weight = weight.clone()
+def our_muon(weight, matrix_shape, gradients, *, lr, weight_decay, momentum, clip=1.0):
+    weight, average = weight.clone(), torch.zeros_like(weight)
     rule = Muon(weight, matrix_shape=matrix_shape, momentum=momentum, weight_decay=weight_decay)
     for gradient in gradients:
-        done = list(rule.update(gradient.clone(), lr, clip))
-        assert torch.cat([torch.arange(weight.numel())[part] for part in done]).tolist() == list(range(weight.numel()))
+        rule.update(gradient.clone(), lr, clip, Copies(average=average))
+        assert torch.equal(average, weight)  # every part of it followed
     return weight
 
 

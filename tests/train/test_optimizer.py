@@ -8,11 +8,10 @@ import torch
 from moesaic.errors import CheckpointError, ConfigError
 from moesaic.models.decoder import Decoder
 from moesaic.routing import RoutingTape
-from moesaic.train import optimizer as optimizer_module
 from moesaic.train.ema import WeightAverage
 from moesaic.train.loss import losses
 from moesaic.train.optimizer import AdamW, named_state, restore_state
-from moesaic.train.precision import trained_weights
+from moesaic.train.precision import Copies, trained_weights
 from moesaic.train.step import Stepper
 from tests.tiny import lively, tiny_config
 from tests.train.step_helpers import (
@@ -57,19 +56,23 @@ class PlainTraining:
 
 @pytest.mark.parametrize("config", [MOE, TIED], ids=["untied", "tied"])
 @pytest.mark.parametrize("clip_norm", [0.05, 1e9])
-def test_fp32_is_bit_for_bit_what_torch_does(config, clip_norm, monkeypatch):
-    """Clipped and not; in pieces and whole."""
-    monkeypatch.setattr(optimizer_module, "PIECE", 128)
+def test_fp32_is_what_torch_does(config, clip_norm):
+    """Clipped and not. Torch rounds other operations together than we do (tests/kernels/test_adamw.py bounds that).
+
+    From the second step on the gradients differ by as much, more where they cancel: 1e-4 of an update, which is about
+    the learning rate.
+    """
     settings = changed(clip_norm=clip_norm)
     ours, plain = stepper(settings, config), PlainTraining(Decoder(config).initialize(3), settings)
     for step in range(4):
         norm = plain.run(ours.learning_rate(step), [batch(step)])
-        assert ours.run(step, [batch(step)]).gradient_norm == norm
-    assert differences(dict(ours.model.state_dict()), dict(plain.model.state_dict())) == []
+        assert ours.run(step, [batch(step)]).gradient_norm == pytest.approx(norm, rel=2e-6)
+    expected = dict(plain.model.state_dict())
+    torch.testing.assert_close(dict(ours.model.state_dict()), expected, rtol=1e-6, atol=1e-4 * settings.learning_rate)
     kept = dict(named_state(ours.model, ours.optimizer))
     for name, parameter in plain.model.named_parameters():
         for key, tensor in plain.optimizer.state[parameter].items():
-            assert torch.equal(kept[f"{name}|{key}"], tensor), (name, key)
+            torch.testing.assert_close(kept[f"{name}|{key}"], tensor, rtol=1e-4, atol=1e-7)
 
 
 def test_fp32_over_micro_batches_is_what_torch_does():
@@ -82,23 +85,6 @@ def test_fp32_over_micro_batches_is_what_torch_does():
         assert ours.run(step, parts).gradient_norm == pytest.approx(norm, rel=1e-5)
 
 
-@pytest.mark.parametrize("numel", [1, 15, 16, 17, 63, 64, 65, 129, 1000])
-def test_pieces_give_the_bits_of_the_whole(numel, monkeypatch):
-    torch.manual_seed(numel)
-    start, *gradients = torch.randn(4, numel)
-    whole = torch.nn.Parameter(start.clone())
-    theirs = torch.optim.AdamW([whole], lr=0.1, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
-    monkeypatch.setattr(optimizer_module, "PIECE", 64)
-    ours = start.clone()
-    rule = AdamW(ours, betas=(0.9, 0.95), weight_decay=0.1)
-    for gradient in gradients:
-        whole.grad = gradient.clone()
-        theirs.step()
-        done = list(rule.update(gradient.clone(), 0.1, None))
-        assert torch.cat([torch.arange(numel)[part] for part in done]).tolist() == list(range(numel))
-    assert torch.equal(ours, whole)
-
-
 def test_small_updates_reach_bf16_weights_through_their_masters():
     """Steps of 1e-4 on weights near 1 are below half of bf16's spacing: a bf16 weight alone would never move."""
     model = lively(MOE)
@@ -108,8 +94,7 @@ def test_small_updates_reach_bf16_weights_through_their_masters():
     rule = AdamW(weight.master, betas=(0.9, 0.95), weight_decay=0.0)
     before = weight.parameter.detach().clone()
     for _ in range(100):
-        for part in rule.update(torch.ones_like(weight.master), 1e-4, None):
-            weight.publish(part)
+        rule.update(torch.ones_like(weight.master), 1e-4, 1.0, Copies(weight.parameter.detach()))
     moved = before.float() - weight.parameter.float()
     assert moved.mean().item() == pytest.approx(0.01, rel=0.3)
     assert torch.equal(weight.parameter, weight.master.bfloat16())
@@ -200,7 +185,7 @@ def test_the_average_is_the_weighted_mean_of_the_weights_so_far():
     for step in range(7):
         weight.master.normal_()
         seen.append(weight.master.clone())
-        average.follow(weight, step)
+        Copies(average=average.of(weight), newest=average.newest(step)).follow(weight.master)
     shares = torch.tensor([decay ** (6 - i) for i in range(7)])
     wanted = torch.einsum("s,s...->...", shares / shares.sum(), torch.stack(seen))
     assert torch.allclose(average.of(weight), wanted, atol=1e-6)

@@ -17,6 +17,7 @@ from torch.utils.dlpack import to_dlpack  # pyright: ignore[reportPrivateImportU
 
 from moesaic.errors import ConfigError
 from moesaic.kernels import reference
+from moesaic.kernels.adam import AdamStep
 
 _FLOATS = (torch.float32, torch.bfloat16)
 
@@ -262,6 +263,30 @@ def cross_entropy_(logits_NV: Tensor, targets_N: Tensor) -> Tensor:
     return losses_N
 
 
+def causal_attention(q_BSHA: Tensor, k_BSGA: Tensor, v_BSGA: Tensor) -> tuple[Tensor, Tensor]:
+    """See reference.causal_attention."""
+    if not (_takes(q_BSHA, k_BSGA) and _takes(q_BSHA, v_BSGA)):
+        return reference.causal_attention(q_BSHA, k_BSGA, v_BSGA)
+    batch, length, heads, _ = q_BSHA.shape
+    out_BSHA = torch.empty(q_BSHA.shape, dtype=q_BSHA.dtype)
+    log_sum_BHS = torch.empty(batch, heads, length)
+    inputs = (q_BSHA.contiguous(), k_BSGA.contiguous(), v_BSGA.contiguous())
+    _native.causal_attention(*map(_array, inputs), _array(out_BSHA), _array(log_sum_BHS), _threads())
+    return out_BSHA, log_sum_BHS
+
+
+def causal_attention_grad(
+    d_out_BSHA: Tensor, q_BSHA: Tensor, k_BSGA: Tensor, v_BSGA: Tensor, out_BSHA: Tensor, log_sum_BHS: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See reference.causal_attention_grad."""
+    if not (_takes(q_BSHA, k_BSGA) and _takes(q_BSHA, v_BSGA) and _takes(q_BSHA, d_out_BSHA)):
+        return reference.causal_attention_grad(d_out_BSHA, q_BSHA, k_BSGA, v_BSGA, out_BSHA, log_sum_BHS)
+    inputs = [tensor.contiguous() for tensor in (d_out_BSHA, q_BSHA, k_BSGA, v_BSGA, out_BSHA, log_sum_BHS)]
+    dq, dk, dv = (torch.empty(tensor.shape, dtype=tensor.dtype) for tensor in (q_BSHA, k_BSGA, v_BSGA))
+    _native.causal_attention_grad(*map(_array, (*inputs, dq, dk, dv)), _threads())
+    return dq, dk, dv
+
+
 def rotate(x_BSHA: Tensor, cos: Tensor, sin: Tensor, sign: float = 1.0) -> Tensor:
     """See reference.rotate."""
     if not (_takes(x_BSHA, cos) and _takes(x_BSHA, sin)):
@@ -294,3 +319,23 @@ def rms_norm_grad(dy: Tensor, x: Tensor, weight: Tensor, inverse: Tensor) -> tup
     inputs = (_matrix(dy), rows, weight.contiguous(), inverse.contiguous().flatten())
     _native.rms_norm_grad(*map(_array, inputs), _array(dx), _array(d_weight), _threads())
     return dx.view(x.shape), d_weight.to(weight.dtype)
+
+
+def adamw_(
+    weight: Tensor,
+    gradient: Tensor,
+    moments: tuple[Tensor, Tensor],
+    step: AdamStep,
+    *,
+    rounded: Tensor | None = None,
+    average: Tensor | None = None,
+) -> None:
+    """See reference.adamw_."""
+    wide = [tensor for tensor in (weight, gradient, *moments, average) if tensor is not None]
+    known = all(tensor.is_cpu and tensor.dtype == torch.float32 for tensor in wide)
+    if not known or (rounded is not None and rounded.dtype != torch.bfloat16):
+        reference.adamw_(weight, gradient, moments, step, rounded=rounded, average=average)
+        return
+    tensors = (weight, gradient.contiguous(), *moments, rounded, average)
+    arrays = (None if tensor is None else _array(tensor.detach().view(-1)) for tensor in tensors)
+    _native.adamw(*arrays, step, _threads())

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from moesaic.kernels import backend
+from moesaic.kernels.adam import AdamStep
 
 _PLAIN = (Tensor, Parameter)
 
@@ -100,6 +101,22 @@ def cross_entropy_(logits_NV: Tensor, targets_N: Tensor) -> Tensor:
     Has no gradient: it is the gradient. For use inside an autograd function.
     """
     return backend.kernels.cross_entropy_(logits_NV, targets_N)
+
+
+def adamw_(
+    weight: Tensor,
+    gradient: Tensor,
+    moments: tuple[Tensor, Tensor],
+    step: AdamStep,
+    *,
+    rounded: Tensor | None = None,
+    average: Tensor | None = None,
+) -> None:
+    """Move an fp32 weight and its two moments in place by AdamW (arXiv:1711.05101, alg. 2), in one pass over memory.
+
+    Where given, `rounded` becomes the moved weight in its own dtype and `average` takes it in. Has no gradient.
+    """
+    backend.kernels.adamw_(weight, gradient, moments, step, rounded=rounded, average=average)
 
 
 def rotate(x_BSHA: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 Sums and activations of bf16 rows are computed in fp32 and rounded once, at the end.
 
 T tokens, R rows sorted by expert, E experts, K choices, I inputs, O outputs, F expert inner, D hidden.
+B batch, S tokens of a row, H heads, G key/value heads, A head dim.
 `offsets` is int64 [E+1] on the CPU: expert e owns rows offsets[e] to offsets[e+1].
 """
 
@@ -10,6 +11,8 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor
+
+from moesaic.kernels.adam import AdamStep
 
 
 def select_topk(scores_TE: Tensor, top_k: int) -> Tensor:
@@ -134,6 +137,41 @@ def cross_entropy_(logits_NV: Tensor, targets_N: Tensor) -> Tensor:
     return -log_p_N1.masked_fill(ignored_N1, 0.0)[:, 0]
 
 
+def causal_attention(q_BSHA: Tensor, k_BSGA: Tensor, v_BSGA: Tensor) -> tuple[Tensor, Tensor]:
+    """(out_BSHA, log_sum_BHS): softmax(q k^T / sqrt(A)) v of the tokens up to each, a key/value head for H / G heads.
+
+    `log_sum_BHS` is the logarithm of each softmax's divisor, in at least fp32: what the gradient needs.
+    """
+    scores_BHSS, (_, _, v) = _causal_scores(q_BSHA, k_BSGA, v_BSGA)
+    log_sum_BHS = scores_BHSS.logsumexp(-1)
+    out_BHSA = (scores_BHSS - log_sum_BHS[..., None]).exp() @ v
+    return out_BHSA.transpose(1, 2).to(q_BSHA.dtype).contiguous(), log_sum_BHS
+
+
+def causal_attention_grad(
+    d_out_BSHA: Tensor, q_BSHA: Tensor, k_BSGA: Tensor, v_BSGA: Tensor, out_BSHA: Tensor, log_sum_BHS: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dq, dk, dv) of causal_attention."""
+    scores_BHSS, (q, k, v) = _causal_scores(q_BSHA, k_BSGA, v_BSGA)
+    d_out, out = (_wide(tensor).transpose(1, 2) for tensor in (d_out_BSHA, out_BSHA))
+    p = (scores_BHSS - log_sum_BHS[..., None]).exp()
+    slope = p * (d_out @ v.mT - (d_out * out).sum(-1, keepdim=True)) / q.shape[-1] ** 0.5
+    groups = k_BSGA.shape[2]
+    dq, *shared = slope @ k, slope.mT @ q, p.mT @ d_out
+    dk, dv = (gradient.unflatten(1, (groups, -1)).sum(2) for gradient in shared)
+    dq, dk, dv = (gradient.transpose(1, 2).to(q_BSHA.dtype).contiguous() for gradient in (dq, dk, dv))
+    return dq, dk, dv
+
+
+def _causal_scores(q_BSHA: Tensor, k_BSGA: Tensor, v_BSGA: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
+    """(scores_BHSS, wide q, k, v [B, H, S, A]): minus infinity where a token would see a later one."""
+    shared = q_BSHA.shape[2] // k_BSGA.shape[2]
+    q, k, v = (_wide(tensor).transpose(1, 2) for tensor in (q_BSHA, k_BSGA, v_BSGA))
+    k, v = k.repeat_interleave(shared, dim=1), v.repeat_interleave(shared, dim=1)
+    later = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool, device=q.device).triu(1)
+    return (q @ k.mT / q.shape[-1] ** 0.5).masked_fill(later, float("-inf")), (q, k, v)
+
+
 def rotate(x_BSHA: Tensor, cos: Tensor, sin: Tensor, sign: float = 1.0) -> Tensor:
     """(x1 cos - x2 sin, x2 cos + x1 sin) of each head's halves x1, x2; cos and sin are [B or 1, S, 1, A].
 
@@ -164,6 +202,31 @@ def rms_norm_grad(dy: Tensor, x: Tensor, weight: Tensor, inverse: Tensor) -> tup
     dx = (d_scaled - scaled * (d_scaled * scaled).mean(-1, keepdim=True)) * inverse[..., None]
     d_weight = (d_wide * scaled).reshape(-1, x.shape[-1]).sum(0)
     return dx.to(x.dtype), d_weight.to(weight.dtype)
+
+
+def adamw_(
+    weight: Tensor,
+    gradient: Tensor,
+    moments: tuple[Tensor, Tensor],
+    step: AdamStep,
+    *,
+    rounded: Tensor | None = None,
+    average: Tensor | None = None,
+) -> None:
+    """Move an fp32 weight and its moments in place by AdamW (arXiv:1711.05101, alg. 2); see AdamStep.
+
+    Where given, `rounded` becomes the moved weight in its own dtype and `average` takes it in.
+    """
+    first, second = moments
+    slope = gradient * step.clip
+    first.lerp_(slope, step.fresh1)
+    second.mul_(step.beta2).addcmul_(slope, slope, value=step.fresh2)
+    root = (second.sqrt() / step.second_root).add_(step.eps)
+    weight.mul_(step.kept).addcdiv_(first, root, value=-step.rate)
+    if rounded is not None:
+        rounded.copy_(weight)
+    if average is not None:
+        average.lerp_(weight, step.newest)
 
 
 def _spans(offsets: Tensor) -> list[tuple[int, int]]:

@@ -24,11 +24,9 @@ class WeightAverage:
         """The average of one weight: the tensor itself, fp32."""
         return self._averages[weight.name]
 
-    @torch.no_grad()
-    def follow(self, weight: Weight, step: int, part: slice = slice(None)) -> None:
-        """Take in a part of a weight's flat elements as they are after step `step`, counted from 0."""
-        newest = (1 - self.decay) / (1 - self.decay ** (step + 1))
-        self.of(weight).view(-1)[part].lerp_(weight.master.view(-1)[part], newest)
+    def newest(self, step: int) -> float:
+        """What the average takes of the weights after step `step`, counted from 0."""
+        return (1 - self.decay) / (1 - self.decay ** (step + 1))
 
     @contextmanager
     def in_model(self) -> Iterator[None]:

@@ -4,10 +4,11 @@ E matrices in a tensor, O outputs, I inputs.
 """
 
 import math
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor
+
+from moesaic.train.precision import Copies
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # steepest at 0, so that small singular values grow in few steps
 NEWTON_SCHULZ_STEPS = 5
@@ -25,13 +26,13 @@ class Muon:
     """
 
     def __init__(self, master: Tensor, *, matrix_shape: tuple[int, int], momentum: float, weight_decay: float) -> None:
-        self.matrices_EOI = master.view(-1, *matrix_shape)
+        self.master, self.matrices_EOI = master, master.view(-1, *matrix_shape)
         self.momentum, self.weight_decay = momentum, weight_decay
         self.scale = 0.2 * math.sqrt(max(matrix_shape))
         self.state = {"momentum_buffer": torch.zeros_like(master)}
 
-    def update(self, gradient: Tensor, learning_rate: float, clip: Tensor | None) -> Iterator[slice]:
-        """Multiply the gradient by `clip` and move the tensor by it; yields each part of its flat elements when done.
+    def update(self, gradient: Tensor, learning_rate: float, clip: float, copies: Copies) -> None:
+        """Multiply the gradient by `clip`, move the tensor by it, and bring its copies up to date.
 
         The gradient's memory is used up.
         """
@@ -41,13 +42,13 @@ class Muon:
         for start in range(0, len(self.matrices_EOI), at_once):
             some = slice(start, start + at_once)
             slope, momentum, matrices = gradient.view_as(buffer)[some], buffer[some], self.matrices_EOI[some]
-            if clip is not None:
+            if clip < 1:  # multiplying by 1 would be a pass for nothing
                 slope.mul_(clip)
             momentum.lerp_(slope, 1 - self.momentum)
             update = orthogonalize(slope.lerp_(momentum, self.momentum))
             matrices.mul_(1 - learning_rate * self.weight_decay)
             matrices.add_(update, alpha=-learning_rate * self.scale)
-            yield slice(start * size, (start + at_once) * size)
+            copies.follow(self.master, slice(start * size, (start + at_once) * size))
 
 
 def orthogonalize(matrices_EOI: Tensor) -> Tensor:

@@ -8,17 +8,14 @@ import torch
 from torch import Tensor
 
 from moesaic.errors import CheckpointError, ConfigError
+from moesaic.kernels import ops
+from moesaic.kernels.adam import AdamStep
 from moesaic.models.decoder import Decoder
 from moesaic.train.ema import WeightAverage
 from moesaic.train.gradients import Gradients
 from moesaic.train.muon import Muon
-from moesaic.train.precision import Weight, trained_weights
+from moesaic.train.precision import Copies, Weight, trained_weights
 from moesaic.train.recipe import TrainSettings
-
-# Elements moved at a time: a piece's master, gradient and two moments (8 MiB) stay in the cores' caches while they are
-# clipped, moved, rounded and averaged, so that each travels to memory and back once. A multiple of every vector's
-# width, so that pieces give the bits that the whole tensor would.
-PIECE = 2**19
 
 
 class Rule(Protocol):
@@ -26,16 +23,16 @@ class Rule(Protocol):
 
     state: dict[str, Tensor]
 
-    def update(self, gradient: Tensor, learning_rate: float, clip: Tensor | None) -> Iterator[slice]:
-        """Multiply the gradient by `clip` and move the tensor by it; yields each part of its flat elements when done.
+    def update(self, gradient: Tensor, learning_rate: float, clip: float, copies: Copies) -> None:
+        """Multiply the gradient by `clip`, move the tensor by it, and bring its copies up to date.
 
-        The gradient's memory is used up.
+        The gradient's memory may be used up.
         """
         ...
 
 
 class AdamW:
-    """AdamW (arXiv:1711.05101) of one tensor, by torch's fused kernel."""
+    """AdamW (arXiv:1711.05101) of one tensor."""
 
     def __init__(self, master: Tensor, *, betas: tuple[float, float], weight_decay: float) -> None:
         self.master, self.betas, self.weight_decay = master, betas, weight_decay
@@ -45,32 +42,19 @@ class AdamW:
             "exp_avg_sq": torch.zeros_like(master),
         }
 
-    def update(self, gradient: Tensor, learning_rate: float, clip: Tensor | None) -> Iterator[slice]:
+    def update(self, gradient: Tensor, learning_rate: float, clip: float, copies: Copies) -> None:
         """See Rule."""
-        step, *moments = self.state.values()
-        step += 1
-        tensors = [tensor.view(-1) for tensor in (self.master, gradient, *moments)]
-        for start in range(0, self.master.numel(), PIECE):
-            part = slice(start, start + PIECE)
-            master, slope, first, second = (tensor[part] for tensor in tensors)
-            if clip is not None:
-                slope.mul_(clip)
-            torch._fused_adamw_(  # pyright: ignore[reportPrivateImportUsage]  torch.optim would need a parameter a piece
-                [master],
-                [slope],
-                [first],
-                [second],
-                [],
-                [step],
-                lr=learning_rate,
-                beta1=self.betas[0],
-                beta2=self.betas[1],
-                weight_decay=self.weight_decay,
-                eps=1e-8,
-                amsgrad=False,
-                maximize=False,
-            )
-            yield part
+        count, first, second = self.state.values()
+        count += 1
+        step = AdamStep.number(
+            int(count),
+            learning_rate=learning_rate,
+            betas=self.betas,
+            weight_decay=self.weight_decay,
+            clip=clip,
+            newest=copies.newest,
+        )
+        ops.adamw_(self.master, gradient, (first, second), step, rounded=copies.rounded, average=copies.average)
 
 
 class Optimizer:
@@ -91,18 +75,19 @@ class Optimizer:
     @torch.no_grad()
     def step(self, step: int, learning_rate: float, norm: Tensor) -> None:
         """Move all weights by the collected gradients, whose joint norm is `norm`; `step` counts from 0."""
-        # As torch.nn.utils.clip_grad_norm_ has it; multiplying by 1 would be a pass for nothing.
-        clip = self.settings.clip_norm / (norm + 1e-6)
-        clip = clip if clip < 1 else None
+        clip = float((self.settings.clip_norm / (norm + 1e-6)).clamp(max=1.0))  # as torch's clip_grad_norm_ has it
         for weight in self.weights:
-            gradient = self.gradients.of(weight)
+            gradient, copies = self.gradients.of(weight), self._copies(weight, step)
             if gradient is not None:
-                for part in self.rules[weight.name].update(gradient, learning_rate, clip):
-                    weight.publish(part)
-                    if self.average:
-                        self.average.follow(weight, step, part)
-            elif self.average:
-                self.average.follow(weight, step)
+                self.rules[weight.name].update(gradient, learning_rate, clip, copies)
+            else:
+                copies.follow(weight.master)
+
+    def _copies(self, weight: Weight, step: int) -> Copies:
+        rounded = weight.parameter.detach() if weight.is_rounded else None
+        if self.average is None:
+            return Copies(rounded)
+        return Copies(rounded, self.average.of(weight), self.average.newest(step))
 
     @contextmanager
     def averaged_weights(self) -> Iterator[None]:

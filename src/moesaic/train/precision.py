@@ -36,10 +36,30 @@ class Weight:
         return self.parameter.dtype != self.master.dtype
 
     @torch.no_grad()
-    def publish(self, part: slice = slice(None)) -> None:
-        """Round the master into the model's weight: all of it, or a part of its flat elements."""
+    def publish(self) -> None:
+        """Round the master into the model's weight."""
         if self.is_rounded:
-            self.parameter.view(-1)[part].copy_(self.master.view(-1)[part])
+            self.parameter.copy_(self.master)
+
+
+@dataclass(frozen=True)
+class Copies:
+    """What follows a master that moves: the rounded weight and the average, where they are kept.
+
+    newest: what the average takes of the moved master.
+    """
+
+    rounded: Tensor | None = None
+    average: Tensor | None = None
+    newest: float = 1.0
+
+    def follow(self, master: Tensor, part: slice = slice(None)) -> None:
+        """Bring them up to date: all of them, or a part of their flat elements."""
+        moved = master.view(-1)[part]
+        if self.rounded is not None:
+            self.rounded.view(-1)[part].copy_(moved)
+        if self.average is not None:
+            self.average.view(-1)[part].lerp_(moved, self.newest)
 
 
 def trained_weights(model: Decoder, precision: Precision) -> tuple[Weight, ...]:
@@ -54,7 +74,7 @@ def _trained_weights(model: Decoder, precision: Precision) -> Iterator[Weight]:
     roles: dict[str, Role] = {spec.name: spec.role for spec in model.config.tensors()}
     for name, parameter in model.named_parameters():
         role = roles[name]
-        master = parameter.data.float().contiguous()
+        master = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32)).contiguous()
         rounds = precision == "bf16" and role not in _ALWAYS_FP32
         parameter.data = master.bfloat16() if rounds else master
         yield Weight(name, role, parameter, master)
