@@ -14,8 +14,8 @@ SOURCE = Path(moesaic.errors.__file__).parent
 
 # fmt: off
 ROOMS = [
-    "errors", "registry", "checks", "tensor_spec", "router_config", "config", "trace", "placement", "kernels",
-    "routing", "experts", "layers", "models",
+    "errors", "registry", "checks", "fields", "tensor_spec", "router_config", "capacity_config", "config",
+    "trace", "placement", "kernels", "routing", "experts", "layers", "models",
     "families", "hub", "engine", "parallel", "plan", "data", "telemetry", "evaluate", "train", "tune", "quantize",
     "bench", "serve", "cli",
 ]
@@ -32,9 +32,12 @@ TORCH_FREE = [
     "errors.py",
     "registry.py",
     "checks.py",
+    "fields.py",
     "tensor_spec.py",
     "router_config.py",
+    "capacity_config.py",
     "config.py",
+    "trace",
     "models/weight_map.py",
     "families",
 ]

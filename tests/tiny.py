@@ -54,12 +54,13 @@ def tiny_config(
 def lively(config: ModelConfig, seed: int = 0) -> Decoder:
     """A model whose weights are large enough for every part to matter."""
     torch.manual_seed(seed)
-    model = Decoder(config)
+    model = Decoder(config).initialize(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.normal_(0.0, 0.3)
             if "norm" in name:
                 parameter.add_(1.0)
-        for buffer in model.buffers():  # selection biases, which are unset memory until then
-            buffer.normal_(0.0, 0.1)
+        for name, buffer in model.named_buffers():
+            if name.endswith(".selection_bias"):
+                buffer.normal_(0.0, 0.1)
     return model.eval()

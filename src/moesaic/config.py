@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from moesaic.checks import require, require_positive
+from moesaic.capacity_config import CapacityConfig, refusal
+from moesaic.checks import require, require_positive, require_share
 from moesaic.errors import ConfigError
 from moesaic.router_config import (
     GroupConfig,
@@ -143,18 +144,32 @@ class MlpConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class MoeConfig:
-    """A router over gated experts, and optionally a shared expert that every token passes (arXiv:2401.06066)."""
+    """A router over gated experts, and optionally a shared expert that every token passes (arXiv:2401.06066).
+
+    capacity: the limit to an expert's rows while training; None: dropless. expert_dropout: of the routed experts' inner
+    activations while training (Switch, arXiv:2101.03961, sec. 2.4).
+    """
 
     router: RouterConfig
     intermediate_size: int
     activation: str = "silu"
     shared: MlpConfig | None = None
+    capacity: CapacityConfig | None = None
+    expert_dropout: float = 0.0
 
     def __post_init__(self) -> None:
         require_positive(self, "intermediate_size")
+        require_share(self, "expert_dropout")
+        if self.capacity is not None:
+            reason = refusal(self.router, self.capacity, has_shared=self.shared is not None)
+            require(reason is None, reason or "")
+
+    @property
+    def num_experts(self) -> int:
+        return self.router.num_experts
 
     def tensors(self, prefix: str, hidden_size: int) -> Iterator[TensorSpec]:
-        num_experts, top_k = self.router.num_experts, self.router.top_k
+        num_experts, top_k = self.num_experts, self.router.top_k
         yield from self.router.tensors(f"{prefix}.router", hidden_size)
         for name, shape in (
             ("gate_up", (num_experts, 2 * self.intermediate_size, hidden_size)),
@@ -166,11 +181,44 @@ class MoeConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SoftMoeConfig:
+    """Experts whose inputs, `slots_per_expert` each, are weighted means of a text's tokens (arXiv:2308.00951).
+
+    Every slot is computed however many tokens there are. All parameters count as active, since each of them has a part
+    in every token; the FLOPs of a token are those of the slots, shared by the tokens of a text.
+    expert_dropout: as MoeConfig's.
+    """
+
+    num_experts: int
+    slots_per_expert: int
+    intermediate_size: int
+    activation: str = "silu"
+    expert_dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        require_positive(self, "num_experts", "slots_per_expert", "intermediate_size")
+        require_share(self, "expert_dropout")
+
+    def tensors(self, prefix: str, hidden_size: int) -> Iterator[TensorSpec]:
+        yield TensorSpec(f"{prefix}.slots", (self.num_experts, self.slots_per_expert, hidden_size), "router")
+        yield TensorSpec(f"{prefix}.scale", (1,), "router", start=1.0)
+        inner = self.intermediate_size
+        yield TensorSpec(f"{prefix}.experts.gate_up", (self.num_experts, 2 * inner, hidden_size), "experts")
+        yield TensorSpec(f"{prefix}.experts.down", (self.num_experts, hidden_size, inner), "experts")
+
+    def flops_per_token(self, hidden_size: int, num_tokens: int) -> int:
+        """FLOPs for each of the `num_tokens` tokens of a text: its scores, into the slots and out, and the slots."""
+        num_slots = self.num_experts * self.slots_per_expert
+        slot = 2 * 3 * self.intermediate_size * hidden_size
+        return 3 * 2 * num_slots * hidden_size + num_slots * slot // num_tokens
+
+
+@dataclass(frozen=True, kw_only=True)
 class LayerConfig:
     """norm → attention → add, norm → feed-forward → add."""
 
     attention: AttentionConfig
-    feed_forward: MlpConfig | MoeConfig
+    feed_forward: MlpConfig | MoeConfig | SoftMoeConfig
     norm: NormConfig = NormConfig()
 
     def tensors(self, prefix: str, hidden_size: int) -> Iterator[TensorSpec]:
@@ -231,6 +279,24 @@ class ModelConfig:
         """Indices of the layers that route."""
         return tuple(i for i, layer in enumerate(self.layers) if isinstance(layer.feed_forward, MoeConfig))
 
+    @property
+    def leaks_future(self) -> bool:
+        """Whether a token's output depends on later ones: such a model cannot write on token by token.
+
+        Its loss on a causal task is not comparable with others': it has seen something of the answers.
+        """
+        return any(_leak(layer.feed_forward) for layer in self.layers)
+
+    def check_decodable(self) -> None:
+        """Raise ConfigError for a model that leaks the future, naming its first such layer."""
+        for index, layer in enumerate(self.layers):
+            leak = _leak(layer.feed_forward)
+            require(
+                leak is None,
+                f"layer {index} has {leak}, where tokens see later ones, so this model cannot write on token by token; "
+                'score whole texts with it, or train one with another router, such as "softmax_topk" or "sigmoid_topk"',
+            )
+
     def tensors(self) -> Iterator[TensorSpec]:
         """Every tensor of the built model, in the order of its state_dict."""
         yield TensorSpec("embedding.weight", (self.vocab_size, self.hidden_size), "embedding")
@@ -274,9 +340,15 @@ class ModelConfig:
         return sum(state.num_bytes(num_tokens, bytes_per_element) for state in self.states())
 
     def flops_per_token(self, context_length: int = 0) -> int:
-        """FLOPs of one token's forward pass over `context_length` tokens: 2 per multiplied parameter, and attention."""
+        """FLOPs of one token's forward pass over `context_length` tokens: 2 per multiplied parameter, and attention.
+
+        Soft MoE layers multiply slots and not tokens: see SoftMoeConfig; without a context, a text is one token.
+        """
         scores = sum(layer.attention.score_flops(context_length) for layer in self.layers)
-        return 2 * self.active_gemm + scores
+        soft = [layer.feed_forward for layer in self.layers if isinstance(layer.feed_forward, SoftMoeConfig)]
+        slots = sum(part.flops_per_token(self.hidden_size, max(1, context_length)) for part in soft)
+        in_slots = sum(tensor.numel for part in soft for tensor in part.tensors("", self.hidden_size))
+        return 2 * (self.active_gemm - in_slots) + slots + scores
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready tree; every part names its class under "part"."""
@@ -288,6 +360,13 @@ class ModelConfig:
         config = _from_json(tree)
         require(isinstance(config, cls), f"a {type(config).__name__} is not a ModelConfig")
         return config
+
+
+def _leak(part: MlpConfig | MoeConfig | SoftMoeConfig) -> str | None:
+    """What in a feed-forward part lets tokens see later ones, in a message's words; None where nothing does."""
+    if isinstance(part, SoftMoeConfig):
+        return "Soft MoE"
+    return f"router {part.router.name!r}" if isinstance(part, MoeConfig) and part.router.kind.leaks else None
 
 
 _PARTS = {
@@ -306,7 +385,9 @@ _PARTS = {
         ReluSettings,
         TopPSettings,
         NullSettings,
+        CapacityConfig,
         MoeConfig,
+        SoftMoeConfig,
         LayerConfig,
         StackConfig,
         ModelConfig,

@@ -4,6 +4,7 @@ MoesaicError
 ├── ConfigError        a model or run description that contradicts itself or names something unknown
 ├── CheckpointError    files that are missing, cut short, of the wrong shape, or not what their index says
 ├── DataError          text that cannot be read, or too little of it
+├── TraceError         a routing trace that is damaged, of another version, or not of this model or batch
 ├── GenerationError    a prompt or a request that the model cannot continue
 ├── NonFiniteError     training whose loss or gradient is infinite or not a number
 ├── RunFolderError     an output folder that another run is using, or that cannot be written
@@ -44,6 +45,10 @@ class CheckpointError(MoesaicError):
 
 class DataError(MoesaicError):
     """Text that cannot be used."""
+
+
+class TraceError(MoesaicError):
+    """A routing trace that cannot be written, read or replayed as it stands."""
 
 
 class GenerationError(MoesaicError):

@@ -129,9 +129,11 @@ class RouterKind:
     settings: the class of its settings. top_k: the only K it has. renormalize: whether it divides the chosen weights
     by their sum; None leaves that to the configuration, where it is true unless said otherwise.
     fixed_top_k: every token gets exactly K experts. ranks_scores: it takes the K best scores, so that selection
-    biases can move the choice and groups can limit it. leaks: it compares tokens with later ones.
+    biases can move the choice and groups can limit it. leaks: it gives experts their tokens by comparing
+    these with later ones, at least while training: no such model writes on token by token.
     takes_capacity: experts may be given a limit; false where they choose, share evenly or are all used.
     balanceable: losses that even the load out can move its choice.
+    picks_top_k: every token picks K experts of its own, which gating dropout can replace by others.
     """
 
     settings: type | None = None
@@ -142,6 +144,7 @@ class RouterKind:
     leaks: bool = False
     takes_capacity: bool = True
     balanceable: bool = True
+    picks_top_k: bool = True
 
 
 ROUTER_KINDS: dict[str, RouterKind] = {
@@ -152,18 +155,20 @@ ROUTER_KINDS: dict[str, RouterKind] = {
     "noisy_topk": RouterKind(settings=NoisySettings, renormalize=True),
     "switch": RouterKind(top_k=1, renormalize=False),
     "gshard_top2": RouterKind(top_k=2, renormalize=True, fixed_top_k=False),
-    "hash": RouterKind(settings=HashSettings, renormalize=True, balanceable=False),
+    "hash": RouterKind(settings=HashSettings, renormalize=True, balanceable=False, picks_top_k=False),
     "sigmoid_input": RouterKind(renormalize=False, ranks_scores=True),
     "sparsemixer": RouterKind(settings=SparseMixerSettings, renormalize=False),
     "expert_choice": RouterKind(
-        renormalize=False, fixed_top_k=False, leaks=True, takes_capacity=False, balanceable=False
+        renormalize=False, fixed_top_k=False, leaks=True, takes_capacity=False, balanceable=False, picks_top_k=False
     ),
-    "base": RouterKind(top_k=1, renormalize=False, leaks=True, takes_capacity=False, balanceable=False),
+    "base": RouterKind(
+        top_k=1, renormalize=False, leaks=True, takes_capacity=False, balanceable=False, picks_top_k=False
+    ),
     "sinkhorn": RouterKind(settings=SinkhornSettings),
-    "relu": RouterKind(settings=ReluSettings, renormalize=False, fixed_top_k=False),
-    "top_p": RouterKind(settings=TopPSettings, fixed_top_k=False),
+    "relu": RouterKind(settings=ReluSettings, renormalize=False, fixed_top_k=False, picks_top_k=False),
+    "top_p": RouterKind(settings=TopPSettings, fixed_top_k=False, picks_top_k=False),
     "null_topk": RouterKind(settings=NullSettings, fixed_top_k=False, ranks_scores=True),
-    "dense": RouterKind(renormalize=False, takes_capacity=False, balanceable=False),
+    "dense": RouterKind(renormalize=False, takes_capacity=False, balanceable=False, picks_top_k=False),
 }
 
 
@@ -177,7 +182,9 @@ class RouterConfig:
     groups limits a token to experts of a few groups. settings: what only this router has; None is its defaults.
     jitter: while training, the router's input is multiplied by a random factor from 1 - jitter to 1 + jitter (Switch,
     arXiv:2101.03961, sec. 2.2). batch_norm: logits are normalised over the batch's tokens, expert by expert, and by
-    running means outside of training.
+    running means outside of training. gating_dropout: while training, with this probability, a token's K experts are
+    drawn at random instead of chosen, and weighed as ever. (Gating Dropout, arXiv:2205.14336, ignores the router for
+    whole steps and keeps tokens on their own machine; here every token draws for itself, among all experts.)
 
     Raises ConfigError for settings that do not go together.
     """
@@ -192,18 +199,25 @@ class RouterConfig:
     settings: RouterSettings | None = None
     jitter: float = 0.0
     batch_norm: bool = False
+    gating_dropout: float = 0.0
 
     def __post_init__(self) -> None:
         require_positive(self, "num_experts", "top_k")
-        require_share(self, "jitter")
+        require_share(self, "jitter", "gating_dropout")
         if self.name not in ROUTER_KINDS:
             raise unknown_name("router", self.name, sorted(ROUTER_KINDS))
         self._check_top_k()
         self._settle()
         if self.selection_bias and not self.kind.ranks_scores:
             raise self._refusal("selection_bias", "does not choose by ranked scores alone", "ranks_scores")
+        if self.gating_dropout and not self.kind.picks_top_k:
+            raise self._refusal("gating_dropout", "does not pick K experts for each token", "picks_top_k")
         if self.groups is not None:
             self._check_groups(self.groups)
+        require(
+            self.has_weight or not (self.jitter or self.batch_norm),
+            'jitter or batch_norm with hash weight="uniform", which learns no router; leave them out',
+        )
 
     @property
     def kind(self) -> RouterKind:
@@ -221,12 +235,23 @@ class RouterConfig:
         return not (isinstance(self.settings, HashSettings) and self.settings.weight == "uniform")
 
     def tensors(self, prefix: str, hidden_size: int) -> Iterator[TensorSpec]:
+        """The router's own tensors. What is not learned keeps its dtype whatever the model's."""
+        noisy = self.name == "noisy_topk"
         if self.has_weight:
-            yield TensorSpec(f"{prefix}.weight", (self.num_choices, hidden_size), "router")
-        if self.name == "noisy_topk":
-            yield TensorSpec(f"{prefix}.noise_weight", (self.num_choices, hidden_size), "router")
+            shape = (self.num_choices, hidden_size)
+            yield TensorSpec(f"{prefix}.weight", shape, "router", start=0.0 if noisy else None)
+            if noisy:
+                yield TensorSpec(f"{prefix}.noise_weight", shape, "router", start=0.0)
         if self.selection_bias:
-            yield TensorSpec(f"{prefix}.selection_bias", (self.num_choices,), "router", is_parameter=False)
+            yield _buffer(f"{prefix}.selection_bias", self.num_experts, 0.0)
+        if isinstance(self.settings, HashSettings):
+            shape = (self.settings.vocab_size, self.top_k)
+            yield TensorSpec(f"{prefix}.table", shape, "router", is_parameter=False, dtype="int32")
+        if isinstance(self.settings, ReluSettings):
+            yield _buffer(f"{prefix}.penalty_coefficient", 1, self.settings.start)
+        if self.batch_norm:
+            yield _buffer(f"{prefix}.running_mean", self.num_choices, 0.0)
+            yield _buffer(f"{prefix}.running_var", self.num_choices, 1.0)
 
     def _check_top_k(self) -> None:
         require(
@@ -264,22 +289,30 @@ class RouterConfig:
     def _check_groups(self, groups: GroupConfig) -> None:
         if not self.kind.ranks_scores:
             raise self._refusal("groups", "does not choose by ranked scores", "ranks_scores")
-        divisors = [n for n in range(1, self.num_choices + 1) if self.num_choices % n == 0]
         require(
-            self.num_choices % groups.num_groups == 0,
-            f"num_groups={groups.num_groups} does not divide num_experts={self.num_choices}; use one of {divisors}",
+            not isinstance(self.settings, NullSettings),
+            f"groups with router {self.name!r}, whose null experts are on no device; leave them out",
         )
-        reachable = groups.top_groups * (self.num_choices // groups.num_groups)
+        divisors = [n for n in range(1, self.num_experts + 1) if self.num_experts % n == 0]
+        require(
+            self.num_experts % groups.num_groups == 0,
+            f"num_groups={groups.num_groups} does not divide num_experts={self.num_experts}; use one of {divisors}",
+        )
+        reachable = groups.top_groups * (self.num_experts // groups.num_groups)
         require(
             self.top_k <= reachable,
             f"top_k={self.top_k} of the {reachable} experts in top_groups={groups.top_groups} groups; "
             "raise top_groups or lower top_k",
         )
         require(
-            groups.score != "top2_sum" or self.num_choices // groups.num_groups >= 2,
+            groups.score != "top2_sum" or self.num_experts // groups.num_groups >= 2,
             f'groups.score="top2_sum" with one expert a group (num_groups={groups.num_groups}); use "max"',
         )
 
     def _refusal(self, field: str, why: str, needs: str) -> ConfigError:
         fitting = ", ".join(name for name, kind in ROUTER_KINDS.items() if getattr(kind, needs))
         return ConfigError(f"{field} with router {self.name!r}, which {why}; leave it out or use one of: {fitting}")
+
+
+def _buffer(name: str, size: int, start: float) -> TensorSpec:
+    return TensorSpec(name, (size,), "router", is_parameter=False, dtype="float32", start=start)

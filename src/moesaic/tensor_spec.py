@@ -12,6 +12,8 @@ class TensorSpec(NamedTuple):
 
     `top_k_of` is (k, E) for expert tensors, of which k out of E slices along dim 0 are used for a token.
     `is_parameter` is false for buffers that no gradient reaches (selection biases); they are saved but not counted.
+    `dtype` is that of a tensor which never takes the model's. `start` is the value that a new one is filled with; None
+    where it is drawn, or follows from its role.
     """
 
     name: str
@@ -19,6 +21,8 @@ class TensorSpec(NamedTuple):
     role: Role
     top_k_of: tuple[int, int] | None = None
     is_parameter: bool = True
+    dtype: Literal["float32", "int32"] | None = None
+    start: float | None = None
 
     @property
     def numel(self) -> int:

@@ -37,6 +37,16 @@ OPTIONS = {
     ],
     "generate": ["MODEL", "--prompt TEXT", "--prompt-file FILE", *WRITING],
     "chat": ["[MODEL]", "--prompt TEXT", "--system TEXT", *WRITING],
+    "trace": [
+        "MODEL",
+        "--out FILE",
+        "--text FILE",
+        "--corpus FOLDER",
+        "--max-tokens N",
+        "--sequence-length N",
+        "--dtype {fp32,bf16}",
+        "--json",
+    ],
     "count": ["[MODEL]", "--all", "--context N", "--dtype {fp32,bf16,fp16,fp8,int8,int4}", "--json"],
     "convert": [
         "MODEL",

@@ -1,12 +1,14 @@
 """Reading a config.json without trust: both spellings, and one clear line for what cannot be."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 
 from moesaic import families
-from moesaic.config import ModelConfig, MoeConfig
+from moesaic.capacity_config import CapacityConfig
+from moesaic.config import ModelConfig, MoeConfig, SoftMoeConfig
 from moesaic.errors import ConfigError
 
 LLAMA = {
@@ -82,7 +84,7 @@ def test_end_tokens_may_be_one_or_many(eos: Any, read: tuple[int, ...]) -> None:
 @pytest.mark.parametrize(
     ("raw", "message"),
     [
-        (LLAMA | {"model_type": "gpt5"}, "unknown model_type 'gpt5'.*llama, mixtral, qwen3"),
+        (LLAMA | {"model_type": "gpt5"}, "unknown model_type 'gpt5'.*llama, mixtral, moesaic, qwen3"),
         ({"hidden_size": 3}, "no model_type in the configuration; known: llama"),
         (LLAMA | {"hidden_act": "gelu"}, "hidden_act='gelu' is not supported; known: silu"),
         (
@@ -111,13 +113,19 @@ def test_what_cannot_be_read_is_one_line(raw: dict[str, Any], message: str) -> N
     assert "\n" not in str(caught.value)
 
 
-def change_moe(config: ModelConfig, **router: Any) -> ModelConfig:
-    def changed(layer: Any) -> Any:
-        moe = dataclasses.replace(layer.feed_forward, router=dataclasses.replace(layer.feed_forward.router, **router))
-        return dataclasses.replace(layer, feed_forward=moe)
+def change_layers(config: ModelConfig, change: Callable[[Any], Any]) -> ModelConfig:
+    layers = (dataclasses.replace(layer, feed_forward=change(layer.feed_forward)) for layer in config.layers)
+    return dataclasses.replace(config, decoder=dataclasses.replace(config.decoder, layers=tuple(layers)))
 
-    stack = dataclasses.replace(config.decoder, layers=tuple(changed(layer) for layer in config.layers))
-    return dataclasses.replace(config, decoder=stack)
+
+def change_moe(config: ModelConfig, **router: Any) -> ModelConfig:
+    return change_layers(config, lambda moe: dataclasses.replace(moe, router=dataclasses.replace(moe.router, **router)))
+
+
+PLAIN = families.from_hf(MIXTRAL)
+LIMITED = change_layers(PLAIN, lambda moe: dataclasses.replace(moe, capacity=CapacityConfig(factor=1)))
+DROPPED = change_layers(PLAIN, lambda moe: dataclasses.replace(moe, expert_dropout=0.1))
+SOFT = SoftMoeConfig(num_experts=3, slots_per_expert=2, intermediate_size=4)
 
 
 @pytest.mark.parametrize(
@@ -134,6 +142,12 @@ def change_moe(config: ModelConfig, **router: Any) -> ModelConfig:
         ("llama", families.from_hf(MIXTRAL), "it has MoE layers"),
         ("llama", families.from_hf(LLAMA | {"num_attention_heads": 5, "head_dim": 8}), "hidden_size=48 is not a"),
         ("qwen3_moe", families.from_hf(MIXTRAL), "the head norm is None"),
+        ("mixtral", change_moe(PLAIN, jitter=0.1), "jitter is 0.1"),
+        ("mixtral", LIMITED, "the capacity is CapacityConfig"),
+        ("mixtral", DROPPED, "the expert dropout is 0.1"),
+        ("mixtral", change_layers(PLAIN, lambda _: SOFT), "it has no MoE layer"),
+        ("qwen3", change_layers(families.from_hf(LLAMA), lambda _: SOFT), "it has Soft MoE layers"),
+        ("llama", change_layers(families.from_hf(LLAMA), lambda _: SOFT), "it has MoE layers"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_written_is_one_line(family: str, config: ModelConfig, message: str) -> None:

@@ -1,3 +1,4 @@
+import dataclasses
 import io
 import math
 
@@ -67,3 +68,13 @@ def test_one_line_is_plain():
         "MaxVio 0.00, router healthy"
     )
     assert line.isascii()
+
+
+def test_a_capacity_shows_its_gap_and_what_it_dropped():
+    load = StepLoad(step=30, layers=(dataclasses.replace(layer_load([60, 40, 60, 40]), dropped_rows=30),))
+    limited = status(load=load, bits_per_byte=2.5, capacity_gap=0.0321)
+    for text in (shown(limited), render_line(limited)):
+        assert "capacity gap 0.032" in text and "15.0% of rows dropped" in text
+    assert "capacity gap -0.004" in render_line(status(load=load, capacity_gap=-0.0042))
+    without = status(load=load, bits_per_byte=2.5)
+    assert "capacity" not in shown(without) + render_line(without)

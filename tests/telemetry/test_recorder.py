@@ -1,8 +1,10 @@
+import json
 import math
 
 import pytest
 import torch
 
+from moesaic.capacity_config import CapacityConfig
 from moesaic.config import (
     AttentionConfig,
     LayerConfig,
@@ -14,6 +16,8 @@ from moesaic.config import (
 )
 from moesaic.errors import ConfigError
 from moesaic.routing import RoutingDecision, Rows
+from moesaic.routing.capacity import limit
+from moesaic.telemetry.load import StepLoad, sum_loads
 from moesaic.telemetry.recorder import LoadRecorder, entropy_sum
 
 
@@ -126,3 +130,51 @@ def test_mistakes_are_named():
         recorder.set_domains(torch.tensor([0]))
     with pytest.raises(ConfigError, match="domain 3 of 2; use 0 to 1"):
         LoadRecorder({0: 4}, 2, num_domains=2).set_domains(3)
+
+
+def limited(decision: RoutingDecision, factor: float) -> RoutingDecision:
+    router = RouterConfig(name="softmax_topk", num_experts=decision.rows.num_experts, top_k=2)
+    return limit(decision, CapacityConfig(factor=factor), router)
+
+
+def test_dropped_rows_are_counted_beside_what_was_chosen():
+    mask_T = torch.ones(30, dtype=torch.bool)
+    mask_T[20:] = False
+    first, _ = decide(12, 5, 2, seed=5)
+    second, _ = decide(30, 5, 2, seed=6, mask_T=mask_T)
+    plain, recorder = LoadRecorder({0: 5}, 2, num_domains=1), LoadRecorder({0: 5}, 2, num_domains=1)
+    dropped = lost = 0
+    for decision in (first, second):
+        for listener in (plain, recorder):
+            listener.set_domains(0)
+        plain.hear(0, decision)
+        after = limited(decision, 0.4)
+        recorder.hear(0, after)
+        chosen, kept = decision.rows.token_ids_R.tolist(), after.rows.token_ids_R.tolist()
+        dropped += len(chosen) - len(kept)
+        lost += len(set(chosen) - set(kept))
+    expected, found = plain.finish_step(), recorder.finish_step()
+    assert (expected.layers[0].dropped_rows, expected.layers[0].lost_tokens) == (0, 0)
+    assert (found.layers[0].dropped_rows, found.layers[0].lost_tokens) == (dropped, lost)
+    assert dropped > lost > 0
+    assert found.dropped_share == found.layers[0].dropped_share == dropped / 64
+    assert found.layers[0].domain_counts_ME is not None
+    for name in ("counts", "num_tokens", "router_entropy", "domain_counts"):
+        assert found.layers[0].to_json()[name] == expected.layers[0].to_json()[name]
+    two = sum_loads([found, found])
+    assert (two.layers[0].dropped_rows, two.layers[0].lost_tokens) == (2 * dropped, 2 * lost)
+    assert recorder.finish_step().layers[0].dropped_rows == 0
+
+
+def test_loads_of_older_runs_read_as_dropless():
+    decision, _ = decide(12, 5, 2, seed=5)
+    recorder = LoadRecorder({0: 5}, 2)
+    recorder.hear(0, limited(decision, 0.4))
+    tree = recorder.finish_step().to_json()
+    again = StepLoad.from_json(json.loads(json.dumps(tree)))
+    assert again.to_json() == tree and again.layers[0].dropped_rows > 0
+    for layer in tree["layers"]:
+        del layer["dropped_rows"], layer["lost_tokens"]
+    older = StepLoad.from_json(tree)
+    assert (older.layers[0].dropped_rows, older.layers[0].lost_tokens, older.dropped_share) == (0, 0, 0.0)
+    assert older.layers[0].counts_E.tolist() == again.layers[0].counts_E.tolist()

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import math
 import re
@@ -161,3 +162,23 @@ def test_writing_replaces_the_old_page_or_leaves_it(tmp_path: Path):
     assert [entry.name for entry in tmp_path.iterdir()] == ["report.html"]
     with pytest.raises(RunFolderError, match="cannot write"):
         write_report(ReportData(title="lost"), tmp_path / "absent" / "report.html")
+
+
+def test_a_capacity_shows_its_gap_and_what_it_dropped():
+    loads = tuple(
+        StepLoad(step=step.step, layers=tuple(dataclasses.replace(layer, dropped_rows=13) for layer in step.layers))
+        for step in (load(0), load(1))
+    )
+    page = render_page(
+        ReportData(title="capacity", models=(model("MoE", capacity_gap=0.0417), model("dense")), loads=loads)
+    )
+    check(page)
+    # 4 layers of 65, 65, 66 and 66 rows lost 13 each.
+    assert "Capacity gap, bits per byte" in page and "0.042" in page and "capacity dropped 19.8%" in page
+    assert "apacity" not in render_page(full())
+    again = ReportData.from_json(json.loads(json.dumps(full().to_json())))
+    assert math.isnan(again.models[0].capacity_gap)
+    tree = full().to_json()
+    for result in tree["models"]:
+        del result["capacity_gap"]
+    assert math.isnan(ReportData.from_json(tree).models[0].capacity_gap)

@@ -184,7 +184,7 @@ def test_recipes_survive_json_and_toml(recipe):
     assert Recipe.from_dict(tomllib.loads(to_toml(recipe.to_dict(), comments))) == recipe
 
 
-@pytest.mark.parametrize("path", sorted((Path(__file__).parents[2] / "examples").glob("*.toml")), ids=lambda p: p.name)
+@pytest.mark.parametrize("path", sorted((Path(__file__).parents[2] / "examples").rglob("*.toml")), ids=lambda p: p.name)
 def test_every_example_is_a_recipe(path):
     tree = read_toml(path)
     sweep = tree.pop("sweep", {})

@@ -23,6 +23,7 @@ VERBS = {
     "train": "train a model, or a sweep of models, from a recipe",
     "generate": "continue a prompt",
     "chat": "talk to a model",
+    "trace": "record which expert serves which token, or show such a recording",
     "count": "count a model's parameters, bytes and FLOPs without loading it",
     "convert": "turn a checkpoint into a Hugging Face safetensors folder",
 }

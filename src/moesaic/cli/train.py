@@ -27,6 +27,7 @@ EXAMPLES = """\
 example: moesaic train --out runs/first  # the tiny size, 2 to 3 minutes
 example: moesaic train --out runs/first --resume  # go on after a stop
 example: moesaic train --size small --print-recipe > small.toml  # a recipe to change and keep
+example: moesaic train --out runs/even --set 'train.balance_losses=[["global_exact", 0.01]]'
 example: moesaic train --config small.toml --corpus my-texts --out runs/small
 example: moesaic train --out runs/rates --sweep train.learning_rate=1e-3,3e-3 train.seed=0,1"""
 

@@ -24,6 +24,7 @@ class _Watched:
         self.name, self.num_steps = name, num_steps
         self.loads: deque = deque(maxlen=WINDOW)
         self.bits_per_byte: float | None = None
+        self.capacity_gap: float | None = None
         self.started = time.perf_counter()
         self.first_step: int | None = None
 
@@ -37,6 +38,7 @@ class _Watched:
             self.loads.append(report.load)
         if evaluation is not None:
             self.bits_per_byte = evaluation.loss.bits_per_byte
+            self.capacity_gap = evaluation.capacity_gap
         return TrainingStatus(
             name=self.name,
             step=report.step,
@@ -45,6 +47,7 @@ class _Watched:
             tokens_per_s=report.tokens_per_s,
             loss=report.loss,
             bits_per_byte=self.bits_per_byte,
+            capacity_gap=self.capacity_gap,
             load=sum_loads(self.loads) if self.loads else None,
             first_step=self.first_step,
         )

@@ -20,13 +20,20 @@ from moesaic.errors import DataError
 class Batch(NamedTuple):
     """One step's data, int64: targets are the inputs one token further; `domain_ids_B` index `Packed.names`.
 
-    `document_ids_BS` counts the documents of a row from 0: a new one begins at each input that is an eos.
+    `document_ids_BS` counts the documents of a row from 0: a new one begins at each input that is an eos; -1 is
+    padding, of which there is none in batches made here.
     """
 
     inputs_BS: np.ndarray
     targets_BS: np.ndarray
     domain_ids_B: np.ndarray
     document_ids_BS: np.ndarray
+
+    @property
+    def mask_BS(self) -> np.ndarray | None:
+        """True where there is a token; None when that is everywhere."""
+        mask_BS = self.document_ids_BS >= 0
+        return None if mask_BS.all() else mask_BS
 
 
 class _Order(NamedTuple):

@@ -13,6 +13,7 @@ from moesaic.engine.sampling import Sampling, sample
 from moesaic.errors import GenerationError
 from moesaic.layers.kv_cache import KeyValueCache
 from moesaic.models.decoder import Decoder
+from moesaic.routing import RoutingTape
 
 Prompts = Sequence[int] | Sequence[Sequence[int]] | Tensor
 
@@ -27,6 +28,7 @@ class _Options(TypedDict, total=False):
     eos_token_ids: Iterable[int] | None
     on_token: Callable[[int, int], None] | None
     cache: KeyValueCache | None
+    tape: RoutingTape | None
 
 
 @overload
@@ -54,6 +56,7 @@ def generate(
     eos_token_ids: Iterable[int] | None = None,
     on_token: Callable[[int, int], None] | None = None,
     cache: KeyValueCache | None = None,
+    tape: RoutingTape | None = None,
 ) -> list[int] | list[list[int]]:
     """Continue one prompt (token ids) or several (a list of them, lengths may differ).
 
@@ -61,6 +64,7 @@ def generate(
     end-of-sequence token (kept; by default those of the model's configuration), after `max_new_tokens`, or where the
     context is full. temperature 0 is greedy; the same seed gives the same text. `on_token(sequence, token_id)` hears
     each token as it is made. `cache` continues a conversation: it must hold a prefix of the one prompt.
+    `tape` hears the routing of the prompts and then of each new token, or dictates it.
 
     Raises GenerationError for an empty prompt, a token id outside the vocabulary, or a prompt as long as the context.
     """
@@ -72,7 +76,7 @@ def generate(
     budget = min(max_new_tokens, model.config.context_length - longest)
     if cache is None:
         cache = _new_cache(model, len(prompts), longest + budget)
-    written = _write(model, prompts, budget, sampling, stops, cache, on_token)
+    written = _write(model, prompts, budget, sampling, stops, cache, on_token, tape)
     return written[0] if single else written
 
 
@@ -84,6 +88,7 @@ def _write(
     stops: frozenset[int],
     cache: KeyValueCache,
     on_token: Callable[[int, int], None] | None,
+    tape: RoutingTape | None,
 ) -> list[list[int]]:
     device = model.embedding.weight.device
     generator = sampling.generator()
@@ -91,7 +96,7 @@ def _write(
     running = [True] * len(prompts)
     new_ids, mask = _pad_left([prompt[cache.length :] for prompt in prompts], device)
     for step in range(budget):
-        hidden = model.hidden(new_ids, mask if step == 0 else None, cache=cache)
+        hidden = model.hidden(new_ids, mask if step == 0 else None, cache=cache, tape=tape)
         chosen = sample(model.logits(hidden[:, -1]).float().cpu(), sampling, generator).tolist()
         for sequence, token in enumerate(chosen):
             if running[sequence]:

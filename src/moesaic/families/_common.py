@@ -7,6 +7,7 @@ from typing import Any, NamedTuple, TypeVar
 from moesaic.config import AttentionConfig, ModelConfig, MoeConfig, NormConfig, RopeConfig
 from moesaic.errors import ConfigError
 from moesaic.models.weight_map import Piece, WeightMap
+from moesaic.router_config import RouterConfig
 from moesaic.tensor_spec import TensorSpec
 
 T = TypeVar("T")
@@ -136,7 +137,9 @@ def the_same(what: str, family: str, values: Iterable[T]) -> T:
 
 def refusal(family: str, why: str) -> ConfigError:
     """The error for a model that cannot be written as `family`."""
-    return ConfigError(f"this model cannot be written as {family}: {why}; choose another family or change the model")
+    return ConfigError(
+        f"this model cannot be written as {family}: {why}; choose another family, such as moesaic, or change the model"
+    )
 
 
 def require(family: str, what: str, seen: object, allowed: object) -> None:
@@ -154,15 +157,18 @@ def shared_norm(config: ModelConfig) -> NormConfig:
 
 
 def shared_moe(config: ModelConfig) -> MoeConfig:
-    """The description all MoE layers share: softmax, no selection bias, no scaling, no shared expert."""
+    """The description all MoE layers share: softmax without settings of its own, dropless, no shared expert."""
     found = [layer.feed_forward for layer in config.layers if isinstance(layer.feed_forward, MoeConfig)]
     if not found:
         raise refusal(config.family, "it has no MoE layer")
     moe = the_same("the MoE", config.family, found)
     require(config.family, "the router", moe.router.name, "softmax_topk")
-    require(config.family, "the router's selection_bias", moe.router.selection_bias, False)
-    require(config.family, "the router's scaling_factor", moe.router.scaling_factor, 1.0)
+    plain = RouterConfig(name="softmax_topk", num_experts=moe.router.num_experts, top_k=moe.router.top_k)
+    for field in ("selection_bias", "scaling_factor", "groups", "batch_norm", "jitter", "gating_dropout"):
+        require(config.family, f"the router's {field}", getattr(moe.router, field), getattr(plain, field))
     require(config.family, "the shared expert", moe.shared, None)
+    require(config.family, "the capacity", moe.capacity, None)
+    require(config.family, "the expert dropout", moe.expert_dropout, 0.0)
     require(config.family, "the activation", moe.activation, "silu")
     return moe
 

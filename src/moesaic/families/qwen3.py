@@ -65,9 +65,11 @@ def to_hf(config: ModelConfig) -> dict[str, Any]:
         raise refusal(NAME, "it has MoE layers")
     attention = shared_attention(config)
     mlp = the_same("the feed-forward block", NAME, (layer.feed_forward for layer in config.layers))
+    if not isinstance(mlp, MlpConfig):
+        raise refusal(NAME, "it has Soft MoE layers")
     require(NAME, "the head norm", attention.head_norm, shared_norm(config))
     require(NAME, "the attention's output bias", attention.output_bias, attention.qkv_bias)
-    require(NAME, "the feed-forward bias", mlp.bias if isinstance(mlp, MlpConfig) else None, False)
+    require(NAME, "the feed-forward bias", mlp.bias, False)
     windowed = attention.window is not None
     return hf_fields(config, "Qwen3ForCausalLM") | {
         "intermediate_size": mlp.intermediate_size,

@@ -19,6 +19,7 @@ from moesaic.families._common import (
     Preset,
     decoder_weight_map,
     hf_fields,
+    refusal,
     require,
     shared_attention,
     shared_moe,
@@ -89,7 +90,8 @@ def to_hf(config: ModelConfig) -> dict[str, Any]:
     width = moe.router.top_k * moe.intermediate_size
     if dense:
         mlp = the_same("the dense block", NAME, (config.layers[i].feed_forward for i in dense))
-        assert isinstance(mlp, MlpConfig)
+        if not isinstance(mlp, MlpConfig):
+            raise refusal(NAME, "it has Soft MoE layers")
         require(NAME, "the dense bias", mlp.bias, False)
         require(NAME, "the activation", mlp.activation, "silu")
         width = mlp.intermediate_size

@@ -21,6 +21,8 @@ from moesaic.models.weight_map import Piece, WeightMap
 from moesaic.tensor_spec import TensorSpec
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_INTEGERS = {"I64": torch.int64, "I32": torch.int32}
+_FIXED = {"float32": torch.float32, "int32": torch.int32}
 
 
 class WeightSource(Protocol):
@@ -82,7 +84,8 @@ def load(
 ) -> Decoder:
     """A model from a folder (config.json and safetensors), a .gguf file, or a preset that brings its weights.
 
-    dtype: None keeps every tensor's own (fp32 from GGUF). A router's selection bias is fp32 whatever is asked.
+    It is in evaluation mode. dtype: None keeps every tensor's own (fp32 from GGUF). What a router does not learn by
+    gradient keeps its own dtype whatever is asked: fp32 selection biases, int32 hash tables.
     Raises CheckpointError for files that are missing, damaged or at odds with their configuration, ConfigError for a
     model that cannot be expressed, MissingDependencyError for a preset whose package is not installed.
     """
@@ -92,28 +95,29 @@ def load(
     state = {spec.name: _filled(spec, weight_map[spec.name], source, dtype, device) for spec in source.config.tensors()}
     model = Decoder(source.config, device="meta")
     model.load_state_dict(state, assign=True)
-    return model
+    return model.eval()  # routers may draw noise, and experts have limits, while training
 
 
 def _filled(
     spec: TensorSpec, pieces: tuple[Piece, ...], source: WeightSource, dtype: torch.dtype | None, device: Any
 ) -> Tensor:
     """Our tensor, made of its pieces; beside it only one piece is in memory at a time."""
-    own = _own_dtype([source.tensors[piece.name] for piece in pieces], pieces)
-    wanted = torch.float32 if not spec.is_parameter else dtype or own
+    headers = [source.tensors[piece.name] for piece in pieces]
+    own = _own_dtype(headers, pieces, _INTEGERS if spec.dtype == "int32" else DTYPES)
+    wanted = dtype or own if spec.dtype is None else _FIXED[spec.dtype]
     tensor = torch.empty(spec.shape, dtype=wanted, device=device)
     for piece in pieces:
         tensor[piece.index].copy_(source.read(piece.name))
     return tensor
 
 
-def _own_dtype(headers: list[TensorHeader], pieces: tuple[Piece, ...]) -> torch.dtype:
+def _own_dtype(headers: list[TensorHeader], pieces: tuple[Piece, ...], known: dict[str, torch.dtype]) -> torch.dtype:
     for header, piece in zip(headers, pieces, strict=True):
-        if header.dtype not in DTYPES:
+        if header.dtype not in known:
             raise CheckpointError(
-                f"{piece.name} in {header.file} is of type {header.dtype}; known: {', '.join(DTYPES)}. "
+                f"{piece.name} in {header.file} is of type {header.dtype}; known: {', '.join(known)}. "
                 "Use an unquantized checkpoint"
             )
     kinds = {header.dtype for header in headers}
     # Experts of one layer in different precisions: the widest holds them all.
-    return max((DTYPES[kind] for kind in kinds), key=lambda kind: (kind.itemsize, kind == torch.bfloat16))
+    return max((known[kind] for kind in kinds), key=lambda kind: (kind.itemsize, kind == torch.bfloat16))

@@ -3,23 +3,33 @@
 B batch, S sequence, T = B*S tokens, D hidden, E experts.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
 from torch import Tensor, nn
 
 from moesaic.config import MoeConfig
+from moesaic.errors import ConfigError, TraceError
+from moesaic.experts import padded
 from moesaic.experts.grouped import GroupedExperts
 from moesaic.layers.mlp import Mlp
 from moesaic.layers.router import RouterLayer
-from moesaic.routing import RoutingTape, TokenFacts
+from moesaic.routing import RoutingDecision, RoutingTape, TokenFacts
+from moesaic.routing.capacity import limit
 
 
 class MoeLayer(nn.Module):
-    """Sends every token to a few experts and sums their weighted outputs (arXiv:1701.06538, eq. 1)."""
+    """Sends every token to a few experts and sums their weighted outputs (arXiv:1701.06538, eq. 1).
+
+    A capacity holds while training, and where `capacity_applied` says so; otherwise every row is computed.
+    """
 
     def __init__(self, config: MoeConfig, hidden_size: int, layer: int) -> None:
         super().__init__()
         self.layer = layer
+        self.capacity = config.capacity
+        self.is_limited_in_evaluation = False
         self.router = RouterLayer(config.router, hidden_size)
         self.experts = GroupedExperts(config, hidden_size)
         self.shared_experts = Mlp(config.shared, hidden_size) if config.shared else None
@@ -27,13 +37,59 @@ class MoeLayer(nn.Module):
     def forward(self, x_BSD: Tensor, facts: TokenFacts | None = None, tape: RoutingTape | None = None) -> Tensor:
         """y_BSD. Tokens that `facts` masks reach no routed expert. `tape` hears the decision or dictates it."""
         x_TD = x_BSD.reshape(-1, x_BSD.shape[-1])
-        choices = tape.choices.get(self.layer) if tape is not None else None
-        decision = self.router(x_TD, facts or TokenFacts(), choices)
+        decision = self._decide(x_TD, facts or TokenFacts(), tape)
         if tape is not None:
-            if self.layer in tape.replay:
-                decision = replace(decision, rows=tape.replay[self.layer])
             tape.hear(self.layer, decision)
-        y_TD = self.experts.compute(x_TD, decision.rows)
+        y_TD = self._experts(x_TD, decision)
         if self.shared_experts is not None:
-            y_TD = y_TD + self.shared_experts(x_TD)
+            y_TD = y_TD + _times(self.shared_experts(x_TD), decision.shared_weight_T)
         return y_TD.view_as(x_BSD)
+
+    def _decide(self, x_TD: Tensor, facts: TokenFacts, tape: RoutingTape | None) -> RoutingDecision:
+        replayed = tape.replay.get(self.layer) if tape is not None else None
+        if replayed is not None and replayed.num_tokens != len(x_TD):
+            raise TraceError(
+                f"layer {self.layer} replays the rows of {replayed.num_tokens} tokens and this batch has {len(x_TD)}; "
+                "give the batches that were recorded, in their order"
+            )
+        choices = tape.choices.get(self.layer) if tape is not None else None
+        decision = self.router(x_TD, facts, choices, is_replayed=replayed is not None)
+        limits = self.capacity if self.training or self.is_limited_in_evaluation else None
+        if replayed is not None:
+            if limits is not None and limits.overflow == "shared":
+                raise ConfigError(
+                    f'layer {self.layer} replays rows with capacity overflow="shared", whose weights rows do not hold; '
+                    "replay without a capacity (model.eval()), or dictate what was chosen (RoutingTape(choices=...))"
+                )
+            # Taken as they are, so there is nothing before a capacity, nor slots to pad.
+            return replace(decision, rows=replayed)
+        return limit(decision, limits, self.router.config, self.router.selection_bias) if limits else decision
+
+    def _experts(self, x_TD: Tensor, decision: RoutingDecision) -> Tensor:
+        if self.capacity is not None and self.capacity.pad and decision.slots is not None:
+            return padded.compute(self.experts, x_TD, decision.rows, decision.slots)
+        return self.experts.compute(x_TD, decision.rows)
+
+
+def _times(shared_TD: Tensor, extra_weight_T: Tensor | None) -> Tensor:
+    """The shared expert's output, and once more as much as overflowed to it."""
+    if extra_weight_T is None:
+        return shared_TD
+    return (shared_TD * (1 + extra_weight_T)[:, None]).to(shared_TD.dtype)
+
+
+@contextmanager
+def capacity_applied(model: nn.Module) -> Iterator[bool]:
+    """Evaluation inside the `with` block drops rows as training does. Yields whether any layer has a capacity.
+
+    What this costs is the capacity gap; budgets are those of the batches that are evaluated.
+    """
+    limited = [module for module in model.modules() if isinstance(module, MoeLayer) and module.capacity is not None]
+    before = [layer.is_limited_in_evaluation for layer in limited]
+    for layer in limited:
+        layer.is_limited_in_evaluation = True
+    try:
+        yield bool(limited)
+    finally:
+        for layer, was_limited in zip(limited, before, strict=True):
+            layer.is_limited_in_evaluation = was_limited

@@ -8,7 +8,7 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from moesaic.config import LayerConfig, ModelConfig, MoeConfig
+from moesaic.config import LayerConfig, MlpConfig, ModelConfig, MoeConfig, SoftMoeConfig
 from moesaic.errors import ConfigError
 from moesaic.layers.attention import Attention, Sight
 from moesaic.layers.documents import has_several, number_documents, row_numbers
@@ -16,6 +16,7 @@ from moesaic.layers.kv_cache import KeyValueCache, LayerState
 from moesaic.layers.mlp import Mlp
 from moesaic.layers.moe import MoeLayer
 from moesaic.layers.norm import RmsNorm
+from moesaic.layers.soft_moe import SoftMoeLayer
 from moesaic.models.init import initialize
 from moesaic.routing import RoutingTape, Rows, TokenFacts
 
@@ -28,11 +29,7 @@ class DecoderLayer(nn.Module):
         self.attention_norm = RmsNorm(config.norm, hidden_size)
         self.attention = Attention(config.attention, hidden_size)
         self.feed_forward_norm = RmsNorm(config.norm, hidden_size)
-        self.feed_forward = (
-            MoeLayer(config.feed_forward, hidden_size, layer)
-            if isinstance(config.feed_forward, MoeConfig)
-            else Mlp(config.feed_forward, hidden_size)
-        )
+        self.feed_forward = _feed_forward(config.feed_forward, hidden_size, layer)
 
     def forward(
         self,
@@ -47,7 +44,17 @@ class DecoderLayer(nn.Module):
         normed_BSD = self.feed_forward_norm(x_BSD)
         if isinstance(self.feed_forward, MoeLayer):
             return x_BSD + self.feed_forward(normed_BSD, facts, tape)
+        if isinstance(self.feed_forward, SoftMoeLayer):
+            return x_BSD + self.feed_forward(normed_BSD, facts)
         return x_BSD + self.feed_forward(normed_BSD)
+
+
+def _feed_forward(
+    config: MlpConfig | MoeConfig | SoftMoeConfig, hidden_size: int, layer: int
+) -> Mlp | MoeLayer | SoftMoeLayer:
+    if isinstance(config, MoeConfig):
+        return MoeLayer(config, hidden_size, layer)
+    return SoftMoeLayer(config, hidden_size) if isinstance(config, SoftMoeConfig) else Mlp(config, hidden_size)
 
 
 class Decoder(nn.Module):
@@ -129,7 +136,8 @@ class Decoder(nn.Module):
         mask_BS: true (or 1) where there is a token, false for padding on either side. cache: the past of the batch; the
         new tokens are appended to it. tape: hears every routing decision, or dictates them. document_ids_BS: integers;
         a run of equal ids in a row is a document, whose tokens see only each other and count positions from 0. None:
-        each row is one document. Raises ConfigError for wrong shapes, and for document ids together with a cache.
+        each row is one document. Raises ConfigError for wrong shapes, for document ids together with a cache, and for a
+        cache where tokens see later ones (`ModelConfig.leaks_future`).
         """
         hidden_BSD = self.hidden(token_ids_BS, mask_BS, cache=cache, tape=tape, document_ids_BS=document_ids_BS)
         return self.logits(hidden_BSD)
@@ -149,6 +157,8 @@ class Decoder(nn.Module):
                 raise ConfigError(f"{what} of shape {shapes}; they must match")
         if document_ids_BS is not None and cache is not None:
             raise ConfigError("document ids together with a cache; give each document its own row and cache")
+        if cache is not None:
+            self.config.check_decodable()
 
 
 def _sight(

@@ -5,7 +5,9 @@ import math
 import torch
 from torch import Tensor
 
-from moesaic.config import ModelConfig
+from moesaic.config import ModelConfig, MoeConfig
+from moesaic.router_config import HashSettings, RouterConfig
+from moesaic.routing.routers import hash_table
 from moesaic.tensor_spec import TensorSpec
 
 EMBEDDING_STD = 0.02
@@ -30,14 +32,33 @@ def initial_std(tensor: TensorSpec, num_layers: int) -> float:
 
 @torch.no_grad()
 def initialize(config: ModelConfig, tensors: dict[str, Tensor], seed: int) -> None:
-    """Fill `tensors` (our names) in place: norms one, biases zero, matrices normal. One seed, one set of bits."""
+    """Fill `tensors` (our names) in place. One seed, one set of bits.
+
+    Norms are one, biases zero, matrices normal; what says where it starts does so (a noisy router's matrices at 0,
+    statistics, coefficients). Hash tables are drawn by the seeds of their own settings.
+    """
     generator = torch.Generator().manual_seed(seed)
+    tables = _hash_tables(config)
     for spec in config.tensors():
         tensor = tensors[spec.name]
-        if spec.role == "norm":
+        if spec.name in tables:
+            tensor.copy_(hash_table(tables[spec.name]))
+        elif spec.start is not None:
+            tensor.fill_(spec.start)
+        elif spec.role == "norm":
             tensor.fill_(1.0)
         elif len(spec.shape) == 1:
             tensor.zero_()
         else:
             drawn = torch.empty(spec.shape).normal_(0.0, initial_std(spec, len(config.layers)), generator=generator)
             tensor.copy_(drawn)
+
+
+def _hash_tables(config: ModelConfig) -> dict[str, RouterConfig]:
+    """The routers that have a table, by its name."""
+    routers = {
+        f"layers.{index}.feed_forward.router.table": layer.feed_forward.router
+        for index, layer in enumerate(config.layers)
+        if isinstance(layer.feed_forward, MoeConfig)
+    }
+    return {name: router for name, router in routers.items() if isinstance(router.settings, HashSettings)}

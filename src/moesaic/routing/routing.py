@@ -53,7 +53,7 @@ class Rows:
         """Rows of each expert, int64 on the CPU."""
         return self.expert_offsets.diff()
 
-    @property
+    @cached_property
     def expert_ids_R(self) -> Tensor:
         """The expert of each row, int64."""
         return torch.repeat_interleave(self.counts_E).to(self.token_ids_R.device)
@@ -158,21 +158,26 @@ class RoutingDecision:
     logits_TE: the router's raw outputs, fp32. scores_TE: its score of every expert before any bias, fp32.
     ranked_TE: what was ranked where that is not the score; noise_std_TE: of the noise in it (noisy top-k).
     shared_weight_T: the weight of what overflowed to the shared expert; None where nothing can.
+    slots: rows that an expert (or a device) may have in this batch; None without a limit.
     router_weight_ED: the learned router. groups: how its experts are grouped; None when they are not.
-    mask_T, document_ids_T: see TokenFacts.
+    top_k: K as it was configured, also where tokens have other numbers of rows.
+    mask_T, token_ids_T, document_ids_T: see TokenFacts.
     """
 
     rows: Rows
     logits_TE: Tensor
     scores_TE: Tensor
     mask_T: Tensor | None = None
+    token_ids_T: Tensor | None = None
     document_ids_T: Tensor | None = None
     before_capacity: Rows | None = None
     ranked_TE: Tensor | None = None
     noise_std_TE: Tensor | None = None
     shared_weight_T: Tensor | None = None
+    slots: int | None = None
     router_weight_ED: Tensor | None = None
     groups: GroupConfig | None = None
+    top_k: int | None = None
 
     @property
     def chosen(self) -> Rows:

@@ -22,8 +22,9 @@ MOST_LAYERS = 12
 class TrainingStatus:
     """Where a training run stands. `load` is the routing of the last steps (a window summed), None for dense models.
 
-    loss is in nats per token; bits_per_byte is the last held-out value, None before the first; elapsed_s
-    counts this run only, over the steps since `first_step`.
+    loss is in nats per token; bits_per_byte is the last held-out value, None before the first, and capacity_gap what
+    more it would be with training's capacity (None without one). elapsed_s counts this run only, over the steps since
+    `first_step`.
     """
 
     name: str
@@ -33,6 +34,7 @@ class TrainingStatus:
     tokens_per_s: float
     loss: float
     bits_per_byte: float | None = None
+    capacity_gap: float | None = None
     load: StepLoad | None = None
     first_step: int = 0
 
@@ -73,10 +75,16 @@ def render(status: TrainingStatus) -> RenderableType:
         f"{short(status.tokens_per_s)} tokens/s",
         f"{duration(status.elapsed_s)} gone",
     )
+    if status.capacity_gap is not None:
+        numbers.add_row(f"capacity gap {fixed(status.capacity_gap)}", *_dropped(status.load))
     parts: list[RenderableType] = [grid, numbers]
     if status.load is not None and status.load.layers:
         parts += _router_block(status.load)
     return Group(*parts)
+
+
+def _dropped(load: StepLoad | None) -> list[str]:
+    return [f"{load.dropped_share:.1%} of rows dropped"] if load is not None and load.layers else []
 
 
 def _router_block(load: StepLoad) -> list[RenderableType]:
@@ -120,6 +128,8 @@ def render_line(status: TrainingStatus) -> str:
     if status.load is not None and status.load.layers:
         health = RouterHealth.of(status.load)
         parts.append(f"MaxVio {_ascii(fixed(health.max_violation, 2))}, router {health.verdict}")
+    if status.capacity_gap is not None:
+        parts += [f"capacity gap {_ascii(fixed(status.capacity_gap))}", *_dropped(status.load)]
     return ", ".join(parts)
 
 

@@ -17,11 +17,13 @@ Counts = NDArray[np.int64]
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class LayerLoad:
-    """How one layer's rows fell on its experts.
+    """How one layer's rows fell on its experts, as the router chose: a capacity comes afterwards.
 
     counts_E: rows of each expert. num_tokens: tokens that were routed (padding is not).
     router_entropy: mean over those tokens of the entropy of the router's scores, in nats; NaN when there were none.
     domain_counts_ME: rows of each domain at each expert, where domains were told apart.
+    dropped_rows: of all these rows, those that no expert computed for want of a slot.
+    lost_tokens: tokens that lost every row so.
     """
 
     layer: int
@@ -30,10 +32,17 @@ class LayerLoad:
     num_tokens: int
     router_entropy: float
     domain_counts_ME: Counts | None = None
+    dropped_rows: int = 0
+    lost_tokens: int = 0
 
     @property
     def num_experts(self) -> int:
         return len(self.counts_E)
+
+    @property
+    def dropped_share(self) -> float:
+        """The part of the rows that a capacity dropped; 0 without rows."""
+        return self.dropped_rows / max(1, int(self.counts_E.sum()))
 
     def to_json(self) -> dict[str, Any]:
         """A JSON-ready dictionary; NaN becomes null."""
@@ -44,11 +53,13 @@ class LayerLoad:
             "num_tokens": self.num_tokens,
             "router_entropy": None if np.isnan(self.router_entropy) else self.router_entropy,
             "domain_counts": None if self.domain_counts_ME is None else self.domain_counts_ME.tolist(),
+            "dropped_rows": self.dropped_rows,
+            "lost_tokens": self.lost_tokens,
         }
 
     @classmethod
     def from_json(cls, tree: dict[str, Any]) -> "LayerLoad":
-        """The inverse of `to_json`."""
+        """The inverse of `to_json`. Loads that do not speak of dropping had none."""
         entropy, domain_counts = tree["router_entropy"], tree.get("domain_counts")
         return cls(
             layer=tree["layer"],
@@ -57,6 +68,8 @@ class LayerLoad:
             num_tokens=tree["num_tokens"],
             router_entropy=float("nan") if entropy is None else entropy,
             domain_counts_ME=None if domain_counts is None else np.asarray(domain_counts, dtype=np.int64),
+            dropped_rows=tree.get("dropped_rows", 0),
+            lost_tokens=tree.get("lost_tokens", 0),
         )
 
 
@@ -66,6 +79,12 @@ class StepLoad:
 
     step: int
     layers: tuple[LayerLoad, ...]
+
+    @property
+    def dropped_share(self) -> float:
+        """The part of all layers' rows that a capacity dropped; 0 without rows."""
+        num_rows = sum(int(layer.counts_E.sum()) for layer in self.layers)
+        return sum(layer.dropped_rows for layer in self.layers) / max(1, num_rows)
 
     def to_json(self) -> dict[str, Any]:
         """A JSON-ready dictionary."""
@@ -91,6 +110,8 @@ def _sum_layers(loads: tuple[LayerLoad, ...]) -> LayerLoad:
         num_tokens=num_tokens,
         router_entropy=sum(weighted) / num_tokens if num_tokens else float("nan"),
         domain_counts_ME=np.sum(domains, axis=0) if domains else None,
+        dropped_rows=sum(load.dropped_rows for load in loads),
+        lost_tokens=sum(load.lost_tokens for load in loads),
     )
 
 

@@ -1,4 +1,4 @@
-"""Listens to routing and counts: rows per expert, tokens and router entropy, over whole steps.
+"""Listens to routing and counts: rows per expert, rows dropped, tokens and router entropy, over whole steps.
 
 T tokens, E experts, M domains, R routed rows.
 """
@@ -36,9 +36,11 @@ class _LayerSums:
         self.domain_counts_ME = torch.zeros(num_domains, num_experts, dtype=torch.int64)
         self.num_tokens: Tensor | int = 0
         self.entropy: Tensor | float = 0.0
+        self.dropped_rows = 0
+        self.lost_tokens: Tensor | int = 0
 
     def add(self, decision: RoutingDecision, domains_T: Tensor | int | None) -> None:
-        rows, num_experts = decision.rows, self.counts_E.numel()
+        rows, num_experts = decision.chosen, self.counts_E.numel()
         if rows.num_experts != num_experts:
             raise ConfigError(
                 f"layer {self.layer} routes over {rows.num_experts} experts and the recorder was made for "
@@ -49,6 +51,9 @@ class _LayerSums:
         # The sums stay tensors until the step ends: reading a mask here would wait for the device.
         self.num_tokens = self.num_tokens + (rows.num_tokens if decision.mask_T is None else decision.mask_T.sum())
         self.entropy = self.entropy + entropy_sum(decision.scores_TE, decision.mask_T)
+        if decision.before_capacity is not None:
+            self.dropped_rows += rows.token_ids_R.numel() - decision.rows.token_ids_R.numel()
+            self.lost_tokens = self.lost_tokens + (_has_rows(rows) & ~_has_rows(decision.rows)).sum()
         if isinstance(domains_T, int):
             self.domain_counts_ME[domains_T] += counts_E
         elif domains_T is not None:
@@ -65,7 +70,16 @@ class _LayerSums:
             num_tokens=num_tokens,
             router_entropy=float(self.entropy) / num_tokens if num_tokens else float("nan"),
             domain_counts_ME=self.domain_counts_ME.numpy().copy() if self.num_domains else None,
+            dropped_rows=self.dropped_rows,
+            lost_tokens=int(self.lost_tokens),
         )
+
+
+def _has_rows(rows: Rows) -> Tensor:
+    """Whether each token is served at all, [T]."""
+    return torch.zeros(rows.num_tokens, dtype=torch.bool, device=rows.token_ids_R.device).index_fill(
+        0, rows.token_ids_R, True
+    )
 
 
 class LoadRecorder(RoutingTape):

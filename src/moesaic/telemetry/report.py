@@ -102,6 +102,12 @@ _SPENT = (
 )
 
 
+def _capacity_lines(models: Sequence[ModelResult]) -> list[_Line]:
+    """What dropping rows as in training costs, where a model does: it says nothing of which model is better."""
+    is_known = any(math.isfinite(model.capacity_gap) for model in models)
+    return [_Line("Capacity gap, bits per byte", lambda m: m.capacity_gap, fixed)] if is_known else []
+
+
 def _domain_names(models: Sequence[ModelResult]) -> list[str]:
     return list(dict.fromkeys(name for model in models for name in model.domain_bits_per_byte))
 
@@ -121,6 +127,7 @@ def _comparison(data: ReportData) -> str:
         _part("Held-out text (lower is better)", len(data.models)),
         _row(held_out, data.models),
         *(_row(line, data.models, "indent") for line in per_domain),
+        *(_row(line, data.models) for line in _capacity_lines(data.models)),
         _part("Spent and reached", len(data.models)),
         *(_row(line, data.models) for line in _SPENT),
     ]
@@ -268,6 +275,9 @@ def _load(data: ReportData) -> str:
         "Each cell is one expert's load as a multiple of its fair share, 1/E of the rows. Grey is fair, blue is less, "
         "orange is more; × marks an expert below a tenth of it."
     )
+    dropped_share = sum_loads(data.loads).dropped_share
+    if dropped_share:
+        note += f" Of what the router chose, capacity dropped {dropped_share:.1%}."
     body = (
         f'<div class="scroll">{color_bar()}</div>{_load_at(windows, steps)}<h3 class="later">Over time</h3>'
         f'<div class="plots small">{_over_time(windows, steps)}</div>'

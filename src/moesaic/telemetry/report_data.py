@@ -26,6 +26,7 @@ class ModelResult:
     """One model of the comparison. Unknown numbers are NaN; `label` is a short name for the ends of lines.
 
     training_loss holds (tokens, loss in nats per token). peak_memory_bytes is the process's while this model trained.
+    capacity_gap: how many more bits per byte it last lost with rows dropped as in training.
     """
 
     name: str
@@ -43,6 +44,7 @@ class ModelResult:
     training_flops: float
     held_out: tuple[HeldOut, ...] = ()
     training_loss: tuple[tuple[float, float], ...] = ()
+    capacity_gap: float = math.nan
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,6 +1,7 @@
 """An MoE beside its dense twins on the same batches: the models, how far they are trained, and their numbers."""
 
 import dataclasses
+import math
 import time
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -132,7 +133,7 @@ def _result(
     final: HeldOutLoss,
     peak: int,
 ) -> ModelResult:
-    config, last = contender.config, history.steps[-1]
+    config, last, gap = contender.config, history.steps[-1], history.evaluations[-1].capacity_gap
     # A token of a sequence sees half of it on average; a backward pass costs two forward passes.
     flops_per_token = 3 * config.flops_per_token(settings.sequence_length // 2)
     return ModelResult(
@@ -160,6 +161,7 @@ def _result(
             for e in history.evaluations
         ),
         training_loss=tuple((float(report.tokens), report.loss) for report in history.steps),
+        capacity_gap=math.nan if gap is None else gap,
     )
 
 

@@ -18,12 +18,14 @@ from moesaic.data.loader import Batch, Batches, Packed
 from moesaic.errors import CheckpointError, MoesaicError, NonFiniteError, RunFolderError
 from moesaic.evaluate.perplexity import HeldOutLoss, held_out_loss
 from moesaic.hub.saving import SavesItself
+from moesaic.layers.moe import capacity_applied
 from moesaic.models.decoder import Decoder
 from moesaic.telemetry.load import StepLoad
 from moesaic.telemetry.recorder import LoadRecorder
 from moesaic.train.checkpoint import CheckpointWriter
 from moesaic.train.diagnose import first_nonfinite
 from moesaic.train.interrupt import Interrupted, StopRequest, stop_on_signals
+from moesaic.train.loss import routers_of
 from moesaic.train.memory import peak_memory_bytes
 from moesaic.train.optimizer import Optimizer, restore_state
 from moesaic.train.random_state import undisturbed
@@ -150,17 +152,30 @@ class Trainer:
             tokens_per_s=settings.tokens_per_step / seconds,
             peak_memory_bytes=peak_memory_bytes(),
             load=result.load or StepLoad(step=self.step, layers=()),
+            first_pass_s=result.first_pass_s,
         )
 
     def evaluate(self, max_tokens: int | None = None) -> Evaluation:
-        """The held-out loss, of averaged weights too if there are; `max_tokens` a domain (the recipe's when None)."""
+        """The held-out loss, of averaged weights too if there are; `max_tokens` a domain (the recipe's when None).
+
+        Always dropless. Where a layer has a capacity, once more with it: their difference is the capacity gap.
+        """
         max_tokens = max_tokens or self.settings.evaluate_tokens
         loss, ema_loss = self._held_out_loss(max_tokens), None
+        with capacity_applied(self.model) as has_capacity:
+            capacity_loss = self._held_out_loss(max_tokens) if has_capacity else None
         if self.settings.ema_decay:
             with self.optimizer.averaged_weights():
                 ema_loss = self._held_out_loss(max_tokens)
         tokens = self.step * self.settings.tokens_per_step
-        return Evaluation(step=self.step, tokens=tokens, seconds=self.seconds, loss=loss, ema_loss=ema_loss)
+        return Evaluation(
+            step=self.step,
+            tokens=tokens,
+            seconds=self.seconds,
+            loss=loss,
+            ema_loss=ema_loss,
+            capacity_loss=capacity_loss,
+        )
 
     def final_model(self) -> Decoder:
         """What the run is for: the average of the weights where the recipe keeps one, else the model itself."""
@@ -174,6 +189,8 @@ class Trainer:
     ) -> None:
         """The loop itself. Leaves with everything on disk; a request to stop ends it after the step."""
         evaluation = None
+        self._say_what_leaks()
+        before_s, first_pass_s = self.seconds, 0.0
         if self.step == 0:
             evaluation = self.evaluate()
             history.evaluations.append(evaluation)
@@ -181,6 +198,7 @@ class Trainer:
         while self.step < self.last_step and not stop.is_made:
             report = self.train_step()
             history.steps.append(report)
+            first_pass_s += report.first_pass_s
             evaluation = self.evaluate() if self._evaluation_is_due() else None
             if evaluation is not None:
                 history.evaluations.append(evaluation)
@@ -197,6 +215,17 @@ class Trainer:
             if self.step > saved_step:  # the request came after the last step was looked at
                 self._save(writer, evaluation)
             writer.wait()
+        if self.say is not None and first_pass_s:
+            spent_s = self.seconds - before_s
+            self.say(f"counting choices before each step (global_exact) took {first_pass_s:.1f} s of {spent_s:.1f} s")
+
+    def _say_what_leaks(self) -> None:
+        routers = {router.name for router in routers_of(self.model.config).values() if router.kind.leaks}
+        if self.say is not None and routers:
+            self.say(
+                f"router {', '.join(sorted(routers))}: tokens compete with later ones, so losses of whole texts, in "
+                "training and held out, tell of the future: do not compare them with other routers'"
+            )
 
     def _checkpoint_is_due(self) -> bool:
         return self.step % self.settings.checkpoint_every == 0 or self.step == self.last_step

@@ -3,17 +3,21 @@
 B batch, S sequence, T tokens, N rows of a chunk, D hidden, V vocab.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from moesaic.config import ModelConfig, MoeConfig
 from moesaic.kernels import ops
+from moesaic.layers.moe import MoeLayer
 from moesaic.models.decoder import Decoder
+from moesaic.router_config import RouterConfig
 from moesaic.routing import RoutingDecision, RoutingTape
-from moesaic.routing.balancers import mean_over_layers
+from moesaic.routing.balancers import BALANCE_LOSSES, BalanceLoss
+from moesaic.train.counts import StepCounts
 from moesaic.train.gradients import add_gradient, has_buffer
 
 # Logits in memory at a time (16 MiB in fp32). But never fewer rows than D: the head's gradient is read and written once
@@ -96,7 +100,10 @@ def linear_cross_entropy(x_TD: Tensor, weight_VD: Tensor, targets_T: Tensor) -> 
 
 
 class Losses(NamedTuple):
-    """cross_entropy: nats a token. penalty: the sum of the balance losses times their coefficients."""
+    """cross_entropy: nats a token. penalty: the sum of the balance losses times their coefficients.
+
+    balance: each balance loss, the mean of the layers'.
+    """
 
     cross_entropy: Tensor
     penalty: Tensor
@@ -115,25 +122,61 @@ def losses(
     balance_losses: Sequence[tuple[str, float]],
     tape: RoutingTape,
     *,
+    mask_BS: Tensor | None = None,
     document_ids_BS: Tensor | None = None,
     hidden: Callable[..., Tensor] | None = None,
+    counts: StepCounts | None = None,
 ) -> Losses:
     """One batch's losses; each balance loss is computed per layer, then averaged. `tape` hears the routing.
 
-    hidden: stands for `model.hidden` (a compiled one).
+    mask_BS: true where there is a token; None when everywhere. hidden: stands for `model.hidden` (a compiled one).
+    counts: of the step that this batch is a part of; it is added to them. None: the batch is the whole step.
     """
-    hidden_BSD = (hidden or model.hidden)(inputs_BS, tape=tape, document_ids_BS=document_ids_BS)
+    hidden_BSD = (hidden or model.hidden)(inputs_BS, mask_BS, tape=tape, document_ids_BS=document_ids_BS)
     cross_entropy = linear_cross_entropy(hidden_BSD.flatten(0, 1), model.head_weight, targets_BS.flatten())
-    balance = _balance(balance_losses, list(tape.decisions.values()))
-    penalty = torch.zeros_like(cross_entropy)
-    for name, coefficient in balance_losses:
-        if name in balance and coefficient:
-            penalty = penalty + coefficient * balance[name]
+    counts = counts or StepCounts()
+    counts.add(tape.decisions)
+    penalty, balance = torch.zeros_like(cross_entropy), {}
+    for name, coefficient in balance_losses if tape.decisions else ():
+        loss = BALANCE_LOSSES[name]
+        by_layer = _by_layer(loss, model.config, tape.decisions, counts)
+        balance[name] = torch.stack(list(by_layer.values())).mean()
+        if coefficient:
+            penalty = penalty + coefficient * _mean_times_own(loss, model, by_layer)
     return Losses(cross_entropy, penalty, balance)
 
 
-def _balance(balance_losses: Sequence[tuple[str, float]], decisions: list[RoutingDecision]) -> dict[str, Tensor]:
-    """Nothing for a dense model: it has no decisions."""
-    if not decisions:
-        return {}
-    return {name: mean_over_layers(name, decisions) for name, _ in balance_losses}
+def _by_layer(
+    loss: BalanceLoss, config: ModelConfig, decisions: Mapping[int, RoutingDecision], counts: StepCounts
+) -> dict[int, Tensor]:
+    """The loss of each layer that takes it."""
+    routers = routers_of(config)
+    return {
+        layer: loss.of(decision, counts.of(loss.scope, layer))
+        for layer, decision in decisions.items()
+        if loss.refusal(routers[layer]) is None
+    }
+
+
+def _mean_times_own(loss: BalanceLoss, model: Decoder, by_layer: Mapping[int, Tensor]) -> Tensor:
+    """The mean over layers, each times its own coefficient where it has one."""
+    if not loss.own_coefficient:
+        return torch.stack(list(by_layer.values())).mean()
+    own = penalties(model)
+    return torch.stack([own[layer].to(value) * value for layer, value in by_layer.items()]).mean()
+
+
+def routers_of(config: ModelConfig) -> dict[int, RouterConfig]:
+    """The routers of a model, by layer."""
+    parts = {index: layer.feed_forward for index, layer in enumerate(config.layers)}
+    return {index: part.router for index, part in parts.items() if isinstance(part, MoeConfig)}
+
+
+def penalties(model: Decoder) -> dict[int, Tensor]:
+    """The coefficients that ReLU routers keep for themselves, by layer; the very buffers."""
+    layers = [module for module in model.modules() if isinstance(module, MoeLayer)]
+    return {
+        layer.layer: layer.router.get_buffer("penalty_coefficient")
+        for layer in layers
+        if layer.router.config.name == "relu"
+    }

@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from moesaic.config import ModelConfig
+from moesaic.config import ModelConfig, MoeConfig
 from moesaic.errors import ConfigError
 from moesaic.families import family
-from moesaic.train.fields import names_of, refuse_unknown, settle, shown
+from moesaic.fields import names_of, refuse_unknown, settle, shown
 
 Points = tuple[tuple[int, float], ...]
 Scheduled = float | Points
@@ -32,7 +32,8 @@ class TrainSettings:
     recompute: "none", or "layers" (activations are computed again in backward, with the routing replayed).
     ema_decay: of an exponential moving average of the weights, kept beside them; 0 keeps none.
     balance_losses: (name of `routing.balancers.BALANCE_LOSSES`, coefficient) pairs, each averaged over layers.
-    selection_bias_rate: how far selection biases move a step, for routers that have one.
+    selection_bias_rate: how far selection biases move a step, for routers that have one. selection_bias_rule: "sign",
+    or "proportional" (times (mean - load) / mean). selection_bias_centered: the mean of each move is taken off it.
     keep_checkpoints, keep_best: how many of the newest and of the best (by held-out loss) checkpoints stay.
 
     Raises ConfigError for a value of the wrong type, out of range, or in conflict with another.
@@ -58,6 +59,8 @@ class TrainSettings:
     ema_decay: float = 0.0
     balance_losses: tuple[tuple[str, Scheduled], ...] = (("switch", 0.01),)
     selection_bias_rate: Scheduled = 0.001
+    selection_bias_rule: Literal["sign", "proportional"] = "sign"
+    selection_bias_centered: bool = False
     seed: int = 0
     evaluate_every: int = 100
     evaluate_tokens: int = 8192
@@ -142,6 +145,7 @@ class Recipe:
                 f"train.sequence_length={self.train.sequence_length} is more than "
                 f"model.max_position_embeddings={config.context_length}; shorten the one or raise the other"
             )
+        _refuse_unfit_balance(self.train, config)
         return config
 
     def to_dict(self) -> dict[str, Any]:
@@ -286,6 +290,14 @@ def _check_balance(settings: TrainSettings) -> None:
             raise ConfigError(f"train.balance_losses names {name!r} twice; give one coefficient, or points over steps")
         _check_scheduled(f"train.balance_losses: {name!r}", coefficient)
     _check_scheduled("train.selection_bias_rate", settings.selection_bias_rate)
+
+
+def _refuse_unfit_balance(settings: TrainSettings, config: ModelConfig) -> None:
+    from moesaic.routing.balancers import refuse_unfit  # late, for it loads torch
+
+    parts = [layer.feed_forward for layer in config.layers]
+    routers = [part.router for part in parts if isinstance(part, MoeConfig)]
+    refuse_unfit((name for name, _ in settings.balance_losses), routers)
 
 
 def _check_scheduled(where: str, value: Scheduled) -> None:

@@ -19,7 +19,8 @@ from moesaic.telemetry.raw_file import write_whole
 class StepReport:
     """What one step did. Losses in nats a token; seconds is the training time so far, evaluations left out.
 
-    peak_memory_bytes: the most resident memory of the process so far.
+    peak_memory_bytes: the most resident memory of the process so far. first_pass_s: what of the step's time went into
+    counting its choices beforehand, for balance losses that need them.
     """
 
     step: int
@@ -32,17 +33,28 @@ class StepReport:
     tokens_per_s: float
     peak_memory_bytes: int
     load: StepLoad
+    first_pass_s: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """The held-out loss after `step` steps; `ema_loss` is that of the averaged weights, where a run keeps them."""
+    """The held-out loss after `step` steps, no row dropped.
+
+    ema_loss: that of the averaged weights, where a run keeps them. capacity_loss: with rows dropped as in training,
+    where a layer has a capacity.
+    """
 
     step: int
     tokens: int
     seconds: float
     loss: HeldOutLoss
     ema_loss: HeldOutLoss | None = None
+    capacity_loss: HeldOutLoss | None = None
+
+    @property
+    def capacity_gap(self) -> float | None:
+        """How many more bits per byte the model loses with its capacity; None without one."""
+        return None if self.capacity_loss is None else self.capacity_loss.bits_per_byte - self.loss.bits_per_byte
 
 
 @dataclass
@@ -75,6 +87,8 @@ def metrics_line(report: StepReport, evaluation: Evaluation | None) -> dict[str,
         "tokens_per_s": round(report.tokens_per_s, 1),
         "peak_memory_bytes": report.peak_memory_bytes,
     }
+    if report.first_pass_s:
+        line["first_pass_s"] = round(report.first_pass_s, 4)
     if report.load.layers:
         line["load"] = report.load.to_json()
     if evaluation is not None:
@@ -83,6 +97,10 @@ def metrics_line(report: StepReport, evaluation: Evaluation | None) -> dict[str,
         if evaluation.ema_loss is not None:
             line["ema_held_out_bits_per_byte"] = evaluation.ema_loss.bits_per_byte
             line["ema_held_out_by_domain"] = evaluation.ema_loss.by_domain
+        if evaluation.capacity_loss is not None:
+            line["capacity_held_out_bits_per_byte"] = evaluation.capacity_loss.bits_per_byte
+            line["capacity_held_out_by_domain"] = evaluation.capacity_loss.by_domain
+            line["capacity_gap"] = evaluation.capacity_gap
     return line
 
 

@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 
 from moesaic.config import ModelConfig
 from moesaic.errors import ConfigError
+from moesaic.fields import shown
 from moesaic.registry import unknown_name
-from moesaic.train.fields import shown
 from moesaic.train.recipe import Recipe, with_value
 
 MOST_PASSES = 4  # over a corpus; more teach much less than new text (arXiv:2305.16264, sec. 6)

@@ -1,9 +1,10 @@
 """One optimizer step: micro-batches forward and backward, then everything that moves once a step.
 
-B batch, S sequence, E experts.
+B batch, S sequence, E experts, P ranks.
 """
 
 import math
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -13,15 +14,20 @@ from torch import Tensor
 
 from moesaic.data.loader import Batch
 from moesaic.errors import NonFiniteError
-from moesaic.layers.moe import MoeLayer
 from moesaic.models.decoder import Decoder
+from moesaic.parallel import ALONE, Ranks
 from moesaic.routing import RoutingTape
-from moesaic.routing.balancers import update_selection_bias
-from moesaic.telemetry.load import StepLoad
+from moesaic.routing.balancers import BALANCE_LOSSES, refuse_unfit
+from moesaic.telemetry.load import StepLoad, sum_loads
 from moesaic.telemetry.recorder import LoadRecorder
+from moesaic.train.balance import move_balance, with_own
 from moesaic.train.compilation import compiled
-from moesaic.train.loss import losses
+from moesaic.train.counts import StepCounts
+from moesaic.train.loss import losses, routers_of
+from moesaic.train.micro_batches import Share, shares_of, tensors_of
 from moesaic.train.optimizer import Optimizer
+from moesaic.train.over_ranks import sum_gradients
+from moesaic.train.random_state import undisturbed
 from moesaic.train.recipe import TrainSettings
 from moesaic.train.recompute import recompute_layers
 from moesaic.train.schedule import learning_rate, scheduled
@@ -29,10 +35,12 @@ from moesaic.train.schedule import learning_rate, scheduled
 
 @dataclass(frozen=True, kw_only=True)
 class StepResult:
-    """What one step did. Losses in nats a token, before the step's update.
+    """What one step did, over all ranks. Losses in nats a token, before the step's update.
 
-    balance: each balance loss, mean over layers and tokens. coefficients: what each was multiplied by.
+    balance: each balance loss, mean over layers and tokens. coefficients: what each was multiplied by (times the mean
+    of the layers' own coefficients, for losses that have these).
     gradient_norm: before clipping. load: None when nobody recorded.
+    first_pass_s: how long it took to count the whole step's choices beforehand; 0 when no loss asked for them.
     """
 
     loss: float
@@ -42,18 +50,24 @@ class StepResult:
     selection_bias_rate: float
     gradient_norm: float
     load: StepLoad | None
+    first_pass_s: float = 0.0
 
 
 class Stepper:
     """Trains a model step by step. Building it brings the model's weights to the settings' precision, in place.
 
     Between steps the model is an ordinary one: it can be evaluated, saved and copied. document_attention: whether
-    tokens see only their own document.
-    Raises MissingDependencyError when compilation is asked for and there is no compiler.
+    tokens see only their own document. ranks: the processes that share each step, all with the same weights at first
+    and then forever.
+    Raises MissingDependencyError when compilation is asked for and there is no compiler, ConfigError for a balance
+    loss that the model's routers cannot have.
     """
 
-    def __init__(self, model: Decoder, settings: TrainSettings, *, document_attention: bool = True) -> None:
-        self.model, self.settings, self.document_attention = model, settings, document_attention
+    def __init__(
+        self, model: Decoder, settings: TrainSettings, *, document_attention: bool = True, ranks: Ranks = ALONE
+    ) -> None:
+        self.model, self.settings, self.document_attention, self.ranks = model, settings, document_attention, ranks
+        refuse_unfit((name for name, _ in settings.balance_losses), list(routers_of(model.config).values()))
         self.optimizer = Optimizer(model, settings)
         self._hidden = compiled(model.hidden) if settings.compile else model.hidden
 
@@ -61,32 +75,38 @@ class Stepper:
         """Step `step`, counted from 0. `recorder` hears the routing and finishes its step as number `step` + 1.
 
         Every target counts the same, and so does every token in the balance losses, however the step is cut into
-        micro-batches. (A balance loss that is not a mean over tokens, such as Switch's, is computed in each
-        micro-batch: its mean over them is minimised.)
-        Raises NonFiniteError before anything has moved: weights, biases, averages and optimizer are as before, and the
-        gradients so far stand in `.grad` until the next step.
+        micro-batches and over ranks; padding counts nowhere. (A balance loss of scope "micro-batch", such as Switch's,
+        is computed in each: its mean over them, weighted by tokens, is minimised.)
+        Each rank gives as many micro-batches as the others (ConfigError otherwise), and all of them a recorder or none.
+        Raises NonFiniteError, on all ranks, before anything has moved: weights, biases, averages and optimizer are as
+        before, and the gradients so far stand in `.grad` until the next step.
         """
-        settings = self.settings
         self.model.train()
-        totals = _Totals(self.coefficients(step))
+        shares = shares_of(micro_batches, self.ranks)
+        whole, first_pass_s = self._first_pass(micro_batches)
+        totals = _Totals(self.coefficients(step), StepCounts(self.ranks, whole))
         with self.optimizer.gradients.collecting():
-            for index, (batch, share) in enumerate(zip(micro_batches, _shares(micro_batches), strict=True)):
+            for index, (batch, share) in enumerate(zip(micro_batches, shares, strict=True)):
                 self._accumulate(step, index, batch, share, totals, recorder)
+            sum_gradients(self.optimizer.gradients, self.ranks)
             norm = self.optimizer.gradients.norm()
             if not math.isfinite(float(norm)):
                 raise NonFiniteError(step=step, what="gradient norm", value=float(norm))
             rate = self.learning_rate(step)
             self.optimizer.step(step, rate, norm)
-        bias_rate = scheduled(settings.selection_bias_rate, step)
-        self._move_selection_biases(totals.counts, bias_rate)
+        totals.sum_over(self.ranks)
+        coefficients = with_own(totals.coefficients, self.model)
+        bias_rate = scheduled(self.settings.selection_bias_rate, step)
+        move_balance(self.model, self.settings, totals.counts, bias_rate)
         return StepResult(
             loss=totals.loss,
             balance=totals.balance,
-            coefficients=totals.coefficients,
+            coefficients=coefficients,
             learning_rate=rate,
             selection_bias_rate=bias_rate,
             gradient_norm=float(norm),
-            load=recorder.finish_step(step + 1) if recorder else None,
+            load=self._load(recorder, step + 1),
+            first_pass_s=first_pass_s,
         )
 
     def learning_rate(self, step: int) -> float:
@@ -104,7 +124,7 @@ class Stepper:
 
     def coefficients(self, step: int) -> dict[str, float]:
         """The balance losses' coefficients at step `step`; none for a dense model."""
-        if not self.model.config.moe_layers:
+        if not routers_of(self.model.config):
             return {}
         return {name: scheduled(value, step) for name, value in self.settings.balance_losses}
 
@@ -113,69 +133,89 @@ class Stepper:
         step: int,
         index: int,
         batch: Batch,
-        share: "_Share",
+        share: Share,
         totals: "_Totals",
         recorder: LoadRecorder | None,
     ) -> None:
-        inputs_BS, targets_BS = torch.from_numpy(batch.inputs_BS), torch.from_numpy(batch.targets_BS)
+        tensors = tensors_of(batch, self.document_attention)
         tape = RoutingTape()
         with self._recomputing():
             parts = losses(
                 self.model,
-                inputs_BS,
-                targets_BS,
+                tensors.inputs_BS,
+                tensors.targets_BS,
                 tuple(totals.coefficients.items()),
                 tape,
-                document_ids_BS=torch.from_numpy(batch.document_ids_BS) if self.document_attention else None,
+                mask_BS=tensors.mask_BS,
+                document_ids_BS=tensors.document_ids_BS,
                 hidden=self._hidden,
+                counts=totals.counts,
             )
             total = parts.cross_entropy * share.targets + parts.penalty * share.tokens
-            if not math.isfinite(total.item()):
-                raise NonFiniteError(step=step, what="loss", value=total.item(), micro_batch=index)
+            # Over ranks, so that all of them stop, and none waits for one that did.
+            everywhere = self.ranks.sum_(total.detach().clone()).item()
+            if not math.isfinite(everywhere):
+                raise NonFiniteError(step=step, what="loss", value=everywhere, micro_batch=index)
             total.backward()
         totals.loss += parts.cross_entropy.item() * share.targets
         for name, value in parts.balance.items():
             totals.balance[name] += value.item() * share.tokens
         if recorder and recorder.num_domains:
-            recorder.set_domains(torch.from_numpy(batch.domain_ids_B).repeat_interleave(inputs_BS.shape[1]))
-        for layer, decision in tape.decisions.items():
-            totals.count(layer, decision.rows.counts_E)
-            if recorder:
+            recorder.set_domains(torch.from_numpy(batch.domain_ids_B).repeat_interleave(batch.inputs_BS.shape[1]))
+        if recorder:
+            for layer, decision in tape.decisions.items():
                 recorder.hear(layer, decision)
+
+    @torch.no_grad()
+    def _first_pass(self, micro_batches: Sequence[Batch]) -> tuple[dict[int, Tensor] | None, float]:
+        """The whole step's choices where a loss needs them before the step's end, and the seconds it took.
+
+        Routers draw the random numbers that they will draw again. One micro-batch needs no pass of its own: its
+        choices are known before its loss.
+        """
+        is_needed = any(BALANCE_LOSSES[name].scope == "step" for name, _ in self.settings.balance_losses)
+        if len(micro_batches) == 1 or not is_needed or not routers_of(self.model.config):
+            return None, 0.0
+        started = time.perf_counter()
+        counts = StepCounts(self.ranks)
+        with _leaving_no_trace(self.model):
+            for batch in micro_batches:
+                tape, tensors = RoutingTape(), tensors_of(batch, self.document_attention)
+                self._hidden(tensors.inputs_BS, tensors.mask_BS, tape=tape, document_ids_BS=tensors.document_ids_BS)
+                counts.add(tape.decisions)
+        return counts.so_far, time.perf_counter() - started
 
     @contextmanager
     def _recomputing(self) -> Iterator[None]:
         with recompute_layers(self.model) if self.settings.recompute == "layers" else nullcontext():
             yield
 
-    def _move_selection_biases(self, counts: dict[int, Tensor], rate: float) -> None:
-        for module in self.model.modules():
-            if isinstance(module, MoeLayer) and module.router.selection_bias is not None:
-                update_selection_bias(module.router.selection_bias, counts[module.layer], rate)
+    def _load(self, recorder: LoadRecorder | None, number: int) -> StepLoad | None:
+        return sum_loads(self.ranks.gather(recorder.finish_step(number))) if recorder else None
 
 
-@dataclass(frozen=True)
-class _Share:
-    """The part of a step's targets (those that count) and of its tokens that are in one micro-batch."""
-
-    targets: float
-    tokens: float
-
-
-def _shares(micro_batches: Sequence[Batch]) -> list[_Share]:
-    targets = [int((batch.targets_BS >= 0).sum()) for batch in micro_batches]
-    tokens = [batch.inputs_BS.size for batch in micro_batches]
-    return [_Share(t / max(1, sum(targets)), n / sum(tokens)) for t, n in zip(targets, tokens, strict=True)]
+@contextmanager
+def _leaving_no_trace(model: Decoder) -> Iterator[None]:
+    """Random numbers and buffers (biases, running means) are after the block what they were before it."""
+    before = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    try:
+        with undisturbed():
+            yield
+    finally:
+        for buffer, values in before:
+            buffer.copy_(values)
 
 
 class _Totals:
     """What is added up over a step's micro-batches."""
 
-    def __init__(self, coefficients: dict[str, float]) -> None:
-        self.coefficients = coefficients
+    def __init__(self, coefficients: dict[str, float], counts: StepCounts) -> None:
+        self.coefficients, self.counts = coefficients, counts
         self.loss = 0.0
         self.balance = dict.fromkeys(coefficients, 0.0)
-        self.counts: dict[int, Tensor] = {}
 
-    def count(self, layer: int, counts_E: Tensor) -> None:
-        self.counts[layer] = self.counts[layer] + counts_E if layer in self.counts else counts_E
+    def sum_over(self, ranks: Ranks) -> None:
+        """Add the other ranks' parts: what is a share of the step here is the step afterwards."""
+        numbers = torch.tensor([self.loss, *self.balance.values()], dtype=torch.float64)
+        self.loss, *balance = ranks.sum_(numbers).tolist()
+        self.balance = dict(zip(self.balance, balance, strict=True))

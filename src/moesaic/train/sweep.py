@@ -267,6 +267,7 @@ def _model(folder: Path, point: Point) -> ModelResult:
             if "held_out_bits_per_byte" in line
         ),
         training_loss=tuple((float(line["tokens"]), line["loss"]) for line in lines),
+        capacity_gap=next((line["capacity_gap"] for line in reversed(lines) if "capacity_gap" in line), math.nan),
     )
 
 

@@ -1,7 +1,7 @@
 """What a router is: logits in, a choice of experts and their weights out.
 
 T tokens, E experts, K choices a token, M columns of choices. All arithmetic is in fp32 or wider; ties go to the lower
-expert id.
+expert id. Logits may be -inf (an expert that is closed), but not all of a token's.
 """
 
 from typing import Literal, NamedTuple, Protocol
@@ -17,9 +17,10 @@ from moesaic.router_config import GroupConfig, RouterConfig
 class RouterInput(NamedTuple):
     """What a router may look at. `selection_bias_E` takes part in choosing only; `token_ids_T` serves look-ups.
 
-    dictated_TM: experts already chosen, for the router to weigh only; -1 where a token has no such choice.
+    dictated_TM: experts already chosen, for the router to weigh only; -1 where a token has no such choice. M >= K.
     mask_T: true for tokens that count; None when all do. training: whether noise and limits of training apply.
     noise_logits_TE: the logits of the noise (noisy top-k). table_VK: the experts of each token id (hash).
+    random_ids_TK: experts in place of a token's own choice (gating dropout); -1 where it keeps that.
     """
 
     logits_TE: Tensor
@@ -30,11 +31,13 @@ class RouterInput(NamedTuple):
     training: bool = False
     noise_logits_TE: Tensor | None = None
     table_VK: Tensor | None = None
+    random_ids_TK: Tensor | None = None
 
 
 class Choice(NamedTuple):
     """A router's answer. `expert_ids_TM` has -1 where a token has no M-th choice, whose weight nobody reads.
 
+    Where choices were dictated, `expert_ids_TM` need not repeat them; `weights_TM` has their columns.
     scores_TE: its unbiased score of every expert, for balancers and telemetry.
     ranked_TE: what it ranked, where that is not the score. noise_std_TE: of the noise in that (noisy top-k).
     """
@@ -65,7 +68,10 @@ def select(scores_TE: Tensor, seen: RouterInput, settings: RouterConfig) -> Tens
         ranked_TE = ranked_TE + seen.selection_bias_E
     if settings.groups is not None:
         ranked_TE = keep_best_groups(ranked_TE, settings.groups)
-    return ops.select_topk(ranked_TE, settings.top_k)
+    expert_ids_TK = ops.select_topk(ranked_TE, settings.top_k)
+    if seen.random_ids_TK is not None:
+        expert_ids_TK = torch.where(seen.random_ids_TK >= 0, seen.random_ids_TK, expert_ids_TK)
+    return expert_ids_TK
 
 
 def keep_best_groups(ranked_TE: Tensor, groups: GroupConfig) -> Tensor:
@@ -74,24 +80,45 @@ def keep_best_groups(ranked_TE: Tensor, groups: GroupConfig) -> Tensor:
     Minus infinity and not 0: biased scores may be negative, and 0 would then win from outside.
     """
     num_tokens, num_experts = ranked_TE.shape
-    grouped_TGe = ranked_TE.view(num_tokens, groups.num_groups, num_experts // groups.num_groups)
+    # Inside, -inf becomes the lowest number: closed experts of a kept group still come before all others.
+    inside_TE = ranked_TE.clamp(min=torch.finfo(ranked_TE.dtype).min)
+    grouped_TGe = inside_TE.view(num_tokens, groups.num_groups, num_experts // groups.num_groups)
     best_TG = grouped_TGe.amax(-1) if groups.score == "max" else grouped_TGe.topk(2, dim=-1).values.sum(-1)
     kept_ids = ops.select_topk(best_TG.contiguous(), groups.top_groups)
     is_kept_TG = torch.zeros_like(best_TG, dtype=torch.bool).scatter(1, kept_ids, True)
     return grouped_TGe.masked_fill(~is_kept_TG[:, :, None], -torch.inf).reshape(num_tokens, num_experts)
 
 
+def best_first(is_chosen_TE: Tensor, scores_TE: Tensor) -> Tensor:
+    """expert_ids_TM of what is chosen, each token's best first, then -1; M is the most of any token, and at least 1."""
+    counts_T1 = is_chosen_TE.sum(-1, keepdim=True)
+    width = max(1, int(counts_T1.max())) if counts_T1.numel() else 1
+    expert_ids_TM = ops.select_topk(scores_TE.detach().masked_fill(~is_chosen_TE, -torch.inf), width)
+    return expert_ids_TM.masked_fill(torch.arange(width, device=counts_T1.device) >= counts_T1, -1)
+
+
 def weigh(scores_TE: Tensor, expert_ids_TM: Tensor, settings: RouterConfig, tiny: float = 0.0) -> Tensor:
     """weights_TM: the chosen scores, divided by their sum plus `tiny` if renormalize, times the scaling factor.
 
-    Choices of -1 weigh 0 and do not count in the sum. A token without any gets zeros, and zero gradients.
+    Choices of -1 weigh 0 and do not count in the sum. Where that is 0, so are all weights, and their gradients.
     """
-    weights_TM = scores_TE.gather(1, expert_ids_TM.clamp(min=0))
+    weights_TM = scores_TE.gather(1, expert_ids_TM.clamp(min=0)).masked_fill(expert_ids_TM < 0, 0.0)
     if settings.renormalize:
-        is_absent_TM = expert_ids_TM < 0
-        weights_TM = weights_TM.masked_fill(is_absent_TM, 0.0)
         sums_T1 = weights_TM.sum(-1, keepdim=True) + tiny
-        weights_TM = weights_TM / sums_T1.masked_fill(is_absent_TM.all(-1, keepdim=True), 1.0)
+        weights_TM = weights_TM / sums_T1.masked_fill(sums_T1 == 0, 1.0)
     if settings.scaling_factor != 1.0:
         weights_TM = weights_TM * settings.scaling_factor
     return weights_TM
+
+
+def weigh_by_softmax(logits_TE: Tensor, expert_ids_TM: Tensor, settings: RouterConfig) -> Tensor:
+    """weights_TM: softmax over the chosen logits alone, times the scaling factor. Choices of -1 take no part."""
+    chosen_TM = logits_TE.gather(1, expert_ids_TM.clamp(min=0))
+    chosen_TM = chosen_TM.masked_fill(expert_ids_TM < 0, -torch.inf)
+    is_closed_T1 = chosen_TM.amax(-1, keepdim=True) == -torch.inf
+    return torch.softmax(chosen_TM.masked_fill(is_closed_T1, 0.0), dim=-1) * settings.scaling_factor
+
+
+def softplus(x: Tensor) -> Tensor:
+    """log(1 + exp(x)). torch's own says x from 20 on, which is 1e-10 off."""
+    return torch.nn.functional.softplus(x, threshold=50.0)

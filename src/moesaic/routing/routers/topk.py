@@ -4,9 +4,10 @@ T tokens, E experts, K choices a token. z are the logits, b the selection bias (
 """
 
 import torch
+from torch import Tensor
 
 from moesaic.router_config import RouterConfig
-from moesaic.routing.routers.router import ROUTERS, Choice, RouterInput, select, weigh
+from moesaic.routing.routers.router import ROUTERS, Choice, RouterInput, select, softplus, weigh, weigh_by_softmax
 
 
 @ROUTERS.register("softmax_topk")
@@ -21,6 +22,19 @@ def softmax_topk(seen: RouterInput, settings: RouterConfig) -> Choice:
     return Choice(expert_ids_TK, weigh(scores_TE, expert_ids_TK, settings), scores_TE)
 
 
+# One expert and never renormalised: g = s[chosen], so that the router has a gradient (Switch, arXiv:2101.03961, eq. 2).
+ROUTERS.register("switch")(softmax_topk)
+
+
+@ROUTERS.register("dense")
+def dense(seen: RouterInput, settings: RouterConfig) -> Choice:
+    """Every expert, weighed by the softmax: the mixture of 1991 (Jacobs et al., Neural Computation 3(1), sec. 1).
+
+    g = softmax(z).
+    """
+    return softmax_topk(seen, settings)
+
+
 @ROUTERS.register("topk_softmax")
 def topk_softmax(seen: RouterInput, settings: RouterConfig) -> Choice:
     """The K largest logits, then softmax over these alone (Granite; gpt-oss).
@@ -28,8 +42,7 @@ def topk_softmax(seen: RouterInput, settings: RouterConfig) -> Choice:
     Choose the top K of z + b; g = softmax(z[chosen]). Scores are the softmax over all experts.
     """
     expert_ids_TK = select(seen.logits_TE, seen, settings)
-    chosen_TK = seen.logits_TE.gather(1, expert_ids_TK.clamp(min=0))
-    weights_TK = torch.softmax(chosen_TK, dim=-1) * settings.scaling_factor
+    weights_TK = weigh_by_softmax(seen.logits_TE, expert_ids_TK, settings)
     return Choice(expert_ids_TK, weights_TK, torch.softmax(seen.logits_TE, dim=-1), ranked_TE=seen.logits_TE)
 
 
@@ -50,6 +63,25 @@ def sqrt_softplus_topk(seen: RouterInput, settings: RouterConfig) -> Choice:
 
     s = sqrt(log(1 + exp(z))); choose the top K of s + b; g = s[chosen] / (their sum + 1e-20).
     """
-    scores_TE = torch.nn.functional.softplus(seen.logits_TE).sqrt()
+    scores_TE = sqrt_softplus(seen.logits_TE)
     expert_ids_TK = select(scores_TE, seen, settings)
     return Choice(expert_ids_TK, weigh(scores_TE, expert_ids_TK, settings, tiny=1e-20), scores_TE)
+
+
+def sqrt_softplus(logits_TE: Tensor) -> Tensor:
+    """sqrt(log(1 + exp(z))), with the gradient 0 that it tends to where it is 0 (a root's own is infinite there)."""
+    softplus_TE = softplus(logits_TE)
+    is_zero_TE = softplus_TE == 0
+    return softplus_TE.masked_fill(is_zero_TE, 1.0).sqrt().masked_fill(is_zero_TE, 0.0)
+
+
+@ROUTERS.register("sigmoid_input")
+def sigmoid_input(seen: RouterInput, settings: RouterConfig) -> Choice:
+    """The K largest logits, whose sigmoids multiply the experts' inputs (Llama 4, as its released code has it).
+
+    Choose the top K of z + b; g = sigmoid(z[chosen]); the experts see g x, and their outputs are summed as they are.
+    """
+    scores_TE = torch.sigmoid(seen.logits_TE)
+    expert_ids_TK = select(seen.logits_TE, seen, settings)
+    weights_TK = weigh(scores_TE, expert_ids_TK, settings)
+    return Choice(expert_ids_TK, weights_TK, scores_TE, weight_on="input", ranked_TE=seen.logits_TE)

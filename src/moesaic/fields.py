@@ -1,13 +1,18 @@
-"""Checks the fields of a settings class against its annotations, and brings file values (lists) to their types."""
+"""Checks the fields of a settings class against its annotations, and brings file values (lists) to their types.
+
+Tables of a file (TOML, JSON) become dataclasses by `read_part`, and dataclasses tables by `table_of`.
+"""
 
 import dataclasses
 import difflib
 import math
 import types
 from collections.abc import Iterable
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from moesaic.errors import ConfigError
+
+P = TypeVar("P")
 
 _WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", type(None): "nothing"}
 
@@ -23,11 +28,34 @@ def settle(settings: Any, table: str) -> None:
     """
     for name, annotation in get_type_hints(type(settings)).items():
         value = getattr(settings, name)
-        try:
-            object.__setattr__(settings, name, _fit(value, annotation))
-        except _MisfitError:
-            where = f"{table}.{name}" if table else name
-            raise ConfigError(f"{where}={shown(value)}; it must be {describe(annotation)}") from None
+        object.__setattr__(settings, name, _fitted(value, annotation, f"{table}.{name}" if table else name))
+
+
+def read_part(part: type[P], table: Any, where: str, **known: Any) -> P:
+    """A dataclass from a table of its fields, in which tables stand for dataclasses of their own.
+
+    `where` names the table in errors; `known` are fields given already. Raises ConfigError for a table that is none,
+    for fields unknown, missing, or of another type, and for what the dataclass itself refuses.
+    """
+    if not isinstance(table, dict):
+        raise ConfigError(f"{where}={shown(table)}; it must be a table of settings")
+    refuse_unknown(where, table, [name for name in names_of(part) if name not in known])
+    annotations = get_type_hints(part)
+    values = {name: _read(value, annotations[name], f"{where}.{name}") for name, value in table.items()} | known
+    missing = [field.name for field in dataclasses.fields(part) if field.name not in values and _is_required(field)]  # pyright: ignore[reportArgumentType]
+    if missing:
+        raise ConfigError(f"{where} without {', '.join(missing)}; give {'them' if len(missing) > 1 else 'it'} there")
+    return part(**values)
+
+
+def table_of(part: Any, *leave_out: str) -> dict[str, Any]:
+    """The inverse of `read_part`: the fields that differ from their defaults."""
+    table = {}
+    for field in dataclasses.fields(part):
+        value = getattr(part, field.name)
+        if field.name not in leave_out and (_is_required(field) or value != field.default):
+            table[field.name] = table_of(value) if dataclasses.is_dataclass(value) else value
+    return table
 
 
 def refuse_unknown(table: str, tree: dict[str, Any], known: Iterable[str]) -> None:
@@ -67,6 +95,24 @@ def describe(annotation: Any) -> str:
     if dataclasses.is_dataclass(annotation):
         return "a table of settings"
     return _WORDS[annotation]
+
+
+def _read(value: Any, annotation: Any, where: str) -> Any:
+    inner = next((one for one in (annotation, *get_args(annotation)) if dataclasses.is_dataclass(one)), None)
+    if isinstance(inner, type) and isinstance(value, dict):
+        return read_part(inner, value, where)
+    return _fitted(value, annotation, where)
+
+
+def _fitted(value: Any, annotation: Any, where: str) -> Any:
+    try:
+        return _fit(value, annotation)
+    except _MisfitError:
+        raise ConfigError(f"{where}={shown(value)}; it must be {describe(annotation)}") from None
+
+
+def _is_required(field: dataclasses.Field[Any]) -> bool:
+    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
 
 
 def _fit(value: Any, annotation: Any) -> Any:

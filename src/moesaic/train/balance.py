@@ -1,0 +1,38 @@
+"""What keeps experts even beside the losses: selection biases and a ReLU router's penalty, moved once a step."""
+
+from moesaic.layers.moe import MoeLayer
+from moesaic.models.decoder import Decoder
+from moesaic.router_config import ReluSettings
+from moesaic.routing.balancers import BALANCE_LOSSES, move_penalty, update_selection_bias
+from moesaic.train.counts import StepCounts
+from moesaic.train.loss import penalties
+from moesaic.train.recipe import TrainSettings
+
+
+def move_balance(model: Decoder, settings: TrainSettings, counts: StepCounts, rate: float) -> None:
+    """Move selection biases by `rate`, and penalties that a loss multiplies, by what the whole step chose."""
+    adapts = any(BALANCE_LOSSES[name].own_coefficient for name, _ in settings.balance_losses)
+    own = penalties(model) if adapts else {}
+    for layer in model.modules():
+        if not isinstance(layer, MoeLayer):
+            continue
+        counts_E, router = counts.so_far[layer.layer], layer.router
+        if router.selection_bias is not None:
+            update_selection_bias(
+                router.selection_bias,
+                counts_E,
+                rate,
+                rule=settings.selection_bias_rule,
+                centered=settings.selection_bias_centered,
+            )
+        if layer.layer in own and isinstance(router.config.settings, ReluSettings):
+            move_penalty(own[layer.layer], counts_E, counts.num_tokens, router.config.top_k, router.config.settings)
+
+
+def with_own(coefficients: dict[str, float], model: Decoder) -> dict[str, float]:
+    """Coefficients, times the mean of the layers' own where a loss has these."""
+    own = [float(penalty) for penalty in penalties(model).values()]
+    return {
+        name: value * sum(own) / len(own) if BALANCE_LOSSES[name].own_coefficient else value
+        for name, value in coefficients.items()
+    }
