@@ -79,7 +79,7 @@ def test_causal_rows_of_odd_sizes_are_those_of_fp64(isa, sizes, dtype):
     fp32 loses some units in the last place of sums of S terms. bf16 rounds each probability and each of its slopes
     (2^-9 of each, and slopes are differences of numbers a few times their size), then sums them and rounds once more.
     """
-    *inputs, d_out = _whole_rows(*sizes, dtype)
+    *inputs, d_out = _whole_rows(*sizes, dtype=dtype)
     exact = [tensor.double().requires_grad_() for tensor in inputs]
     heads = [tensor.transpose(1, 2) for tensor in exact]
     wanted = torch.nn.functional.scaled_dot_product_attention(*heads, is_causal=True, enable_gqa=True).transpose(1, 2)
@@ -95,12 +95,14 @@ def test_causal_rows_of_odd_sizes_are_those_of_fp64(isa, sizes, dtype):
 
 @pytest.mark.parametrize("sizes", [(1, 1, 1, 1, 8), (2, 9, 4, 2, 6), (1, 70, 3, 1, 16)], ids=str)
 def test_the_reference_s_gradient_is_autograd_s(sizes):
-    *inputs, d_out = (tensor.double() for tensor in _whole_rows(*sizes, torch.float32))
+    *inputs, d_out = (tensor.double() for tensor in _whole_rows(*sizes, dtype=torch.float32))
     for tensor in inputs:
         tensor.requires_grad_()
     out, log_sum = reference.causal_attention(*inputs)
     wanted = torch.autograd.grad(out, inputs, d_out)
-    found = reference.causal_attention_grad(d_out, *(t.detach() for t in inputs), out.detach(), log_sum.detach())
+    found = reference.causal_attention_grad(
+        d_out, *(t.detach() for t in inputs), out_BSHA=out.detach(), log_sum_BHS=log_sum.detach()
+    )
     for one, other in zip(found, wanted, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
 

@@ -133,17 +133,17 @@ def test_padding_to_slots_changes_neither_values_nor_gradients(name, dtype):
     padded = make(name, dtype=dtype, factor=0.9, overflow="next_best", multiple_of=4, pad=True)
     x, facts = batch(dtype)
     is_exact = dtype != torch.float64 and backend.describe().startswith("native")
-    near = {"rtol": 0.0, "atol": 0.0} if is_exact else {"rtol": 1e-12, "atol": 1e-14}
+    rtol, atol = (0.0, 0.0) if is_exact else (1e-12, 1e-14)
     if not is_exact and dtype != torch.float64:
-        near = {"rtol": 0.05, "atol": 0.05}
+        rtol, atol = 0.05, 0.05
     first, second = x.clone().requires_grad_(), x.clone().requires_grad_()
     y_tight, y_padded = tight(first, facts), padded(second, facts)
-    assert torch.allclose(y_tight, y_padded, **near)
+    assert torch.allclose(y_tight, y_padded, rtol=rtol, atol=atol)
     y_tight.square().sum().backward()
     y_padded.square().sum().backward()
-    assert torch.allclose(first.grad, second.grad, **near)
-    for one, other in zip(tight.parameters(), padded.parameters(), strict=True):
-        assert torch.allclose(one.grad, other.grad, **near)
+    for one, other in [(first, second), *zip(tight.parameters(), padded.parameters(), strict=True)]:
+        assert one.grad is not None and other.grad is not None
+        assert torch.allclose(one.grad, other.grad, rtol=rtol, atol=atol)
 
 
 def test_experts_see_one_shape_and_zeros_in_empty_slots():

@@ -1,6 +1,7 @@
 import copy
 import math
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -73,7 +74,7 @@ def test_a_router_has_the_tensors_that_its_description_names(name, extra):
 def test_a_hash_router_without_learned_weights_learns_nothing():
     config = RouterConfig(name="hash", num_experts=EXPERTS, top_k=2, settings=HashSettings(vocab_size=VOCAB))
     layer = RouterLayer(config, HIDDEN)
-    layer.table.copy_(hash_table(config))
+    layer.get_buffer("table").copy_(hash_table(config))
     x_TD, facts = tokens()
     decision = layer(x_TD, facts)
     assert not list(layer.parameters()) and decision.router_weight_ED is None
@@ -86,12 +87,12 @@ def test_what_no_gradient_reaches_stays_fp32(move):
     """Steps of 1e-3 vanish in bf16."""
     layer = router_layer("sigmoid_topk", selection_bias=True, batch_norm=True)
     with torch.no_grad():
-        layer.selection_bias.fill_(0.2503)
+        layer.get_buffer("selection_bias").fill_(0.2503)
     move(layer)
-    assert layer.weight.dtype in (torch.bfloat16, torch.float16)
-    assert layer.selection_bias.tolist() == torch.full((EXPERTS,), 0.2503).tolist()
-    assert layer.running_var.dtype == torch.float32
-    assert layer.double().selection_bias.dtype == torch.float64
+    assert layer.get_parameter("weight").dtype in (torch.bfloat16, torch.float16)
+    assert layer.get_buffer("selection_bias").tolist() == torch.full((EXPERTS,), 0.2503).tolist()
+    assert layer.get_buffer("running_var").dtype == torch.float32
+    assert layer.double().get_buffer("selection_bias").dtype == torch.float64
 
 
 def test_new_models_start_routers_where_they_say():
@@ -120,7 +121,7 @@ def test_jitter_multiplies_the_input_while_training_only():
     layer = router_layer("softmax_topk", jitter=0.1)
     x_TD, facts = torch.ones(4000, HIDDEN), TokenFacts()
     with torch.no_grad():
-        layer.weight.copy_(torch.eye(EXPERTS, HIDDEN))  # the logits are the input
+        layer.get_parameter("weight").copy_(torch.eye(EXPERTS, HIDDEN))  # the logits are the input
     drawn = layer.train()(x_TD, facts).logits_TE
     assert drawn.min() >= 0.9 and drawn.max() <= 1.1
     # Uniform: mean 1, deviation 0.1 / sqrt(3); five standard errors of each.
@@ -149,37 +150,36 @@ def test_gating_dropout_draws_experts_alike_and_weighs_them_by_the_router(name):
     dictated = plain(x_TD, facts, rows)
     if name not in ("noisy_topk", "sparsemixer"):  # which draw part of their weights
         assert torch.equal(dictated.rows.weights_R, rows.weights_R)
-    layer.eval(), plain.eval()
-    assert torch.equal(layer(x_TD, facts).rows.choices(), plain(x_TD, facts).rows.choices())
+    assert torch.equal(layer.eval()(x_TD, facts).rows.choices(), plain.eval()(x_TD, facts).rows.choices())
 
 
 def test_batch_normalised_logits_are_those_of_torchs_batch_norm():
     layer = router_layer("softmax_topk", batch_norm=True).train()
-    mean, var = torch.zeros(EXPERTS), torch.ones(EXPERTS)
+    weight_ED, mean, var = layer.get_parameter("weight"), torch.zeros(EXPERTS), torch.ones(EXPERTS)
     facts = TokenFacts(mask_T=torch.arange(TOKENS) % 3 > 0)
-    for seed in range(3):
-        x_TD = torch.randn(TOKENS, HIDDEN, generator=torch.Generator().manual_seed(seed)) * 3 + 1
-        logits_TE = torch.nn.functional.linear(x_TD, layer.weight)[facts.mask_T]
+    batches = [torch.randn(TOKENS, HIDDEN, generator=torch.Generator().manual_seed(n)) * 3 + 1 for n in range(3)]
+    for x_TD in batches:
+        logits_TE = torch.nn.functional.linear(x_TD, weight_ED)[facts.mask_T]
         wanted = torch.nn.functional.batch_norm(logits_TE, mean, var, training=True)
         assert torch.allclose(layer(x_TD, facts).logits_TE[facts.mask_T], wanted, atol=1e-5)
-    assert torch.allclose(layer.running_mean, mean, atol=1e-6)
-    assert torch.allclose(layer.running_var, var, rtol=1e-5)
-    wanted = torch.nn.functional.batch_norm(torch.nn.functional.linear(x_TD, layer.weight), mean, var)
-    assert torch.allclose(layer.eval()(x_TD, facts).logits_TE, wanted, atol=1e-5)
+    assert torch.allclose(layer.get_buffer("running_mean"), mean, atol=1e-6)
+    assert torch.allclose(layer.get_buffer("running_var"), var, rtol=1e-5)
+    wanted = torch.nn.functional.batch_norm(torch.nn.functional.linear(batches[-1], weight_ED), mean, var)
+    assert torch.allclose(layer.eval()(batches[-1], facts).logits_TE, wanted, atol=1e-5)
 
 
 def test_running_means_move_once_and_in_training_only():
     layer = router_layer("softmax_topk", batch_norm=True).train()
     x_TD, facts = tokens()
     decision = layer(x_TD, facts)
-    moved = layer.running_mean.clone()
+    moved = layer.get_buffer("running_mean").clone()
     assert moved.abs().min() > 0
     layer(x_TD, facts, decision.rows)  # a recomputation
     with torch.no_grad():
         layer(x_TD, facts)  # counting what a whole batch will choose
     layer(x_TD, TokenFacts(mask_T=torch.zeros(TOKENS, dtype=torch.bool)))  # nothing but padding
     layer.eval()(x_TD, facts)
-    assert torch.equal(layer.running_mean, moved)
+    assert torch.equal(layer.get_buffer("running_mean"), moved)
 
 
 def test_replayed_rows_move_no_running_means():
@@ -190,10 +190,10 @@ def test_replayed_rows_move_no_running_means():
     tape = RoutingTape()
     x_BSD = tokens()[0][None]
     layer(x_BSD, tape=tape)
-    moved = layer.router.running_mean.clone()
+    moved = layer.get_buffer("router.running_mean").clone()
     rows = tape.decisions[0].rows
     layer(x_BSD, tape=RoutingTape(replay={0: rows}))
-    assert torch.equal(layer.router.running_mean, moved)
+    assert torch.equal(layer.get_buffer("router.running_mean"), moved)
 
 
 def test_gradients_through_batch_statistics():
@@ -205,7 +205,7 @@ def test_gradients_through_batch_statistics():
 # --- recomputation ----------------------------------------------------------------------------------------------------
 
 
-def extras(name):
+def extras(name) -> dict[str, Any]:
     kind = ROUTER_KINDS[name]
     wanted = {"jitter": 0.1, "batch_norm": True}
     wanted |= {"selection_bias": True} if kind.ranks_scores else {}

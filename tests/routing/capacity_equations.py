@@ -57,9 +57,9 @@ def limited(rules: Rules, chosen: list[Row], scores: list[list[float]], ranked: 
     groups = token_groups(mask, rules.group_size)
     room = {}
     for group, size in enumerate([groups.count(g) for g in range(max([-1, *groups]) + 1)]):
-        for budget in range(rules.num_devices or rules.num_experts):
-            room[group, budget] = slots(rules, size)
-    total = sum(count for (_, budget), count in room.items() if budget == 0)
+        for number in range(rules.num_devices or rules.num_experts):
+            room[group, number] = slots(rules, size)
+    total = sum(count for (_, number), count in room.items() if number == 0)
 
     def budget(token, expert):
         return groups[token], expert if rules.num_devices is None else expert * rules.num_devices // rules.num_experts

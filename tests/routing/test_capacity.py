@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moesaic.capacity_config import NO_NEXT_BEST, CapacityConfig, expected_drop, refusal
+from moesaic.capacity_config import NO_NEXT_BEST, CapacityConfig, Rounding, expected_drop, refusal
 from moesaic.config import GroupConfig, MlpConfig, MoeConfig, RouterConfig
 from moesaic.errors import ConfigError
 from moesaic.router_config import ROUTER_KINDS
@@ -48,7 +48,8 @@ def test_every_combination_follows_the_rules(drop, overflow, level, ragged):
     changed = 0
     for router in routers:
         for number, (decision, bias_E) in enumerate(inputs(router, ragged)):
-            for rounding, factor in (("ceil", 0.3), (("floor", 1.3), ("round", 0.8))[number % 2]):
+            limits: list[tuple[Rounding, float]] = [("ceil", 0.3), ("round", 0.8) if number % 2 else ("floor", 1.3)]
+            for rounding, factor in limits:
                 capacity = CapacityConfig(
                     factor=factor, rounding=rounding, drop=drop, overflow=overflow, group_size=group_size, per=per
                 )

@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Literal
 
-from moesaic.config import MlpConfig, ModelConfig, MoeConfig
+from moesaic.config import MlpConfig, ModelConfig, MoeConfig, SoftMoeConfig
 from moesaic.errors import ConfigError
 
 
@@ -22,7 +22,9 @@ def dense_twin(config: ModelConfig, equal: Literal["active", "total"], family: s
     return dataclasses.replace(config, family=family, decoder=decoder)
 
 
-def _dense(block: MlpConfig | MoeConfig, hidden_size: int, equal: Literal["active", "total"]) -> MlpConfig:
+def _dense(
+    block: MlpConfig | MoeConfig | SoftMoeConfig, hidden_size: int, equal: Literal["active", "total"]
+) -> MlpConfig:
     if isinstance(block, MlpConfig):
         return block
     tensors = tuple(block.tensors("", hidden_size))
