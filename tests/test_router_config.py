@@ -71,6 +71,8 @@ IMPOSSIBLE = [
         "gating_dropout with router 'relu', which does not pick K experts for each token; leave it out or use one of:",
     ),
     ({"gating_dropout": 1.0}, "gating_dropout=1.0 in RouterConfig; it must be at least 0 and below 1"),
+    ({"scaling_factor": 0.0}, "scaling_factor=0.0; it must be above 0 and finite"),
+    ({"scaling_factor": float("nan")}, "scaling_factor=nan; it must be above 0 and finite"),
     ({"jitter": -0.1}, "jitter=-0.1 in RouterConfig; it must be at least 0 and below 1"),
     (
         {"name": "hash", "settings": HASH, "batch_norm": True},
@@ -105,6 +107,7 @@ def test_impossible_routers_are_refused_with_what_would_work(fields, message):
         (lambda: GroupConfig(num_groups=2, top_groups=1, score="sum"), "known: max, top2_sum"),  # pyright: ignore[reportArgumentType]
         (lambda: NoisySettings(noise_epsilon=-1), "noise_epsilon=-1; use 0 or more"),
         (lambda: HashSettings(vocab_size=0), "vocab_size=0 in HashSettings"),
+        (lambda: HashSettings(vocab_size=3, seed=-1), "hash seed=-1; it must be a whole number, 0 or more"),
         (lambda: HashSettings(vocab_size=3, table="even"), "known: random, balanced"),  # pyright: ignore[reportArgumentType]
         (lambda: HashSettings(vocab_size=3, weight="relu"), "known: uniform, softmax, sigmoid, sqrt_softplus"),  # pyright: ignore[reportArgumentType]
         (lambda: SparseMixerSettings(gap=0), "gap=0; it must be above 0"),
@@ -119,6 +122,13 @@ def test_impossible_routers_are_refused_with_what_would_work(fields, message):
 def test_impossible_settings_are_refused(make, message):
     with pytest.raises(ConfigError, match=re.escape(message)):
         make()
+
+
+def test_a_hash_table_without_the_whole_vocabulary_is_refused():
+    config = routed_by("hash")
+    message = "layer 1 has a hash table for fewer ids than the model's vocab_size=62; give its settings that vocab_size"
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        replace(config, vocab_size=62)
 
 
 # --- seeing the future ------------------------------------------------------------------------------------------------

@@ -18,6 +18,8 @@ Overflow = Literal["residual", "next_best", "shared"]
 
 _ROUNDINGS: dict[str, Callable[[Fraction], int]] = {"ceil": math.ceil, "floor": math.floor, "round": round}
 
+_MOST = 10**9  # so that slots, and their sum over groups, are whole numbers of 64 bits
+
 NO_NEXT_BEST = {
     "hash": "looks its experts up and ranks none",
     "sparsemixer": "weighs each choice by a gradient of its own",
@@ -70,6 +72,9 @@ class CapacityConfig:
             f"capacity minimum={self.minimum!r}; it must be a whole number, 0 or more",
         )
         require_positive(self, "multiple_of", *(["group_size"] if self.group_size is not None else []))
+        for name in ("factor", "minimum", "multiple_of"):
+            value = getattr(self, name)
+            require(value <= _MOST, f"capacity {name}={value:.3g}; use {_MOST:,} at most")
         _require_known("rounding", self.rounding, get_args(Rounding))
         _require_known("drop", self.drop, get_args(DropOrder))
         _require_known("overflow", self.overflow, get_args(Overflow))

@@ -269,6 +269,13 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         require_positive(self, "vocab_size", "hidden_size", "context_length")
+        for index, layer in enumerate(self.layers):
+            own = layer.feed_forward.router.settings if isinstance(layer.feed_forward, MoeConfig) else None
+            require(
+                not isinstance(own, HashSettings) or own.vocab_size >= self.vocab_size,
+                f"layer {index} has a hash table for fewer ids than the model's vocab_size={self.vocab_size}; "
+                "give its settings that vocab_size",
+            )
 
     @property
     def layers(self) -> tuple[LayerConfig, ...]:
@@ -285,7 +292,13 @@ class ModelConfig:
 
         Its loss on a causal task is not comparable with others': it has seen something of the answers.
         """
-        return any(_leak(layer.feed_forward) for layer in self.layers)
+        return bool(self.leaking_parts)
+
+    @property
+    def leaking_parts(self) -> list[str]:
+        """What in it lets tokens see later ones, in words; each once."""
+        leaks = (_leak(layer.feed_forward) for layer in self.layers)
+        return sorted({leak for leak in leaks if leak is not None})
 
     def check_decodable(self) -> None:
         """Raise ConfigError for a model that leaks the future, naming its first such layer."""

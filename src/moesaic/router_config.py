@@ -3,6 +3,7 @@
 E experts, K choices a token, D hidden, V vocabulary.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -61,6 +62,8 @@ class HashSettings:
     def __post_init__(self) -> None:
         require_positive(self, "vocab_size")
         require(self.table in ("random", "balanced"), f"hash table={self.table!r}; known: random, balanced")
+        is_seed = isinstance(self.seed, int) and not isinstance(self.seed, bool) and self.seed >= 0
+        require(is_seed, f"hash seed={self.seed!r}; it must be a whole number, 0 or more")
         known = ("uniform", "softmax", "sigmoid", "sqrt_softplus")
         require(self.weight in known, f"hash weight={self.weight!r}; known: {', '.join(known)}")
 
@@ -204,6 +207,9 @@ class RouterConfig:
     def __post_init__(self) -> None:
         require_positive(self, "num_experts", "top_k")
         require_share(self, "jitter", "gating_dropout")
+        require(
+            0 < self.scaling_factor < math.inf, f"scaling_factor={self.scaling_factor}; it must be above 0 and finite"
+        )
         if self.name not in ROUTER_KINDS:
             raise unknown_name("router", self.name, sorted(ROUTER_KINDS))
         self._check_top_k()

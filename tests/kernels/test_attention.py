@@ -81,8 +81,8 @@ def test_causal_rows_of_odd_sizes_are_those_of_fp64(isa, sizes, dtype):
     """
     *inputs, d_out = _whole_rows(*sizes, dtype=dtype)
     exact = [tensor.double().requires_grad_() for tensor in inputs]
-    heads = [tensor.transpose(1, 2) for tensor in exact]
-    wanted = torch.nn.functional.scaled_dot_product_attention(*heads, is_causal=True, enable_gqa=True).transpose(1, 2)
+    q, k, v = (tensor.transpose(1, 2) for tensor in exact)
+    wanted = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
     slopes = torch.autograd.grad(wanted, exact, d_out.double())
     out, log_sum = native.causal_attention(*inputs)
     found = (out, *native.causal_attention_grad(d_out, *inputs, out, log_sum))

@@ -6,6 +6,7 @@ A reference takes one batch of logits (a list a token) and returns for each toke
 
 import itertools
 import math
+import sys
 from dataclasses import dataclass, field
 
 INF = math.inf
@@ -77,7 +78,8 @@ def chosen_by(values, batch):
 def weighed(scores, ids, batch, tiny=0.0):
     """(expert, weight): the scores, divided by their sum if wanted, times the scale."""
     total = sum(scores[e] for e in ids if e is not None) + tiny if batch.renormalize else 1.0
-    return [(e, batch.scale * (scores[e] / total if total else 0.0)) if e is not None else None for e in ids]
+    total = total if total >= sys.float_info.min else 1.0
+    return [(e, batch.scale * (scores[e] / total)) if e is not None else None for e in ids]
 
 
 def _topk(score, tiny=0.0, rank=None):

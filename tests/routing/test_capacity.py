@@ -240,6 +240,8 @@ REFUSED = [
     (dict(factor=math.nan), "above 0"),
     (dict(factor=True), "above 0"),
     (dict(factor="1.25"), "above 0"),
+    (dict(factor=1e300), "1,000,000,000 at most"),
+    (dict(factor=1.0, multiple_of=10**24), "1,000,000,000 at most"),
     (dict(factor=1.0, minimum=-1), "0 or more"),
     (dict(factor=1.0, minimum=1.5), "whole number"),
     (dict(factor=1.0, rounding="nearest"), "known: ceil, floor, round"),

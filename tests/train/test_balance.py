@@ -2,14 +2,16 @@
 
 import dataclasses
 import json
+import math
 
 import pytest
 import torch
 
-from moesaic.config import MoeConfig
-from moesaic.errors import ConfigError
+from moesaic.config import MoeConfig, SoftMoeConfig
+from moesaic.errors import ConfigError, NonFiniteError
 from moesaic.models.decoder import Decoder
 from moesaic.router_config import RouterConfig
+from moesaic.train.balance import running_statistics
 from moesaic.train.recipe import Recipe, TrainSettings
 from moesaic.train.resume import RunFolder
 from tests.train.step_helpers import BIASED, batch, changed, stepper
@@ -32,6 +34,12 @@ def routed_by(name, **fields):
     return dataclasses.replace(CONFIG, decoder=dataclasses.replace(CONFIG.decoder, layers=tuple(layers)))
 
 
+def softly_mixed():
+    soft = SoftMoeConfig(num_experts=4, slots_per_expert=2, intermediate_size=5)
+    layers = tuple(dataclasses.replace(layer, feed_forward=soft) for layer in CONFIG.layers)
+    return dataclasses.replace(CONFIG, decoder=dataclasses.replace(CONFIG.decoder, layers=layers))
+
+
 def test_the_cost_of_the_first_pass_is_said_and_recorded(tmp_path):
     said = []
     settings = run_settings(balance_losses=(("global_exact", 0.01),), micro_batches=2)
@@ -48,13 +56,16 @@ def test_the_cost_of_the_first_pass_is_said_and_recorded(tmp_path):
     assert all(report.first_pass_s == 0 for report in plain.steps)
 
 
-def test_a_router_that_sees_the_future_is_named_once():
+@pytest.mark.parametrize("name", ["expert_choice", "soft"])
+def test_what_sees_the_future_is_named_once(name):
     said = []
-    run = trainer(run_settings(balance_losses=()), config=routed_by("expert_choice"))
+    config = softly_mixed() if name == "soft" else routed_by(name)
+    run = trainer(run_settings(balance_losses=()), config=config)
     run.say = said.append
     run.train()
     (words,) = [text for text in said if "future" in text]
-    assert words.startswith("router expert_choice: tokens compete with later ones")
+    part = "Soft MoE" if name == "soft" else "router 'expert_choice'"
+    assert words.startswith(f"{part}: what a token gets depends on later ones")
     quiet = trainer(run_settings())
     quiet.say = said.append
     quiet.train()
@@ -106,3 +117,24 @@ def test_evaluation_moves_nothing_that_balances():
     before = {name: buffer.clone() for name, buffer in run.model.named_buffers()}
     run.evaluate()
     assert before and all(torch.equal(buffer, before[name]) for name, buffer in run.model.named_buffers())
+
+
+def test_a_broken_step_leaves_running_statistics_as_they_were():
+    trained = stepper(changed(), routed_by("softmax_topk", batch_norm=True))
+    trained.run(0, [batch(0)])
+    statistics = running_statistics(trained.model)
+    before = [buffer.clone() for buffer in statistics]
+    with torch.no_grad():
+        trained.model.get_parameter("final_norm.weight").fill_(math.nan)
+    with pytest.raises(NonFiniteError):
+        trained.run(1, [batch(1)])
+    assert before and all(torch.equal(buffer, old) for buffer, old in zip(statistics, before, strict=True))
+
+
+def test_every_coefficient_has_its_curve(tmp_path):
+    settings = run_settings(balance_losses=(("switch", ((0, 0.2), (2, 0.0))),), selection_bias_rate=0.5)
+    with RunFolder.claim(tmp_path / "run") as folder:
+        trainer(settings, run=folder).train()
+        lines = [json.loads(line) for line in (folder.path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["coefficient/switch"] for line in lines][:3] == pytest.approx([0.2, 0.1, 0.0])
+    assert {line["selection_bias_rate"] for line in lines} == {0.5}

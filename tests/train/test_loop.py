@@ -17,7 +17,10 @@ from moesaic.train.interrupt import Interrupted, stop_on_signals
 from moesaic.train.profile import StepProfiler
 from moesaic.train.resume import RunFolder
 from moesaic.train.twins import dense_twin
+from tests.tiny import tiny_config
 from tests.train.tiny_run import BIASED, CONFIG, PACKED, SETTINGS, changed, seed_everything, state_of, trainer
+
+NOISY = tiny_config(windows=(None, None), router="noisy_topk")
 
 
 def test_it_learns():
@@ -32,6 +35,15 @@ def test_the_same_seed_twice_gives_the_same_bits():
     first.train()
     second.train()
     assert state_of(first) == state_of(second)
+
+
+def test_noise_belongs_to_the_seed():
+    runs = [trainer(changed(seed=seed), config=NOISY) for seed in (0, 0, 1)]
+    losses = []
+    for run in runs:
+        torch.rand(3)
+        losses.append([report.loss for report in run.train().steps])
+    assert losses[0] == losses[1] != losses[2]
 
 
 @pytest.mark.parametrize("in_background", [True, False])

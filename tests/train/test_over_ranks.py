@@ -1,6 +1,6 @@
 import torch
 
-from moesaic.train.over_ranks import sum_gradients
+from moesaic.train.over_ranks import average_statistics, sum_gradients
 from tests.train.step_helpers import changed, lively_stepper
 
 
@@ -41,3 +41,18 @@ def test_gradients_are_summed_also_where_this_rank_has_none():
             }
             assert (found["embedding.weight"] == 4).all()  # 3 * 1 + 1
             assert (found[experts] == 1).all() and (found["final_norm.weight"] == 1).all()
+
+
+def test_statistics_become_the_mean_of_all_ranks():
+    class Other:
+        rank, size = 0, 2
+
+        def sum_(self, tensor):
+            return tensor.add_(torch.tensor([3.0, 5.0]))
+
+        def gather(self, item):
+            return [item, item]
+
+    mean = torch.tensor([1.0, -1.0])
+    average_statistics([mean], Other())
+    assert mean.tolist() == [2.0, 2.0]

@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 import torch
 
+from moesaic.capacity_config import CapacityConfig
+from moesaic.config import StackConfig
 from moesaic.data.loader import Batch
 from moesaic.errors import MissingDependencyError, NonFiniteError
 from moesaic.telemetry.recorder import LoadRecorder
@@ -265,10 +267,16 @@ def test_no_compiler_is_said_clearly(monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # torch warns about itself while it traces
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_compiled_training_is_near_the_eager_one(precision):
+@pytest.mark.parametrize(
+    ("precision", "capacity"), [("fp32", None), ("bf16", None), ("fp32", CapacityConfig(factor=0.5))]
+)
+def test_compiled_training_is_near_the_eager_one(precision, capacity):
     settings = changed(precision=precision, balance_losses=(("switch", 0.01), ("router_z", 0.01)))
     config = tiny_config(windows=(None,), router="sigmoid_topk", selection_bias=True)
+    moe = dataclasses.replace(config.layers[0].feed_forward, capacity=capacity)
+    config = dataclasses.replace(
+        config, decoder=StackConfig(layers=(dataclasses.replace(config.layers[0], feed_forward=moe),))
+    )
     eager = Stepper(lively(config), settings)
     compiled = Stepper(lively(config), dataclasses.replace(settings, compile=True))
     for step in range(3):

@@ -1,5 +1,11 @@
 """What keeps experts even beside the losses: selection biases and a ReLU router's penalty, moved once a step."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import Tensor
+
+from moesaic.errors import NonFiniteError
 from moesaic.layers.moe import MoeLayer
 from moesaic.models.decoder import Decoder
 from moesaic.router_config import ReluSettings
@@ -27,6 +33,26 @@ def move_balance(model: Decoder, settings: TrainSettings, counts: StepCounts, ra
             )
         if layer.layer in own and isinstance(router.config.settings, ReluSettings):
             move_penalty(own[layer.layer], counts_E, counts.num_tokens, router.config.top_k, router.config.settings)
+
+
+def running_statistics(model: Decoder) -> list[Tensor]:
+    """The running means and variances of routers whose logits are normalised; the very buffers."""
+    routers = [layer.router for layer in model.modules() if isinstance(layer, MoeLayer)]
+    found = [buffer for router in routers for buffer in (router.running_mean, router.running_var)]
+    return [buffer for buffer in found if buffer is not None]
+
+
+@contextmanager
+def statistics_kept_on_failure(model: Decoder) -> Iterator[None]:
+    """Puts running statistics back when the block raises NonFiniteError: they move in forward passes."""
+    statistics = running_statistics(model)
+    before = [buffer.clone() for buffer in statistics]
+    try:
+        yield
+    except NonFiniteError:
+        for buffer, old in zip(statistics, before, strict=True):
+            buffer.copy_(old)
+        raise
 
 
 def with_own(coefficients: dict[str, float], model: Decoder) -> dict[str, float]:

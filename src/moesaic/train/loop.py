@@ -25,7 +25,6 @@ from moesaic.telemetry.recorder import LoadRecorder
 from moesaic.train.checkpoint import CheckpointWriter
 from moesaic.train.diagnose import first_nonfinite
 from moesaic.train.interrupt import Interrupted, StopRequest, stop_on_signals
-from moesaic.train.loss import routers_of
 from moesaic.train.memory import peak_memory_bytes
 from moesaic.train.optimizer import Optimizer, restore_state
 from moesaic.train.random_state import undisturbed
@@ -133,6 +132,8 @@ class Trainer:
         settings = self.settings
         first = self.step * settings.micro_batches
         micro_batches = [self.batches.batch(first + index) for index in range(settings.micro_batches)]
+        if self.step == 0:
+            torch.manual_seed(settings.seed)  # of routers' noise and of dropout; later steps and resumed runs go on
         try:
             result = self.stepper.run(self.step, micro_batches, self.recorder)
         except NonFiniteError as error:
@@ -152,6 +153,8 @@ class Trainer:
             tokens_per_s=settings.tokens_per_step / seconds,
             peak_memory_bytes=peak_memory_bytes(),
             load=result.load or StepLoad(step=self.step, layers=()),
+            coefficients=result.coefficients,
+            selection_bias_rate=result.selection_bias_rate,
             first_pass_s=result.first_pass_s,
         )
 
@@ -220,11 +223,11 @@ class Trainer:
             self.say(f"counting choices before each step (global_exact) took {first_pass_s:.1f} s of {spent_s:.1f} s")
 
     def _say_what_leaks(self) -> None:
-        routers = {router.name for router in routers_of(self.model.config).values() if router.kind.leaks}
-        if self.say is not None and routers:
+        leaking = self.model.config.leaking_parts
+        if self.say is not None and leaking:
             self.say(
-                f"router {', '.join(sorted(routers))}: tokens compete with later ones, so losses of whole texts, in "
-                "training and held out, tell of the future: do not compare them with other routers'"
+                f"{', '.join(leaking)}: what a token gets depends on later ones, so losses of whole texts, in training "
+                "and held out, tell of the future: do not compare them with other models'"
             )
 
     def _checkpoint_is_due(self) -> bool:

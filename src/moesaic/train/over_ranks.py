@@ -1,6 +1,9 @@
-"""Gradients over ranks."""
+"""Gradients and statistics over ranks."""
+
+from collections.abc import Iterable
 
 import torch
+from torch import Tensor
 
 from moesaic.parallel import Ranks
 from moesaic.train.gradients import Gradients, add_gradient, has_buffer
@@ -21,6 +24,15 @@ def sum_gradients(gradients: Gradients, ranks: Ranks) -> None:
         gradient = gradients.of(weight)
         assert gradient is not None
         ranks.sum_(gradient)
+
+
+@torch.no_grad()
+def average_statistics(statistics: Iterable[Tensor], ranks: Ranks) -> None:
+    """Give running means and variances the mean of all ranks', in place: ranks that see other tokens stay alike."""
+    if ranks.size == 1:
+        return
+    for tensor in statistics:
+        ranks.sum_(tensor).div_(ranks.size)
 
 
 def _begin(weight: Weight) -> None:

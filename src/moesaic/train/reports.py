@@ -19,8 +19,9 @@ from moesaic.telemetry.raw_file import write_whole
 class StepReport:
     """What one step did. Losses in nats a token; seconds is the training time so far, evaluations left out.
 
-    peak_memory_bytes: the most resident memory of the process so far. first_pass_s: what of the step's time went into
-    counting its choices beforehand, for balance losses that need them.
+    coefficients: what each balance loss was multiplied by. peak_memory_bytes: the most resident memory of the process
+    so far. first_pass_s: what of the step's time went into counting its choices beforehand, for balance losses that
+    need them.
     """
 
     step: int
@@ -28,6 +29,8 @@ class StepReport:
     seconds: float
     loss: float
     balance: dict[str, float]
+    coefficients: dict[str, float]
+    selection_bias_rate: float
     learning_rate: float
     gradient_norm: float
     tokens_per_s: float
@@ -82,6 +85,8 @@ def metrics_line(report: StepReport, evaluation: Evaluation | None) -> dict[str,
         "seconds": round(report.seconds, 3),
         "loss": report.loss,
         **{f"balance/{name}": value for name, value in report.balance.items()},
+        **{f"coefficient/{name}": value for name, value in report.coefficients.items()},
+        "selection_bias_rate": report.selection_bias_rate,
         "learning_rate": report.learning_rate,
         "gradient_norm": report.gradient_norm,
         "tokens_per_s": round(report.tokens_per_s, 1),

@@ -20,13 +20,13 @@ from moesaic.routing import RoutingTape
 from moesaic.routing.balancers import BALANCE_LOSSES, refuse_unfit
 from moesaic.telemetry.load import StepLoad, sum_loads
 from moesaic.telemetry.recorder import LoadRecorder
-from moesaic.train.balance import move_balance, with_own
+from moesaic.train.balance import move_balance, running_statistics, statistics_kept_on_failure, with_own
 from moesaic.train.compilation import compiled
 from moesaic.train.counts import StepCounts
 from moesaic.train.loss import losses, routers_of
 from moesaic.train.micro_batches import Share, shares_of, tensors_of
 from moesaic.train.optimizer import Optimizer
-from moesaic.train.over_ranks import sum_gradients
+from moesaic.train.over_ranks import average_statistics, sum_gradients
 from moesaic.train.random_state import undisturbed
 from moesaic.train.recipe import TrainSettings
 from moesaic.train.recompute import recompute_layers
@@ -85,7 +85,7 @@ class Stepper:
         shares = shares_of(micro_batches, self.ranks)
         whole, first_pass_s = self._first_pass(micro_batches)
         totals = _Totals(self.coefficients(step), StepCounts(self.ranks, whole))
-        with self.optimizer.gradients.collecting():
+        with statistics_kept_on_failure(self.model), self.optimizer.gradients.collecting():
             for index, (batch, share) in enumerate(zip(micro_batches, shares, strict=True)):
                 self._accumulate(step, index, batch, share, totals, recorder)
             sum_gradients(self.optimizer.gradients, self.ranks)
@@ -95,6 +95,7 @@ class Stepper:
             rate = self.learning_rate(step)
             self.optimizer.step(step, rate, norm)
         totals.sum_over(self.ranks)
+        average_statistics(running_statistics(self.model), self.ranks)
         coefficients = with_own(totals.coefficients, self.model)
         bias_rate = scheduled(self.settings.selection_bias_rate, step)
         move_balance(self.model, self.settings, totals.counts, bias_rate)

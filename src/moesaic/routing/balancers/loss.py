@@ -79,8 +79,12 @@ def balance_loss(
 def mean_over_layers(name: str, decisions: Iterable[RoutingDecision]) -> Tensor:
     """The named loss of each layer, averaged over layers.
 
-    Never pooled: counts summed over layers hide layers that collapsed onto different experts.
+    Never pooled: counts summed over layers hide layers that collapsed onto different experts. Raises ConfigError when
+    no layer routes.
     """
+    decisions = list(decisions)
+    if not decisions:
+        raise ConfigError(f'the balance loss "{name}" of no layers; a dense model has none')
     return torch.stack([BALANCE_LOSSES[name].of(decision) for decision in decisions]).mean()
 
 

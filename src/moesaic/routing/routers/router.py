@@ -100,12 +100,13 @@ def best_first(is_chosen_TE: Tensor, scores_TE: Tensor) -> Tensor:
 def weigh(scores_TE: Tensor, expert_ids_TM: Tensor, settings: RouterConfig, tiny: float = 0.0) -> Tensor:
     """weights_TM: the chosen scores, divided by their sum plus `tiny` if renormalize, times the scaling factor.
 
-    Choices of -1 weigh 0 and do not count in the sum. Where that is 0, so are all weights, and their gradients.
+    Choices of -1 weigh 0 and do not count in the sum. A sum too small to divide by (below the smallest normal number)
+    divides nothing: weights and gradients stay finite.
     """
     weights_TM = scores_TE.gather(1, expert_ids_TM.clamp(min=0)).masked_fill(expert_ids_TM < 0, 0.0)
     if settings.renormalize:
         sums_T1 = weights_TM.sum(-1, keepdim=True) + tiny
-        weights_TM = weights_TM / sums_T1.masked_fill(sums_T1 == 0, 1.0)
+        weights_TM = weights_TM / sums_T1.masked_fill(sums_T1 < torch.finfo(sums_T1.dtype).tiny, 1.0)
     if settings.scaling_factor != 1.0:
         weights_TM = weights_TM * settings.scaling_factor
     return weights_TM
