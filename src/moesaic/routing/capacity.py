@@ -18,7 +18,7 @@ from moesaic.routing.routers.router import keep_best_groups
 from moesaic.routing.routing import RoutingDecision, Rows
 
 
-@torch.compiler.disable  # its shapes depend on the load: compiling it takes minutes and gains nothing
+@torch.compiler.disable()  # its shapes depend on the load: compiling it takes minutes and gains nothing
 def limit(
     decision: RoutingDecision, capacity: CapacityConfig, router: RouterConfig, selection_bias_E: Tensor | None = None
 ) -> RoutingDecision:
