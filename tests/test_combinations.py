@@ -96,8 +96,6 @@ def assert_finite_gradients(value: Tensor, tensors: Sequence[Tensor]) -> bool:
 @pytest.mark.parametrize("name", ROUTER_EXAMPLES)
 def test_what_goes_together_trains(name: str, mode: str | None) -> None:
     router = ROUTER_EXAMPLES[name]
-    if name == "base":
-        pytest.importorskip("scipy")
     if mode is not None and mode_refusal(router, mode) is not None:
         return
     layer = layer_of(router, None if mode is None else CAPACITIES[mode])
@@ -149,8 +147,6 @@ def test_options_work_or_say_who_has_them(name: str, option: str) -> None:
     if reason is not None:
         assert option in reason and "\n" not in reason
         return
-    if name == "base":
-        pytest.importorskip("scipy")
     layer = layer_of(example(name, **OPTIONS[option]), None)
     _, y_BSD, decision = routed(layer)
     assert_well_formed(decision, layer.router.config)

@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
+from scipy import optimize
 
 from moesaic.routing.assignment import balanced_assignment
 
@@ -38,7 +39,6 @@ def test_no_even_assignment_is_better(data):
 @pytest.mark.parametrize(("num_tokens", "num_experts"), [(96, 8), (300, 12), (60, 60), (40, 64)])
 def test_larger_ones_are_as_good_as_scipys(num_tokens, num_experts):
     """Where experts get equally many, a place for each token is scipy's problem; else some places stay empty."""
-    optimize = pytest.importorskip("scipy.optimize")
     values_TE = np.random.default_rng(num_tokens).normal(size=(num_tokens, num_experts))
     values_TE[:, 0] += 2
     expert_ids_T = balanced_assignment(values_TE)
