@@ -77,6 +77,7 @@ def to_json(value: Any) -> Any:
 
 
 def main() -> None:
+    """Run the parts that were asked for and print their tables, or one JSON document."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=list(PARTS), default=list(PARTS))
     parser.add_argument("--seeds", type=int, default=5, help=f"2017 takes {sparse_lstm.MOST_SEEDS} at most")

@@ -120,6 +120,7 @@ def _mixtral_gradient(number: int, coefficient: float) -> torch.Tensor:
 
 
 def main() -> None:
+    """Print both tables, or one JSON document."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, nargs="*", default=[2, 4], help="numbers of gloo ranks")
     parser.add_argument("--json", action="store_true", help="print one JSON document instead")

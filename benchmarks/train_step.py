@@ -96,6 +96,7 @@ def transformers_step(name: str) -> Step:
 
 
 def moesaic_step(name: str, precision: Precision) -> Step:
+    """A step of our trainer, telemetry included, on fresh random tokens: the MoE's, or its dense twin's."""
     model = same_weights(transformers_model())
     if name == TWIN:
         model = Decoder(dense_twin(model.config, "active")).initialize(0)
@@ -144,6 +145,7 @@ def peak_memory(name: str, precision: Precision, threads: int) -> int:
 
 
 def compare(precision: Precision, rounds: int, threads: int, num_peers: int) -> dict[str, object]:
+    """Medians and ranges of every engine's tokens/s, its peak memory, and our ratios to the best peer and the twin."""
     names = (OURS, TWIN, *PEERS[precision][:num_peers])
     rates = interleaved(names, precision, rounds)
     medians = {name: statistics.median(rate) for name, rate in rates.items()}

@@ -70,6 +70,7 @@ def _meets_criterion(model: AdaptiveMixture, cases: Cases) -> bool:
 
 
 def learn_at_best_rate(objective: str, units: int, num_experts: int, seeds: int, cases: Cases) -> Row:
+    """A row of the table: medians over seeds, at the learning rate that reaches the criterion in the fewest epochs."""
     runs = {rate: [learn(objective, units, num_experts, rate, seed, cases) for seed in range(seeds)] for rate in RATES}
     rate = best_rate(runs, lambda run: run.epochs)
     held = [share_right(run.model(cases.held_x), cases.held_y) for run in runs[rate]]

@@ -233,6 +233,7 @@ def test_layers_that_share_tokens_out_by_themselves_go_without_the_loss():
 
 
 def test_every_loss_fits_some_router_and_a_dense_model_has_none():
+    """`refuse_unfit` raises otherwise."""
     groups = GroupConfig(num_groups=2, top_groups=2, score="max")
     fits = {"load": router("noisy_topk"), "relu_sparsity": router("relu")}
     for name in BALANCE_LOSSES:

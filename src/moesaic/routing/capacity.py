@@ -63,6 +63,7 @@ class _Budgets(NamedTuple):
 
     @classmethod
     def of(cls, decision: RoutingDecision, capacity: CapacityConfig, router: RouterConfig) -> "_Budgets":
+        """The budgets of one batch: its tokens that count, cut into groups in their order; the last may be shorter."""
         num_tokens, mask_T, device = decision.rows.num_tokens, decision.mask_T, decision.scores_TE.device
         if mask_T is None:
             number_T, counted = torch.arange(num_tokens, device=device), num_tokens
