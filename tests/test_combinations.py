@@ -11,12 +11,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from moesaic.capacity_config import CapacityConfig
 from moesaic.cli.routing_reference import COMMAND, reference
 from moesaic.config import MlpConfig, MoeConfig
+from moesaic.config.capacity import CapacityConfig
+from moesaic.config.router import ROUTER_KINDS, GroupConfig, RouterConfig
 from moesaic.errors import ConfigError
 from moesaic.layers.moe import MoeLayer
-from moesaic.router_config import ROUTER_KINDS, GroupConfig, RouterConfig
 from moesaic.routing import RoutingDecision, RoutingTape, TokenFacts
 from moesaic.routing.balancers import BALANCE_LOSSES, refuse_unfit, update_selection_bias
 from moesaic.routing.combinations import (

@@ -14,7 +14,7 @@ SOURCE = Path(moesaic.errors.__file__).parent
 
 # fmt: off
 ROOMS = [
-    "errors", "registry", "checks", "fields", "tensor_spec", "router_config", "capacity_config", "config",
+    "errors", "registry", "checks", "fields", "tensor_spec", "config",
     "trace", "placement", "kernels", "routing", "experts", "layers", "models",
     "families", "hub", "engine", "parallel", "plan", "data", "telemetry", "evaluate", "train", "tune", "quantize",
     "bench", "serve", "cli",
@@ -34,9 +34,7 @@ TORCH_FREE = [
     "checks.py",
     "fields.py",
     "tensor_spec.py",
-    "router_config.py",
-    "capacity_config.py",
-    "config.py",
+    "config",
     "trace",
     "models/weight_map.py",
     "families",

@@ -11,7 +11,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moesaic import families
-from moesaic.capacity_config import CapacityConfig
 from moesaic.cli.main import main
 from moesaic.config import (
     AttentionConfig,
@@ -24,11 +23,12 @@ from moesaic.config import (
     SoftMoeConfig,
     StackConfig,
 )
+from moesaic.config.capacity import CapacityConfig
+from moesaic.config.router import ROUTER_KINDS, GroupConfig, HashSettings, NullSettings, RouterConfig
 from moesaic.errors import ConfigError
 from moesaic.hub import load, read_config, save
 from moesaic.models.decoder import Decoder
 from moesaic.models.weight_map import check_weight_map
-from moesaic.router_config import ROUTER_KINDS, GroupConfig, HashSettings, NullSettings, RouterConfig
 
 RAW: dict[str, Any] = {
     "model_type": "moesaic",

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from moesaic import families
-from moesaic.capacity_config import CapacityConfig
 from moesaic.config import ModelConfig, MoeConfig, SoftMoeConfig
+from moesaic.config.capacity import CapacityConfig
 from moesaic.errors import ConfigError
 
 LLAMA = {

@@ -7,12 +7,12 @@ import pytest
 import torch
 from torch.nn.functional import silu
 
-from moesaic.capacity_config import CapacityConfig, refusal
 from moesaic.config import GroupConfig, MlpConfig, MoeConfig, RouterConfig
+from moesaic.config.capacity import CapacityConfig, refusal
+from moesaic.config.router import ROUTER_KINDS
 from moesaic.errors import ConfigError
 from moesaic.kernels import backend
 from moesaic.layers.moe import MoeLayer, capacity_applied
-from moesaic.router_config import ROUTER_KINDS
 from moesaic.routing import RoutingTape, TokenFacts
 from moesaic.routing.routers import ROUTERS
 from moesaic.routing.routers.hashed import hash_table

@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from moesaic.config import HashSettings, ModelConfig, MoeConfig, NullSettings, RouterConfig, StackConfig
+from moesaic.config.router import ROUTER_KINDS
 from moesaic.hub import load, save
 from moesaic.layers.moe import MoeLayer
 from moesaic.layers.router import RouterLayer
 from moesaic.models.decoder import Decoder
-from moesaic.router_config import ROUTER_KINDS
 from moesaic.routing import RoutingTape, TokenFacts
 from moesaic.routing.routers import hash_table
 from moesaic.train.recompute import recompute_layers

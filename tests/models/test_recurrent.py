@@ -7,9 +7,9 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from moesaic.config import MlpConfig, MoeConfig, RouterConfig
+from moesaic.config.router import HashSettings
 from moesaic.errors import ConfigError
 from moesaic.models.recurrent import RecurrentConfig, RecurrentModel
-from moesaic.router_config import HashSettings
 from moesaic.routing import RoutingTape
 from moesaic.routing.balancers import mean_over_layers
 

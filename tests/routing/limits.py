@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from moesaic.config import RouterConfig
-from moesaic.router_config import ROUTER_KINDS
+from moesaic.config.router import ROUTER_KINDS
 from moesaic.routing import RoutingDecision, Rows
 from moesaic.routing.capacity import limit
 from tests.routing.capacity_equations import Row, Rules, inside_best_groups, limited

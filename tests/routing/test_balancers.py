@@ -5,8 +5,8 @@ import pytest
 import torch
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
+from moesaic.config.router import GroupConfig, HashSettings, ReluSettings, RouterConfig
 from moesaic.errors import ConfigError
-from moesaic.router_config import GroupConfig, HashSettings, ReluSettings, RouterConfig
 from moesaic.routing import RoutingDecision, Rows
 from moesaic.routing.balancers import (
     BALANCE_LOSSES,

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moesaic.router_config import GroupConfig
+from moesaic.config.router import GroupConfig
 from moesaic.routing import RoutingDecision, Rows
 from moesaic.routing.balancers import BALANCE_LOSSES
 from tests.routing import balance_equations as equations

@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from moesaic.layers.router import RouterLayer
-from moesaic.router_config import (
+from moesaic.config.router import (
     ROUTER_KINDS,
     GroupConfig,
     HashSettings,
@@ -12,6 +11,7 @@ from moesaic.router_config import (
     RouterConfig,
     SinkhornSettings,
 )
+from moesaic.layers.router import RouterLayer
 from moesaic.routing import TokenFacts
 from moesaic.routing.balancers import BALANCE_LOSSES
 from moesaic.routing.routers import hash_table

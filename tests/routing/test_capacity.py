@@ -9,10 +9,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moesaic.capacity_config import NO_NEXT_BEST, CapacityConfig, Rounding, expected_drop, refusal
 from moesaic.config import GroupConfig, MlpConfig, MoeConfig, RouterConfig
+from moesaic.config.capacity import NO_NEXT_BEST, CapacityConfig, Rounding, expected_drop, refusal
+from moesaic.config.router import ROUTER_KINDS
 from moesaic.errors import ConfigError
-from moesaic.router_config import ROUTER_KINDS
 from moesaic.routing import RoutingDecision, Rows
 from moesaic.routing.capacity import limit
 from tests.routing.capacity_equations import Row, Rules, slots

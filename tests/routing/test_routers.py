@@ -18,8 +18,8 @@ from moesaic.config import (
     SparseMixerSettings,
     TopPSettings,
 )
+from moesaic.config.router import ROUTER_KINDS
 from moesaic.errors import ConfigError
-from moesaic.router_config import ROUTER_KINDS
 from moesaic.routing import Rows
 from moesaic.routing.routers import ROUTERS, RouterInput, hash_table
 from moesaic.routing.routers.router import softplus

@@ -7,13 +7,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from moesaic.capacity_config import CapacityConfig
 from moesaic.config import ModelConfig, MoeConfig
+from moesaic.config.capacity import CapacityConfig
+from moesaic.config.router import ROUTER_KINDS, HashSettings, NullSettings, TopPSettings
 from moesaic.engine.generate import generate
 from moesaic.errors import ConfigError, TraceError
 from moesaic.layers.moe import capacity_applied
 from moesaic.models.decoder import Decoder
-from moesaic.router_config import ROUTER_KINDS, HashSettings, NullSettings, TopPSettings
 from moesaic.routing import RoutingDecision, RoutingTape, Rows
 from moesaic.routing.taping import Both, ReplayTape, TraceTape, sorted_rows, token_rows
 from moesaic.telemetry.recorder import LoadRecorder

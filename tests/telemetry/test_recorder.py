@@ -4,7 +4,6 @@ import math
 import pytest
 import torch
 
-from moesaic.capacity_config import CapacityConfig
 from moesaic.config import (
     AttentionConfig,
     LayerConfig,
@@ -14,6 +13,7 @@ from moesaic.config import (
     RouterConfig,
     StackConfig,
 )
+from moesaic.config.capacity import CapacityConfig
 from moesaic.errors import ConfigError
 from moesaic.routing import RoutingDecision, Rows
 from moesaic.routing.capacity import limit

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from moesaic.config import MoeConfig, SoftMoeConfig
+from moesaic.config.router import RouterConfig
 from moesaic.errors import ConfigError, NonFiniteError
 from moesaic.models.decoder import Decoder
-from moesaic.router_config import RouterConfig
 from moesaic.train.balance import running_statistics
 from moesaic.train.recipe import Recipe, TrainSettings
 from moesaic.train.resume import RunFolder

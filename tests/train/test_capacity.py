@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from moesaic.capacity_config import CapacityConfig, Overflow
 from moesaic.config import MoeConfig
+from moesaic.config.capacity import CapacityConfig, Overflow
 from moesaic.data.loader import Batch
 from moesaic.evaluate.perplexity import held_out_loss
 from moesaic.layers.moe import capacity_applied

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 import torch
 
-from moesaic.capacity_config import CapacityConfig
 from moesaic.config import ModelConfig, MoeConfig
+from moesaic.config.capacity import CapacityConfig
+from moesaic.config.router import GroupConfig, ReluSettings, RouterConfig
 from moesaic.errors import ConfigError
 from moesaic.models.decoder import route
-from moesaic.router_config import GroupConfig, ReluSettings, RouterConfig
 from moesaic.routing.balancers import BALANCE_LOSSES
 from moesaic.telemetry.recorder import LoadRecorder
 from moesaic.train.micro_batches import tensors_of

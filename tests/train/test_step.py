@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from moesaic.capacity_config import CapacityConfig
 from moesaic.config import StackConfig
+from moesaic.config.capacity import CapacityConfig
 from moesaic.data.loader import Batch
 from moesaic.errors import MissingDependencyError, NonFiniteError
 from moesaic.telemetry.recorder import LoadRecorder

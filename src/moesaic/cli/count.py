@@ -5,8 +5,9 @@ from typing import Any
 
 from moesaic import hub
 from moesaic.cli import output
-from moesaic.config import ROLES, LayerConfig, ModelConfig, MoeConfig
+from moesaic.config import LayerConfig, ModelConfig, MoeConfig
 from moesaic.errors import ConfigError
+from moesaic.tensor_spec import ROLES
 
 BYTES_PER_PARAMETER = {"fp32": 4, "bf16": 2, "fp16": 2, "fp8": 1, "int8": 1, "int4": 0.5}
 RULES = {

@@ -13,10 +13,10 @@ from textwrap import dedent
 from types import ModuleType
 from typing import Any, Literal, get_args, get_origin
 
-from moesaic.capacity_config import CapacityConfig
 from moesaic.config import SoftMoeConfig
+from moesaic.config.capacity import CapacityConfig
+from moesaic.config.router import ROUTER_KINDS, GroupConfig, RouterConfig, RouterKind
 from moesaic.families import moesaic
-from moesaic.router_config import ROUTER_KINDS, GroupConfig, RouterConfig, RouterKind
 from moesaic.routing import combinations
 from moesaic.routing.balancers import BALANCE_LOSSES, move_penalty, update_selection_bias
 from moesaic.routing.combinations import CAPACITIES, OPTIONS

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
 from moesaic.config import AttentionConfig, ModelConfig, MoeConfig, NormConfig, RopeConfig
+from moesaic.config.router import RouterConfig
 from moesaic.errors import ConfigError
 from moesaic.models.weight_map import Piece, WeightMap
-from moesaic.router_config import RouterConfig
 from moesaic.tensor_spec import TensorSpec
 
 T = TypeVar("T")

@@ -23,7 +23,6 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
-from moesaic.capacity_config import CapacityConfig
 from moesaic.config import (
     AttentionConfig,
     LayerConfig,
@@ -34,12 +33,13 @@ from moesaic.config import (
     SoftMoeConfig,
     StackConfig,
 )
+from moesaic.config.capacity import CapacityConfig
+from moesaic.config.router import ROUTER_KINDS, RouterConfig
 from moesaic.errors import ConfigError
 from moesaic.families._common import HfFields, Preset, refusal
 from moesaic.fields import names_of, read_part, refuse_unknown, shown, table_of
 from moesaic.models.weight_map import Piece, WeightMap
 from moesaic.registry import unknown_name
-from moesaic.router_config import ROUTER_KINDS, RouterConfig
 
 NAME = "moesaic"
 PRESETS: dict[str, Preset] = {}

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear, pad
 
-from moesaic.router_config import RouterConfig
+from moesaic.config.router import RouterConfig
 from moesaic.routing import RoutingDecision, Rows, TokenFacts
 from moesaic.routing.routers import ROUTERS, Choice, RouterInput
 from moesaic.tensor_spec import TensorSpec

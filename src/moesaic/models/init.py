@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from moesaic.config import ModelConfig, MoeConfig
-from moesaic.router_config import HashSettings, RouterConfig
+from moesaic.config.router import HashSettings, RouterConfig
 from moesaic.routing.routers import hash_table
 from moesaic.tensor_spec import TensorSpec
 

@@ -15,12 +15,12 @@ from torch import Tensor, nn
 
 from moesaic.checks import require_positive
 from moesaic.config import MlpConfig, MoeConfig
+from moesaic.config.router import HashSettings
 from moesaic.errors import ConfigError
 from moesaic.layers.documents import row_numbers
 from moesaic.layers.mlp import Mlp
 from moesaic.layers.moe import MoeLayer
 from moesaic.models.init import initial_std
-from moesaic.router_config import HashSettings
 from moesaic.routing import RoutingTape, TokenFacts
 from moesaic.routing.routers import hash_table
 from moesaic.tensor_spec import TensorSpec

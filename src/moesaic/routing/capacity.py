@@ -11,9 +11,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from moesaic.capacity_config import CapacityConfig
+from moesaic.config.capacity import CapacityConfig
+from moesaic.config.router import RouterConfig
 from moesaic.kernels import ops
-from moesaic.router_config import RouterConfig
 from moesaic.routing.routers.router import keep_best_groups
 from moesaic.routing.routing import RoutingDecision, Rows
 

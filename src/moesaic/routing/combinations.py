@@ -6,10 +6,10 @@ Nothing is decided here. Every reason is what the part itself says when a config
 from dataclasses import replace
 from typing import Any
 
-from moesaic.capacity_config import CapacityConfig
-from moesaic.capacity_config import refusal as capacity_refusal
+from moesaic.config.capacity import CapacityConfig
+from moesaic.config.capacity import refusal as capacity_refusal
+from moesaic.config.router import ROUTER_KINDS, GroupConfig, HashSettings, NullSettings, RouterConfig, RouterSettings
 from moesaic.errors import ConfigError
-from moesaic.router_config import ROUTER_KINDS, GroupConfig, HashSettings, NullSettings, RouterConfig, RouterSettings
 from moesaic.routing.balancers import BALANCE_LOSSES
 
 NUM_EXPERTS, TOP_K, VOCAB_SIZE = 8, 2, 64

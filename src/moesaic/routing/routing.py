@@ -10,9 +10,9 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from moesaic.config.router import GroupConfig
 from moesaic.errors import ConfigError
 from moesaic.kernels import ops
-from moesaic.router_config import GroupConfig
 
 
 class TokenOrder(NamedTuple):

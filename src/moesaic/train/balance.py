@@ -5,10 +5,10 @@ from contextlib import contextmanager
 
 from torch import Tensor
 
+from moesaic.config.router import ReluSettings
 from moesaic.errors import NonFiniteError
 from moesaic.layers.moe import MoeLayer
 from moesaic.models.decoder import Decoder
-from moesaic.router_config import ReluSettings
 from moesaic.routing.balancers import BALANCE_LOSSES, move_penalty, update_selection_bias
 from moesaic.train.counts import StepCounts
 from moesaic.train.loss import penalties

@@ -11,10 +11,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from moesaic.config import ModelConfig, MoeConfig
+from moesaic.config.router import RouterConfig
 from moesaic.kernels import ops
 from moesaic.layers.moe import MoeLayer
 from moesaic.models.decoder import Decoder
-from moesaic.router_config import RouterConfig
 from moesaic.routing import RoutingDecision, RoutingTape
 from moesaic.routing.balancers import BALANCE_LOSSES, BalanceLoss
 from moesaic.train.counts import StepCounts

@@ -11,9 +11,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from moesaic.config.router import RouterConfig
 from moesaic.errors import ConfigError
 from moesaic.registry import Registry
-from moesaic.router_config import RouterConfig
 from moesaic.routing.balancers.counting import choice_counts
 from moesaic.routing.routing import RoutingDecision
 

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from moesaic.router_config import ReluSettings
+from moesaic.config.router import ReluSettings
 
 BiasRule = Literal["sign", "proportional"]
 

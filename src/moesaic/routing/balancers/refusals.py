@@ -1,6 +1,6 @@
 """Which routers a balance loss cannot be used with, and what would work instead. No torch here."""
 
-from moesaic.router_config import RouterConfig
+from moesaic.config.router import RouterConfig
 
 
 def fixed_load(router: RouterConfig) -> str | None:

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moesaic.router_config import RouterConfig, SinkhornSettings
+from moesaic.config.router import RouterConfig, SinkhornSettings
 from moesaic.routing.assignment import balanced_assignment
 from moesaic.routing.routers.router import ROUTERS, Choice, RouterInput, best_first, select, weigh
 

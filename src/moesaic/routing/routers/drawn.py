@@ -8,7 +8,7 @@ T tokens, E experts, K choices a token. z are the logits.
 import torch
 from torch import Tensor
 
-from moesaic.router_config import NoisySettings, RouterConfig
+from moesaic.config.router import NoisySettings, RouterConfig
 from moesaic.routing.routers.router import ROUTERS, Choice, RouterInput, select, softplus, weigh, weigh_by_softmax
 
 

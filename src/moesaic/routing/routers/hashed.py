@@ -7,8 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from moesaic.config.router import HashSettings, RouterConfig
 from moesaic.errors import ConfigError
-from moesaic.router_config import HashSettings, RouterConfig
 from moesaic.routing.routers.router import ROUTERS, Choice, RouterInput, weigh
 from moesaic.routing.routers.topk import sqrt_softplus
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from moesaic.router_config import NullSettings, RouterConfig, TopPSettings
+from moesaic.config.router import NullSettings, RouterConfig, TopPSettings
 from moesaic.routing.routers.router import ROUTERS, Choice, RouterInput, best_first, select, weigh
 
 

@@ -9,9 +9,9 @@ from typing import Literal, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from moesaic.config.router import GroupConfig, RouterConfig
 from moesaic.kernels import ops
 from moesaic.registry import Registry
-from moesaic.router_config import GroupConfig, RouterConfig
 
 
 class RouterInput(NamedTuple):

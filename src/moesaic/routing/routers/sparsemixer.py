@@ -6,8 +6,8 @@ T tokens, E experts, K choices a token. z are the logits.
 import torch
 from torch import Tensor
 
+from moesaic.config.router import RouterConfig, SparseMixerSettings
 from moesaic.kernels import ops
-from moesaic.router_config import RouterConfig, SparseMixerSettings
 from moesaic.routing.routers.router import ROUTERS, Choice, RouterInput
 
 # Heun's third-order method: the midpoint, a third of the weight, for three quarters of what is not the largest.

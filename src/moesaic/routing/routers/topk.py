@@ -6,7 +6,7 @@ T tokens, E experts, K choices a token. z are the logits, b the selection bias (
 import torch
 from torch import Tensor
 
-from moesaic.router_config import RouterConfig
+from moesaic.config.router import RouterConfig
 from moesaic.routing.routers.router import ROUTERS, Choice, RouterInput, select, softplus, weigh, weigh_by_softmax
 
 

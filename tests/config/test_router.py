@@ -8,9 +8,7 @@ import torch
 
 from moesaic import generate
 from moesaic.config import ModelConfig, MoeConfig, StackConfig
-from moesaic.errors import ConfigError
-from moesaic.layers.kv_cache import KeyValueCache
-from moesaic.router_config import (
+from moesaic.config.router import (
     ROUTER_KINDS,
     GroupConfig,
     HashSettings,
@@ -22,6 +20,8 @@ from moesaic.router_config import (
     SparseMixerSettings,
     TopPSettings,
 )
+from moesaic.errors import ConfigError
+from moesaic.layers.kv_cache import KeyValueCache
 from tests.tiny import lively, tiny_config
 
 HASH = HashSettings(vocab_size=9)

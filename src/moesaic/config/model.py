@@ -1,18 +1,16 @@
-"""The one description of a model: a frozen tree of parts that knows its own tensors, sizes and costs. No torch here.
-
-Every number that a planner, a cache or a checkpoint reader needs is derived from `ModelConfig.tensors()` and
-`ModelConfig.states()`; the built model has exactly these tensors, and a test holds that.
-"""
+"""The whole model: layers of parts, stacks of layers, and what follows from them."""
 
 import dataclasses
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, field
+from typing import Any
 
-from moesaic.capacity_config import CapacityConfig, refusal
-from moesaic.checks import require, require_positive, require_share
-from moesaic.errors import ConfigError
-from moesaic.router_config import (
+from moesaic.checks import require, require_positive
+from moesaic.config.attention import AttentionConfig, RopeConfig, StateSpec
+from moesaic.config.capacity import CapacityConfig
+from moesaic.config.feed_forward import MlpConfig, MoeConfig, SoftMoeConfig
+from moesaic.config.norm import NormConfig
+from moesaic.config.router import (
     GroupConfig,
     HashSettings,
     NoisySettings,
@@ -23,194 +21,8 @@ from moesaic.router_config import (
     SparseMixerSettings,
     TopPSettings,
 )
+from moesaic.errors import ConfigError
 from moesaic.tensor_spec import ROLES, Role, TensorSpec
-
-
-@dataclass(frozen=True, kw_only=True)
-class StateSpec:
-    """What one layer keeps of the tokens it has seen.
-
-    kind: "full" keeps every token; "window" keeps the last `window` tokens. (Latent, compressed and recurrent states
-    join here with the parts that need them.) `elements_per_token` counts numbers, not bytes.
-    """
-
-    kind: Literal["full", "window"]
-    elements_per_token: int
-    window: int | None = None
-    can_rollback: bool = True
-    can_share_prefix: bool = True
-
-    def num_bytes(self, num_tokens: int, bytes_per_element: int) -> int:
-        """Bytes kept after `num_tokens` tokens of one sequence."""
-        kept = num_tokens if self.window is None else min(num_tokens, self.window)
-        return kept * self.elements_per_token * bytes_per_element
-
-
-@dataclass(frozen=True, kw_only=True)
-class NormConfig:
-    """RMSNorm (Zhang & Sennrich, arXiv:1910.07467, eq. 4) with a learned weight."""
-
-    eps: float = 1e-6
-
-    def __post_init__(self) -> None:
-        require(self.eps > 0, f"norm eps={self.eps}; it must be above 0")
-
-
-@dataclass(frozen=True, kw_only=True)
-class RopeConfig:
-    """Rotary positions (RoFormer, arXiv:2104.09864, eq. 34); dimension i is rotated with i + head_dim/2."""
-
-    theta: float = 10_000.0
-
-    def __post_init__(self) -> None:
-        require(self.theta > 0, f"rope theta={self.theta}; it must be above 0")
-
-
-@dataclass(frozen=True, kw_only=True)
-class AttentionConfig:
-    """Grouped-query attention (arXiv:2305.13245), optionally over the last `window` tokens, the current one included.
-
-    `head_norm` normalises each query and key head before the rotation (Qwen3).
-    """
-
-    num_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    rope: RopeConfig = RopeConfig()
-    window: int | None = None
-    qkv_bias: bool = False
-    output_bias: bool = False
-    head_norm: NormConfig | None = None
-
-    def __post_init__(self) -> None:
-        require_positive(self, "num_heads", "num_key_value_heads", "head_dim")
-        require(
-            self.num_heads % self.num_key_value_heads == 0,
-            f"num_heads={self.num_heads} is not a multiple of num_key_value_heads={self.num_key_value_heads}; "
-            f"use one of {[g for g in range(1, self.num_heads + 1) if self.num_heads % g == 0]}",
-        )
-        require(self.head_dim % 2 == 0, f"head_dim={self.head_dim} is odd; rotary positions need an even one")
-        if self.window is not None:
-            require_positive(self, "window")
-
-    def tensors(self, prefix: str, hidden_size: int) -> Iterator[TensorSpec]:
-        query_size = self.num_heads * self.head_dim
-        key_value_size = self.num_key_value_heads * self.head_dim
-        for name, size in (("q_proj", query_size), ("k_proj", key_value_size), ("v_proj", key_value_size)):
-            yield TensorSpec(f"{prefix}.{name}.weight", (size, hidden_size), "attention")
-            if self.qkv_bias:
-                yield TensorSpec(f"{prefix}.{name}.bias", (size,), "attention")
-        yield TensorSpec(f"{prefix}.o_proj.weight", (hidden_size, query_size), "attention")
-        if self.output_bias:
-            yield TensorSpec(f"{prefix}.o_proj.bias", (hidden_size,), "attention")
-        if self.head_norm:
-            yield TensorSpec(f"{prefix}.q_norm.weight", (self.head_dim,), "norm")
-            yield TensorSpec(f"{prefix}.k_norm.weight", (self.head_dim,), "norm")
-
-    def state(self) -> StateSpec:
-        elements = 2 * self.num_key_value_heads * self.head_dim
-        if self.window is None:
-            return StateSpec(kind="full", elements_per_token=elements)
-        return StateSpec(kind="window", elements_per_token=elements, window=self.window, can_rollback=False)
-
-    def score_flops(self, context_length: int) -> int:
-        """FLOPs of one token's scores and weighted values over `context_length` visible tokens."""
-        visible = context_length if self.window is None else min(context_length, self.window)
-        return 4 * self.num_heads * self.head_dim * visible
-
-
-@dataclass(frozen=True, kw_only=True)
-class MlpConfig:
-    """A gated feed-forward block: down(act(gate(x)) * up(x)) (SwiGLU, arXiv:2002.05202, eq. 6)."""
-
-    intermediate_size: int
-    activation: str = "silu"
-    bias: bool = False
-
-    def __post_init__(self) -> None:
-        require_positive(self, "intermediate_size")
-
-    def tensors(self, prefix: str, hidden_size: int, role: Role = "mlp") -> Iterator[TensorSpec]:
-        shapes = {
-            "gate_proj": (self.intermediate_size, hidden_size),
-            "up_proj": (self.intermediate_size, hidden_size),
-            "down_proj": (hidden_size, self.intermediate_size),
-        }
-        for name, shape in shapes.items():
-            yield TensorSpec(f"{prefix}.{name}.weight", shape, role)
-            if self.bias:
-                yield TensorSpec(f"{prefix}.{name}.bias", shape[:1], role)
-
-
-@dataclass(frozen=True, kw_only=True)
-class MoeConfig:
-    """A router over gated experts, and optionally a shared expert that every token passes (arXiv:2401.06066).
-
-    capacity: the limit to an expert's rows while training; None: dropless. expert_dropout: of the routed experts' inner
-    activations while training (Switch, arXiv:2101.03961, sec. 2.4).
-    """
-
-    router: RouterConfig
-    intermediate_size: int
-    activation: str = "silu"
-    shared: MlpConfig | None = None
-    capacity: CapacityConfig | None = None
-    expert_dropout: float = 0.0
-
-    def __post_init__(self) -> None:
-        require_positive(self, "intermediate_size")
-        require_share(self, "expert_dropout")
-        if self.capacity is not None:
-            reason = refusal(self.router, self.capacity, has_shared=self.shared is not None)
-            require(reason is None, reason or "")
-
-    @property
-    def num_experts(self) -> int:
-        return self.router.num_experts
-
-    def tensors(self, prefix: str, hidden_size: int) -> Iterator[TensorSpec]:
-        num_experts, top_k = self.num_experts, self.router.top_k
-        yield from self.router.tensors(f"{prefix}.router", hidden_size)
-        for name, shape in (
-            ("gate_up", (num_experts, 2 * self.intermediate_size, hidden_size)),
-            ("down", (num_experts, hidden_size, self.intermediate_size)),
-        ):
-            yield TensorSpec(f"{prefix}.experts.{name}", shape, "experts", top_k_of=(top_k, num_experts))
-        if self.shared:
-            yield from self.shared.tensors(f"{prefix}.shared_experts", hidden_size, "shared_experts")
-
-
-@dataclass(frozen=True, kw_only=True)
-class SoftMoeConfig:
-    """Experts whose inputs, `slots_per_expert` each, are weighted means of a text's tokens (arXiv:2308.00951).
-
-    Every slot is computed however many tokens there are. All parameters count as active, since each of them has a part
-    in every token; the FLOPs of a token are those of the slots, shared by the tokens of a text.
-    expert_dropout: as MoeConfig's.
-    """
-
-    num_experts: int
-    slots_per_expert: int
-    intermediate_size: int
-    activation: str = "silu"
-    expert_dropout: float = 0.0
-
-    def __post_init__(self) -> None:
-        require_positive(self, "num_experts", "slots_per_expert", "intermediate_size")
-        require_share(self, "expert_dropout")
-
-    def tensors(self, prefix: str, hidden_size: int) -> Iterator[TensorSpec]:
-        yield TensorSpec(f"{prefix}.slots", (self.num_experts, self.slots_per_expert, hidden_size), "router")
-        yield TensorSpec(f"{prefix}.scale", (1,), "router", start=1.0)
-        inner = self.intermediate_size
-        yield TensorSpec(f"{prefix}.experts.gate_up", (self.num_experts, 2 * inner, hidden_size), "experts")
-        yield TensorSpec(f"{prefix}.experts.down", (self.num_experts, hidden_size, inner), "experts")
-
-    def flops_per_token(self, hidden_size: int, num_tokens: int) -> int:
-        """FLOPs for each of the `num_tokens` tokens of a text: its scores, into the slots and out, and the slots."""
-        num_slots = self.num_experts * self.slots_per_expert
-        slot = 2 * 3 * self.intermediate_size * hidden_size
-        return 3 * 2 * num_slots * hidden_size + num_slots * slot // num_tokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -219,7 +31,7 @@ class LayerConfig:
 
     attention: AttentionConfig
     feed_forward: MlpConfig | MoeConfig | SoftMoeConfig
-    norm: NormConfig = NormConfig()
+    norm: NormConfig = field(default_factory=NormConfig)
 
     def tensors(self, prefix: str, hidden_size: int) -> Iterator[TensorSpec]:
         yield TensorSpec(f"{prefix}.attention_norm.weight", (hidden_size,), "norm")
@@ -233,7 +45,7 @@ class StackConfig:
     """Layers in order, then a norm. A decoder is one stack; an encoder-decoder has two."""
 
     layers: tuple[LayerConfig, ...]
-    final_norm: NormConfig = NormConfig()
+    final_norm: NormConfig = field(default_factory=NormConfig)
 
     def __post_init__(self) -> None:
         require(len(self.layers) > 0, "a stack without layers; give at least one")

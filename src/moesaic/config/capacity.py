@@ -10,7 +10,7 @@ from fractions import Fraction
 from typing import Literal, get_args
 
 from moesaic.checks import require, require_positive
-from moesaic.router_config import ROUTER_KINDS, RouterConfig
+from moesaic.config.router import ROUTER_KINDS, RouterConfig
 
 Rounding = Literal["ceil", "floor", "round"]
 DropOrder = Literal["position", "probability", "batch_prioritized"]
