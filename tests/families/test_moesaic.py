@@ -72,7 +72,7 @@ def test_every_router_by_its_name_and_by_a_table(name: str) -> None:
     top_k = top_k_of(name, 6)
     table = {"name": name, **NEEDED.get(name, {})}
     config = families.from_hf(RAW | {"router": table, "num_experts_per_tok": top_k})
-    assert families.from_hf(json.loads(json.dumps(families.family("moesaic").to_hf(config)))) == config
+    assert families.from_hf(json.loads(json.dumps(families.to_hf(config)))) == config
     if name != "null_topk":
         assert router_of(name, num_experts_per_tok=top_k) == router_of(table, num_experts_per_tok=top_k)
 
@@ -153,7 +153,7 @@ def test_a_shared_expert_with_another_activation_cannot_be_written() -> None:
         family="moesaic", vocab_size=61, hidden_size=20, context_length=48, decoder=StackConfig(layers=(layer,))
     )
     with pytest.raises(ConfigError, match="cannot be written as moesaic"):
-        families.family("moesaic").to_hf(model)
+        families.to_hf(model)
 
 
 norms = st.sampled_from([NormConfig(), NormConfig(eps=1e-5), NormConfig(eps=3e-4)])
@@ -238,12 +238,12 @@ def test_every_decoder_of_our_parts_reads_back(
         eos_token_ids=tuple(eos),
     )
     own = families.family("moesaic")
-    assert families.from_hf(json.loads(json.dumps(own.to_hf(config)))) == config
+    assert families.from_hf(json.loads(json.dumps(families.to_hf(config)))) == config
     check_weight_map(config.tensors(), own.weight_map(config))
 
 
 def test_most_layers_are_flat_fields_and_the_others_overrides() -> None:
-    written = families.family("moesaic").to_hf(
+    written = families.to_hf(
         families.from_hf(RAW | {"overrides": [{"layers": [0], "router": {"name": "hash", "seed": 2}}]})
     )
     assert written["router"] == {"name": "softmax_topk"}

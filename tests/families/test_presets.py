@@ -32,7 +32,7 @@ def test_counts_are_the_published_ones(name: str) -> None:
 def test_counts_are_the_built_models(name: str) -> None:
     config = families.find_preset(name)
     with torch.device("meta"):
-        described = families.family(config.family).to_hf(config)
+        described = families.to_hf(config)
         theirs = AutoModelForCausalLM.from_config(AutoConfig.for_model(**described))
     ours = Decoder(config, device="meta")
     assert config.total == sum(parameter.numel() for parameter in ours.parameters()) == theirs.num_parameters()
@@ -43,7 +43,7 @@ def test_a_preset_names_licence_and_source_and_reads_back(name: str) -> None:
     preset, config = families.presets()[name], families.find_preset(name)
     own = families.family(config.family)
     assert preset.licence and preset.source
-    assert families.from_hf(own.to_hf(config)) == config
+    assert families.from_hf(families.to_hf(config)) == config
     check_weight_map(config.tensors(), own.weight_map(config))
 
 

@@ -50,7 +50,7 @@ def interleaved(weight: np.ndarray, num_heads: int) -> np.ndarray:
 
 def write(path: Path, family: str, model: Decoder, **more: Any) -> None:
     """What llama.cpp's converter would write for this model."""
-    hf = families.family(family).to_hf(model.config)
+    hf = families.to_hf(model.config)
     writer = gguf.GGUFWriter(path, ARCHITECTURES[family])
     writer.add_context_length(hf["max_position_embeddings"])
     writer.add_embedding_length(hf["hidden_size"])

@@ -3,6 +3,7 @@
 A family is data and three functions (see `Family`); modules whose name begins with "_" are shared helpers.
 """
 
+import dataclasses
 import importlib
 import pkgutil
 from functools import cache
@@ -10,7 +11,7 @@ from typing import Any, Protocol
 
 from moesaic.config import ModelConfig
 from moesaic.errors import ConfigError
-from moesaic.families._common import Preset
+from moesaic.families._common import Preset, refusal
 from moesaic.models.weight_map import WeightMap
 from moesaic.registry import unknown_name
 
@@ -27,7 +28,7 @@ class Family(Protocol):
 
     @staticmethod
     def to_hf(config: ModelConfig) -> dict[str, Any]:
-        """The inverse. Raises ConfigError for a model that this family has no fields for."""
+        """The inverse, of what this family has fields for: `families.to_hf` refuses what would not read back the same."""
         ...
 
     @staticmethod
@@ -55,6 +56,30 @@ def from_hf(raw: dict[str, Any]) -> ModelConfig:
     if not isinstance(name, str):
         raise ConfigError(f"no model_type in the configuration; known: {', '.join(names())}")
     return family(name).from_hf(raw)
+
+
+def to_hf(config: ModelConfig) -> dict[str, Any]:
+    """The config.json of a model, by its family.
+
+    Raises ConfigError for a model that the family has no fields for: what is written must read back as the same.
+    """
+    own = family(config.family)
+    described = own.to_hf(config)
+    if (back := own.from_hf(described)) != config:
+        raise refusal(config.family, difference(config, back))
+    return described
+
+
+def difference(config: Any, back: Any, where: str = "") -> str:
+    """The first part of two descriptions that differs, in the words of a message."""
+    if dataclasses.is_dataclass(config) and type(config) is type(back):
+        names = (field.name for field in dataclasses.fields(config))
+        name = next(name for name in names if getattr(config, name) != getattr(back, name))
+        return difference(getattr(config, name), getattr(back, name), f"{where}.{name}" if where else name)
+    if isinstance(config, tuple) and isinstance(back, tuple) and len(config) == len(back):
+        index = next(index for index, pair in enumerate(zip(config, back, strict=True)) if pair[0] != pair[1])
+        return difference(config[index], back[index], f"{where}[{index}]")
+    return f"{where} is {config!r} and would be read back as {back!r}"
 
 
 def presets() -> dict[str, Preset]:

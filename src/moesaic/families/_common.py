@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
 from moesaic.config import AttentionConfig, ModelConfig, MoeConfig, NormConfig, RopeConfig
-from moesaic.config.router import RouterConfig
 from moesaic.errors import ConfigError
 from moesaic.models.weight_map import Piece, WeightMap
 from moesaic.tensor_spec import TensorSpec
@@ -142,12 +141,6 @@ def refusal(family: str, why: str) -> ConfigError:
     )
 
 
-def require(family: str, what: str, seen: object, allowed: object) -> None:
-    """Raise the refusal unless `seen` is what `family` always has."""
-    if seen != allowed:
-        raise refusal(family, f"{what} is {seen!r}, and {family} has {allowed!r}")
-
-
 def shared_attention(config: ModelConfig) -> AttentionConfig:
     return the_same("attention", config.family, (layer.attention for layer in config.layers))
 
@@ -157,20 +150,11 @@ def shared_norm(config: ModelConfig) -> NormConfig:
 
 
 def shared_moe(config: ModelConfig) -> MoeConfig:
-    """The description all MoE layers share: softmax without settings of its own, dropless, no shared expert."""
+    """The description that all MoE layers share."""
     found = [layer.feed_forward for layer in config.layers if isinstance(layer.feed_forward, MoeConfig)]
     if not found:
         raise refusal(config.family, "it has no MoE layer")
-    moe = the_same("the MoE", config.family, found)
-    require(config.family, "the router", moe.router.name, "softmax_topk")
-    plain = RouterConfig(name="softmax_topk", num_experts=moe.router.num_experts, top_k=moe.router.top_k)
-    for field in ("selection_bias", "scaling_factor", "groups", "batch_norm", "jitter", "gating_dropout"):
-        require(config.family, f"the router's {field}", getattr(moe.router, field), getattr(plain, field))
-    require(config.family, "the shared expert", moe.shared, None)
-    require(config.family, "the capacity", moe.capacity, None)
-    require(config.family, "the expert dropout", moe.expert_dropout, 0.0)
-    require(config.family, "the activation", moe.activation, "silu")
-    return moe
+    return the_same("the MoE", config.family, found)
 
 
 def hf_fields(config: ModelConfig, architecture: str) -> dict[str, Any]:

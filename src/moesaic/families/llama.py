@@ -9,7 +9,6 @@ from moesaic.families._common import (
     decoder_weight_map,
     hf_fields,
     refusal,
-    require,
     shared_attention,
     the_same,
 )
@@ -39,15 +38,11 @@ def from_hf(raw: dict[str, Any]) -> ModelConfig:
 
 
 def to_hf(config: ModelConfig) -> dict[str, Any]:
-    """Its config.json. Raises ConfigError for a model with more than Llama has."""
+    """Its config.json. Raises ConfigError for layers that differ where it has one field."""
     attention = shared_attention(config)
     mlp = the_same("the feed-forward block", NAME, (layer.feed_forward for layer in config.layers))
     if not isinstance(mlp, MlpConfig):
         raise refusal(NAME, "it has MoE layers")
-    require(NAME, "the activation", mlp.activation, "silu")
-    require(NAME, "the window", attention.window, None)
-    require(NAME, "the head norm", attention.head_norm, None)
-    require(NAME, "the output bias", attention.output_bias, attention.qkv_bias)
     if config.hidden_size % attention.num_heads:  # transformers' LlamaConfig refuses it, whatever head_dim says
         raise refusal(NAME, f"hidden_size={config.hidden_size} is not a multiple of num_heads={attention.num_heads}")
     return hf_fields(config, "LlamaForCausalLM") | {

@@ -10,9 +10,7 @@ from moesaic.families._common import (
     decoder_weight_map,
     hf_fields,
     refusal,
-    require,
     shared_attention,
-    shared_norm,
     the_same,
 )
 from moesaic.models.weight_map import WeightMap
@@ -60,16 +58,13 @@ def _windows(hf: HfFields) -> list[int | None]:
 
 
 def to_hf(config: ModelConfig) -> dict[str, Any]:
-    """Its config.json. Raises ConfigError for a model with other parts than Qwen3's."""
+    """Its config.json. Raises ConfigError for layers that differ where it has one field."""
     if config.moe_layers:
         raise refusal(NAME, "it has MoE layers")
     attention = shared_attention(config)
     mlp = the_same("the feed-forward block", NAME, (layer.feed_forward for layer in config.layers))
     if not isinstance(mlp, MlpConfig):
         raise refusal(NAME, "it has Soft MoE layers")
-    require(NAME, "the head norm", attention.head_norm, shared_norm(config))
-    require(NAME, "the attention's output bias", attention.output_bias, attention.qkv_bias)
-    require(NAME, "the feed-forward bias", mlp.bias, False)
     windowed = attention.window is not None
     return hf_fields(config, "Qwen3ForCausalLM") | {
         "intermediate_size": mlp.intermediate_size,

@@ -67,7 +67,7 @@ def is_weight_file(name: str) -> bool:
 def write_checkpoint(model: Decoder, folder: Path, *, max_shard_bytes: int = 5_000_000_000) -> None:
     """Write the files of a model into an empty folder."""
     config = model.config
-    described = families.family(config.family).to_hf(config)
+    described = families.to_hf(config)
     dtype = str(model.embedding.weight.dtype).removeprefix("torch.")
     # transformers 5 reads `dtype`, other readers `torch_dtype`.
     write_json(folder / checkpoint.CONFIG, described | {"dtype": dtype, "torch_dtype": dtype})

@@ -103,7 +103,7 @@ def upcycled_config(dense: ModelConfig, cut: Cut) -> ModelConfig:
     layers = tuple(_upcycled_layer(layer, cut) for layer in dense.layers)
     decoder = dataclasses.replace(dense.decoder, layers=layers)
     config = dataclasses.replace(dense, family="mixtral", decoder=decoder)
-    families.family(config.family).to_hf(config)  # refuses what its files have no fields for, such as biases
+    families.to_hf(config)  # refuses what its files have no fields for, such as biases
     return config
 
 
