@@ -28,7 +28,7 @@ class Family(Protocol):
 
     @staticmethod
     def to_hf(config: ModelConfig) -> dict[str, Any]:
-        """The inverse, of what this family has fields for: `families.to_hf` refuses what would not read back the same."""
+        """The inverse, of what this family has fields for; `families.to_hf` refuses a model that would change."""
         ...
 
     @staticmethod
