@@ -8,7 +8,7 @@ and held-out text have the same share of every domain, so that a bias learnt on 
 The sign rule of auxiliary-loss-free balancing moves a bias by its rate a step: 0.001 in the paper's 40 000 steps,
 where it may travel 40. In this study's few hundred steps it must travel as far as the scores of its experts are apart,
 some tenths: rates are larger for it. They fall to 0 over the last quarter, with the learning rate, or biases would
-end in a random walk as wide as they are quick. But while the router still learns, slow biases cannot follow it: two
+end in a random walk as wide as they are quick. But while the router still learns, slow biases cannot follow it: other
 cells let them fall earlier and later.
 
 A finished cell is remembered in --out; the same command goes on after a stop.
@@ -58,6 +58,7 @@ def recipe(steps: int) -> dict[str, Any]:
 def study(steps: int) -> Study:
     """The ways to balance."""
     sigmoid, biased = {"name": "sigmoid_topk"}, {"name": "sigmoid_topk", "selection_bias": True}
+    soft = {"name": "softmax_topk", "selection_bias": True}
 
     def rate(value: float, falls_from: float = 0.75) -> dict[str, Any]:
         return {"selection_bias_rate": [[0, value], [round(falls_from * steps), value], [steps, 0.0]]}
@@ -82,6 +83,10 @@ def study(steps: int) -> Study:
         Cell("hash", {"router": {"name": "hash", "table": "balanced"}}),
         Cell("aux-free 0.01, falls early", {"router": biased}, rate(0.01, 0.5)),
         Cell("aux-free 0.01, falls late", {"router": biased}, rate(0.01, 0.9)),
+        Cell("aux-free 0.02, falls late", {"router": biased}, rate(0.02, 0.9)),
+        Cell("aux-free 0.01, falls last", {"router": biased}, rate(0.01, 0.97)),
+        Cell("aux-free 0.03, falls late", {"router": biased}, rate(0.03, 0.9)),
+        Cell("aux-free softmax 0.003, falls late", {"router": soft}, rate(0.003, 0.9)),
     ]
     return Study(recipe(steps), cells)
 

@@ -9,8 +9,9 @@ matrices, so that its weights stay in cache. Ours sums the weights' gradients in
 `--autograd` has them returned as fresh tensors, as the other two do. All take turns, so that whatever else the machine
 does falls on each; medians of GFLOP/s are printed, and ratios to dense within the same turns.
 
-`--classes` instead times each product against torch.mm for every expert, over rows an expert: the source of
-kernels/native.py's _LIBRARY_ROWS.
+`--classes` instead times each product against torch.mm for every expert, in more layers and over rows an expert: the
+source of kernels/native.py's _LIBRARY_ROWS. dW goes into new memory, whose pages cost both more than the product where
+it is large, and into memory that is kept, as the trainer does.
 """
 
 import argparse
@@ -18,6 +19,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -35,6 +37,7 @@ class Layer(NamedTuple):
 
 
 LAYERS = [Layer("T", 384, 512, 16), Layer("A", 1024, 512, 32)]
+MORE_LAYERS = [Layer("S", 256, 128, 64), Layer("M", 512, 1024, 16), Layer("Q", 2048, 768, 8)]  # for the size classes
 Call = Callable[[], object]
 
 
@@ -143,8 +146,8 @@ def scan_classes(args: argparse.Namespace) -> None:
     """Each product here and by torch.mm for every expert, over rows an expert: how many times as fast ours is."""
     for dtype in (getattr(torch, name) for name in args.dtype):
         print(f"\n{native.describe()}; {dtype}: times as fast as torch.mm")
-        print(f"{'layer':7}{'rows':>5}{'forward':>9}{'dX':>7}{'dW':>7}")
-        for layer in LAYERS:
+        print(f"{'layer':7}{'rows':>5}{'forward':>9}{'dX':>7}{'dW, new':>9}{'dW, kept':>10}")
+        for layer in LAYERS + MORE_LAYERS:
             for rows in args.rows:
                 offsets = offsets_of(layer.num_experts, rows)
                 num_rows, inputs, outputs = int(offsets[-1]), layer.hidden, 2 * layer.inner
@@ -163,7 +166,29 @@ def scan_classes(args: argparse.Namespace) -> None:
                     spent = seconds_in_turns(calls, args.rounds, args.turn)
                     ours, library = (statistics.median(spent[k.__name__]) for k in (native, reference))
                     ratios.append(library / ours)
-                print(f"{layer.name:7}{rows:5}{ratios[0]:9.2f}{ratios[1]:7.2f}{ratios[2]:7.2f}", flush=True)
+                ratios.append(kept_ratio(args, dy_RO, x_RI, offsets))
+                forward, d_input, new, kept = ratios
+                print(f"{layer.name:7}{rows:5}{forward:9.2f}{d_input:7.2f}{new:9.2f}{kept:10.2f}", flush=True)
+
+
+def kept_ratio(args: argparse.Namespace, dy_RO: Tensor, x_RI: Tensor, offsets: Tensor) -> float:
+    """How many times as fast ours writes the weights' gradients into fp32 memory that is kept, as the trainer does.
+
+    torch.mm is compared in fp32, the only dtype in which it can write there.
+    """
+    kept_EOI = torch.zeros(len(offsets) - 1, dy_RO.shape[1], x_RI.shape[1])
+    spans = list(enumerate(pairwise(offsets.tolist())))
+    dy, x = dy_RO.float(), x_RI.float()
+
+    def library() -> None:
+        for expert, (start, end) in spans:
+            torch.mm(dy[start:end].T, x[start:end], out=kept_EOI[expert])
+
+    def ours() -> None:
+        native.add_grouped_linear_weight_grad(dy_RO, x_RI, offsets, kept_EOI, accumulate=False)
+
+    spent = seconds_in_turns({"ours": ours, "library": library}, args.rounds, args.turn)
+    return statistics.median(spent["library"]) / statistics.median(spent["ours"])
 
 
 def main() -> None:

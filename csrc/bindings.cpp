@@ -342,7 +342,7 @@ void bound_grouped_linear_input_grad(const Array &dy, const Array &weight, const
 }
 
 void bound_grouped_linear_weight_grad(const Array &dy, const Array &x, const Array &offsets, const Array &dw,
-                                      bool accumulate, int64_t max_rows, int threads) {
+                                      bool fresh, bool accumulate, int64_t max_rows, int threads) {
     check_rank_2("x_RI", x);
     const int64_t rows = size(x, 0), inputs = size(x, 1);
     check("dy_RO", dy, {kind_of(x)}, {rows, any});
@@ -352,13 +352,13 @@ void bound_grouped_linear_weight_grad(const Array &dy, const Array &x, const Arr
     const bool wide = kind_of(dw) == Kind::f32;
     if (accumulate && !wide) refuse("dw_EOI", "is bfloat16; sums of several gradients are kept in float32");
     const Grouped grouped{size(dw, 0), inputs, size(dy, 1), data<int64_t>(offsets), 0, max_rows};
+    const Target target = accumulate ? Target::sums : fresh ? Target::fresh : Target::reused;
     nb::gil_scoped_release release;
     for_type(x, [&](auto *type) {
         using T = std::remove_pointer_t<decltype(type)>;
         const auto &kernels = chosen().of(type);
         if (wide)
-            kernels.grouped_linear_weight_grad_wide(data<T>(dy), data<T>(x), data<float>(dw), accumulate, grouped,
-                                                    threads);
+            kernels.grouped_linear_weight_grad_wide(data<T>(dy), data<T>(x), data<float>(dw), target, grouped, threads);
         else kernels.grouped_linear_weight_grad(data<T>(dy), data<T>(x), data<T>(dw), grouped, threads);
     });
 }
@@ -430,7 +430,7 @@ NB_MODULE(_native, m) {
     m.def("grouped_linear_input_grad", &bound_grouped_linear_input_grad, nb::arg("dy_RO"), nb::arg("weight_EOI"),
           nb::arg("offsets"), nb::arg("dx_RI"), nb::arg("max_rows"), nb::arg("threads"));
     m.def("grouped_linear_weight_grad", &bound_grouped_linear_weight_grad, nb::arg("dy_RO"), nb::arg("x_RI"),
-          nb::arg("offsets"), nb::arg("dw_EOI"), nb::arg("accumulate"), nb::arg("max_rows"), nb::arg("threads"));
+          nb::arg("offsets"), nb::arg("dw_EOI"), nb::arg("fresh"), nb::arg("accumulate"), nb::arg("max_rows"), nb::arg("threads"));
     m.def("silu_mul", &bound_silu_mul, nb::arg("gate_up"), nb::arg("y"), nb::arg("threads"));
     m.def("cross_entropy", &bound_cross_entropy, nb::arg("logits"), nb::arg("targets"), nb::arg("losses"),
           nb::arg("threads"));

@@ -146,11 +146,12 @@ void grouped_linear_input_grad(const T *dy, const T *weight, T *dx, const Groupe
 namespace {
 
 template <class T, class C>
-void weight_grad(const T *dy, const T *x, C *dw, bool accumulate, const Grouped &g, int threads) {
+void weight_grad(const T *dy, const T *x, C *dw, Target target, const Grouped &g, int threads) {
     const int64_t row_bytes = g.inputs * static_cast<int64_t>(sizeof(C));
     const bool whole_lines = row_bytes % 64 == 0 && reinterpret_cast<uintptr_t>(dw) % 64 == 0;
     const bool large = g.num_experts * g.outputs * row_bytes > stream_bytes;
-    const bool stream = can_stream && !accumulate && whole_lines && large;
+    const bool accumulate = target == Target::sums;
+    const bool stream = can_stream && target == Target::reused && whole_lines && large;
     const auto product_of = [&](int64_t e) -> Product<T, C> {
         const int64_t start = g.offsets[e], rows = g.offsets[e + 1] - start;
         const bool skip = rows > g.max_rows || (rows == 0 && accumulate);
@@ -166,13 +167,13 @@ void weight_grad(const T *dy, const T *x, C *dw, bool accumulate, const Grouped 
 
 template <class T>
 void grouped_linear_weight_grad(const T *dy, const T *x, T *dw, const Grouped &g, int threads) {
-    weight_grad(dy, x, dw, false, g, threads);
+    weight_grad(dy, x, dw, Target::fresh, g, threads);
 }
 
 template <class T>
-void grouped_linear_weight_grad_wide(const T *dy, const T *x, float *dw, bool accumulate, const Grouped &g,
+void grouped_linear_weight_grad_wide(const T *dy, const T *x, float *dw, Target target, const Grouped &g,
                                      int threads) {
-    weight_grad(dy, x, dw, accumulate, g, threads);
+    weight_grad(dy, x, dw, target, g, threads);
 }
 
 #define MOESAIC_FOR(T)                                                                                             \
@@ -180,7 +181,7 @@ void grouped_linear_weight_grad_wide(const T *dy, const T *x, float *dw, bool ac
     template void grouped_gated(const T *, const T *, T *, T *, const Grouped &, int);                             \
     template void grouped_linear_input_grad(const T *, const T *, T *, const Grouped &, int);                      \
     template void grouped_linear_weight_grad(const T *, const T *, T *, const Grouped &, int);                     \
-    template void grouped_linear_weight_grad_wide(const T *, const T *, float *, bool, const Grouped &, int);
+    template void grouped_linear_weight_grad_wide(const T *, const T *, float *, Target, const Grouped &, int);
 MOESAIC_FOR(float)
 MOESAIC_FOR(bf16)
 

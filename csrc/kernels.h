@@ -18,6 +18,10 @@ struct Grouped {
     int64_t max_rows;        // experts with more rows are left to the caller
 };
 
+// Where a gradient goes: into memory just allocated, into memory that has been written before, or onto sums. Pages that
+// the system hands out are zeroed through the caches and found there; what goes past them would wait for both.
+enum class Target { fresh, reused, sums };
+
 // Tokens in a row, each of num_heads heads; cosines and sines are those of token % positions.
 struct Heads {
     int64_t tokens, num_heads, head_dim, positions;
@@ -72,7 +76,7 @@ struct Typed {
     void (*grouped_gated)(const T *x, const T *weight, T *gate_up, T *y, const Grouped &grouped, int threads);
     void (*grouped_linear_input_grad)(const T *dy, const T *weight, T *dx, const Grouped &grouped, int threads);
     void (*grouped_linear_weight_grad)(const T *dy, const T *x, T *dw, const Grouped &grouped, int threads);
-    void (*grouped_linear_weight_grad_wide)(const T *dy, const T *x, float *dw, bool accumulate, const Grouped &grouped,
+    void (*grouped_linear_weight_grad_wide)(const T *dy, const T *x, float *dw, Target target, const Grouped &grouped,
                                             int threads);
 };
 

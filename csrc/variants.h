@@ -39,7 +39,7 @@ void grouped_linear_input_grad(const T *dy, const T *weight, T *dx, const Groupe
 template <class T>
 void grouped_linear_weight_grad(const T *dy, const T *x, T *dw, const Grouped &grouped, int threads);
 template <class T>
-void grouped_linear_weight_grad_wide(const T *dy, const T *x, float *dw, bool accumulate, const Grouped &grouped,
+void grouped_linear_weight_grad_wide(const T *dy, const T *x, float *dw, Target target, const Grouped &grouped,
                                      int threads);
 
 }  // namespace moesaic::MOESAIC_ISA

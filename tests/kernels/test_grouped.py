@@ -115,8 +115,13 @@ def test_long_sums_go_in_several_passes(counts: list[int], inputs: int, outputs:
     check_all(counts, inputs, outputs, dtype)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_large_gradients_are_written_past_the_caches(dtype: torch.dtype, threads: int) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "reused_bytes"), [(torch.float32, 0), (torch.float32, 32 << 20), (torch.bfloat16, 32 << 20)]
+)
+def test_large_gradients_are_written_past_the_caches_where_pages_are_not_new(
+    dtype: torch.dtype, reused_bytes: int, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(native, "_REUSED_BYTES", reused_bytes)
     check_all([3, 0, 17, 1, 9, 2], 1024, 512, dtype)
 
 

@@ -149,6 +149,10 @@ _FEW_ROWS = {torch.float32: 16, torch.bfloat16: 4}
 _LIBRARY_ROWS = {("portable", torch.float32): 16, ("neon", torch.float32): 16, ("neon", torch.bfloat16): 4}
 _NEVER = 2**62
 
+# A tensor of more bytes always gets new pages from the system: glibc keeps smaller blocks for reuse
+# (DEFAULT_MMAP_THRESHOLD_MAX).
+_REUSED_BYTES = 32 << 20
+
 
 def _own_rows(dtype: torch.dtype) -> int:
     """Rows an expert up to which its products are computed here; torch.mm takes those with more."""
@@ -209,7 +213,7 @@ def grouped_linear_weight_grad(dy_RO: Tensor, x_RI: Tensor, offsets: Tensor) -> 
     if not _takes(dy_RO, x_RI):
         return reference.grouped_linear_weight_grad(dy_RO, x_RI, offsets)
     dw_EOI = torch.empty(offsets.shape[0] - 1, dy_RO.shape[1], x_RI.shape[1], dtype=x_RI.dtype)
-    _weight_grad(dy_RO, x_RI, offsets, dw_EOI, accumulate=False)
+    _weight_grad(dy_RO, x_RI, offsets, dw_EOI, fresh=dw_EOI.nbytes > _REUSED_BYTES)
     return dw_EOI
 
 
@@ -220,13 +224,15 @@ def add_grouped_linear_weight_grad(
     if not (_takes(dy_RO, x_RI) and sum_EOI.dtype == torch.float32 and sum_EOI.is_contiguous()):
         reference.add_grouped_linear_weight_grad(dy_RO, x_RI, offsets, sum_EOI, accumulate)
         return
-    _weight_grad(dy_RO, x_RI, offsets, sum_EOI, accumulate)
+    _weight_grad(dy_RO, x_RI, offsets, sum_EOI, accumulate=accumulate)
 
 
-def _weight_grad(dy_RO: Tensor, x_RI: Tensor, offsets: Tensor, dw_EOI: Tensor, accumulate: bool) -> None:
+def _weight_grad(
+    dy_RO: Tensor, x_RI: Tensor, offsets: Tensor, dw_EOI: Tensor, *, fresh: bool = False, accumulate: bool = False
+) -> None:
     inputs = (dy_RO.contiguous(), x_RI.contiguous(), offsets.contiguous())
     own_rows = _own_rows(x_RI.dtype) if dw_EOI.dtype == x_RI.dtype else _NEVER  # torch.mm would round in between
-    _native.grouped_linear_weight_grad(*map(_array, inputs), _array(dw_EOI), accumulate, own_rows, _threads())
+    _native.grouped_linear_weight_grad(*map(_array, inputs), _array(dw_EOI), fresh, accumulate, own_rows, _threads())
     for expert, start, end in _left_over(offsets, own_rows):
         if accumulate:
             dw_EOI[expert].addmm_(dy_RO[start:end].T, x_RI[start:end])
