@@ -81,6 +81,11 @@ def test_a_finished_run_is_not_trained_over(tmp_path, corpus, recipe, capsys):
     assert "holds a run at step 6; add --resume" in capsys.readouterr().err
 
 
+def test_resume_says_when_there_is_nothing_to_resume(tmp_path, corpus, recipe, capsys):
+    assert train(tmp_path, corpus, recipe, "--resume") == 0
+    assert f"no checkpoint in {tmp_path / 'run'}: starting at step 0" in capsys.readouterr().err
+
+
 def test_resume_of_another_recipe_is_refused(tmp_path, corpus, recipe, capsys):
     assert train(tmp_path, corpus, recipe) == 0
     assert train(tmp_path, corpus, recipe, "--resume", "--set", "train.seed=5") == 2

@@ -143,6 +143,8 @@ def train_run(
     _keep_tokenizer(text, folder)
     if trainer.resume():
         output.talk(f"going on from step {trainer.step} of {recipe.train.steps}")
+    elif args.resume:
+        output.talk(f"no checkpoint in {folder.path}: starting at step 0")
     profiled = _train(trainer, folder, args)
     return Finished(_finish(trainer, folder, text), profiled)
 
