@@ -58,6 +58,7 @@ def recipe(steps: int) -> dict[str, Any]:
 def study(steps: int) -> Study:
     """The ways to balance."""
     sigmoid, biased = {"name": "sigmoid_topk"}, {"name": "sigmoid_topk", "selection_bias": True}
+    proportional = {"selection_bias_rule": "proportional"}
     soft = {"name": "softmax_topk", "selection_bias": True}
 
     def rate(value: float, falls_from: float = 0.75) -> dict[str, Any]:
@@ -76,7 +77,7 @@ def study(steps: int) -> Study:
         Cell("sigmoid, switch 0.01", {"router": sigmoid}, loss(("switch", 0.01))),
         Cell("aux-free 0.003", {"router": biased}, rate(0.003)),
         Cell("aux-free 0.01", {"router": biased}, rate(0.01)),
-        Cell("aux-free proportional 0.01", {"router": biased}, {**rate(0.01), "selection_bias_rule": "proportional"}),
+        Cell("aux-free proportional 0.01", {"router": biased}, {**rate(0.01), **proportional}),
         Cell("global batch 0.01", train=loss(("global_running", 0.01))),
         Cell("noisy top-k", {"router": "noisy_topk"}, loss(("importance", 0.1), ("load", 0.1))),
         Cell("expert choice", {"router": "expert_choice"}, note="leaks the future: its loss is not comparable"),
@@ -87,6 +88,8 @@ def study(steps: int) -> Study:
         Cell("aux-free 0.01, falls last", {"router": biased}, rate(0.01, 0.97)),
         Cell("aux-free 0.03, falls late", {"router": biased}, rate(0.03, 0.9)),
         Cell("aux-free softmax 0.003, falls late", {"router": soft}, rate(0.003, 0.9)),
+        Cell("aux-free softmax 0.006, falls late", {"router": soft}, rate(0.006, 0.9)),
+        Cell("aux-free proportional 0.05, falls late", {"router": biased}, {**rate(0.05, 0.9), **proportional}),
     ]
     return Study(recipe(steps), cells)
 

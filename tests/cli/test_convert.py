@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from moesaic import hub
 from moesaic.cli.convert import parse_size, parse_upcycling
@@ -27,6 +28,40 @@ def test_a_folder_becomes_the_same_model(moesaic, moe_folder, tmp_path):
 def test_dtype(moesaic, moe_folder, tmp_path):
     assert moesaic("convert", moe_folder, tmp_path / "out", "--dtype", "bf16").exit_code == 0
     assert {tensor.dtype for tensor in hub.load(tmp_path / "out").state_dict().values()} == {torch.bfloat16}
+
+
+def test_json_says_what_was_written(moesaic, moe_folder, tmp_path):
+    (tmp_path / "in").mkdir()
+    for path in moe_folder.iterdir():
+        (tmp_path / "in" / path.name).write_bytes(path.read_bytes())
+    (tmp_path / "in" / "LICENSE").write_text("as you like")
+    ran = moesaic("convert", tmp_path / "in", tmp_path / "out", "--layout", "fused", "--check", "--json")
+    assert ran.exit_code == 0 and ran.json["folder"] == str(tmp_path / "out")
+    assert ran.json["weight_files"] == ["model.safetensors"] and ran.json["left_out"] == []
+    assert {"LICENSE", "tokenizer.json"} <= set(ran.json["kept_files"])
+    assert ran.json["num_bytes"] == sum(t.nbytes for t in hub.load(tmp_path / "out").state_dict().values())
+    assert (tmp_path / "out" / "LICENSE").read_text() == "as you like"
+    assert torch.equal(hub.load(tmp_path / "out")(TOKEN_IDS), hub.load(moe_folder)(TOKEN_IDS))
+
+
+def test_fp8_there_and_back(moesaic, moe_folder, tmp_path):
+    assert moesaic("convert", moe_folder, tmp_path / "fp8", "--dtype", "fp8").exit_code == 0
+    assert moesaic("count", tmp_path / "fp8", "--json").json["total"] == hub.read_config(moe_folder).total
+    assert moesaic("convert", tmp_path / "fp8", tmp_path / "back", "--dtype", "fp32").exit_code == 0
+    seen, expected = hub.load(tmp_path / "back")(TOKEN_IDS), hub.load(moe_folder)(TOKEN_IDS)
+    assert 0 < (seen - expected).abs().max() < 0.1 * expected.abs().max()
+
+
+def test_extra_tensors_are_named(moesaic, moe_folder, tmp_path):
+    (tmp_path / "in").mkdir()
+    for path in moe_folder.iterdir():
+        (tmp_path / "in" / path.name).write_bytes(path.read_bytes())
+    tensors = load_file(moe_folder / "model.safetensors") | {"model.more": torch.zeros(2)}
+    save_file(tensors, tmp_path / "in" / "model.safetensors", metadata={"format": "pt"})
+    ran = moesaic("convert", tmp_path / "in", tmp_path / "out")
+    assert (ran.exit_code, ran.err.count("\n")) == (2, 1) and "model.more" in ran.err and "--allow-extra" in ran.err
+    ran = moesaic("convert", tmp_path / "in", tmp_path / "out", "--allow-extra")
+    assert ran.exit_code == 0 and "left out 1 tensors: model.more" in ran.err
 
 
 def test_upcycling_keeps_the_function(moesaic, dense_folder, tmp_path):
@@ -59,6 +94,9 @@ def test_an_occupied_folder_is_left_alone(moesaic, moe_folder, dense_folder, tmp
         (["--max-shard-size", "2XB"], "500MB"),
         (["--upcycle", "8"], "2x4"),
         (["--dtype", "int3"], "bf16"),
+        (["--dtype", "mxfp4"], "mxfp4 packs experts"),
+        (["--upcycle", "2x4", "--layout", "fused"], "--layout does not go with --upcycle"),
+        (["--upcycle", "2x4", "--dtype", "fp8"], "--dtype fp8 does not go with --upcycle"),
     ],
 )
 def test_mistakes(moesaic, moe_folder, tmp_path, options, seen):

@@ -1,11 +1,18 @@
 """`moesaic count`."""
 
 import json
+from itertools import cycle
+from xml.etree import ElementTree
 
 import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from moesaic import families, hub
+from moesaic.cli import field_plot
 from moesaic.cli.count import describe
+from moesaic.families import _counted
+from moesaic.families._published import PUBLISHED
 
 
 def test_json_holds_the_counts(moesaic, moe_folder):
@@ -50,17 +57,96 @@ def test_dense_models_have_no_sparsity(dense_folder):
 
 def test_all_lists_every_preset(moesaic):
     models = moesaic("count", "--all", "--json").json["models"]
-    assert {model["model"]: model["total"] for model in models} == {
+    assert {model["model"]: model["total"] for model in models if model["runs"]} == {
         name: families.find_preset(name).total for name in families.presets()
     }
+    assert {model["model"] for model in models if not model["runs"]} == _counted.PRESETS.keys()
+    assert all(model["licence"] and model["source"] for model in models)
     ran = moesaic("count", "--all")
     assert all(model["model"] in ran.out for model in models)
-    assert ran.err.startswith("next: moesaic count ")
+    assert ran.err.splitlines()[-1].startswith("next: moesaic count ")
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16", "fp8", "int8", "int4"])
-def test_every_preset_and_dtype(dtype):
-    for name in families.presets():
+def test_published_figures_stand_beside(moesaic):
+    assert moesaic("count", "mixtral-8x7b", "--json").json["published"] == {"total": "46.7B", "active": "12.9B"}
+    out = moesaic("count", "mixtral-8x7b").out
+    assert "published: 46.7B in total, 12.9B active" in out and "licence Apache-2.0; source mistralai/Mixtral" in out
+    assert PUBLISHED.keys() & families.presets().keys() and _counted.PRESETS.keys() & PUBLISHED.keys()
+
+
+def test_the_field_is_drawn(moesaic, tmp_path):
+    ran = moesaic("count", "--all", "--plot", tmp_path / "field.svg")
+    assert ran.exit_code == 0 and f"drawn: {tmp_path / 'field.svg'}" in ran.err
+    picture = ElementTree.parse(tmp_path / "field.svg").getroot()
+    titles = [title.text for title in picture.iter("{http://www.w3.org/2000/svg}title")]
+    assert len(titles) == 2 * len(families.presets() | _counted.PRESETS)
+    assert "mixtral-8x7b: 46.7G in total, 12.7G active" in titles
+    for circle in picture.iter("{http://www.w3.org/2000/svg}circle"):
+        assert 0 <= float(circle.get("cx", "-1")) <= field_plot.WIDTH
+
+
+# Of every kind of layer some, at sizes that are all different.
+TINY = {
+    "qwen3_next": {
+        "hidden_size": 40, "num_hidden_layers": 5, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 12,
+        "num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 14, "shared_expert_intermediate_size": 22,
+        "linear_num_key_heads": 2, "linear_num_value_heads": 6, "linear_key_head_dim": 10, "linear_value_head_dim": 8,
+        "vocab_size": 131,
+    },
+    "jamba": {
+        "hidden_size": 48, "num_hidden_layers": 7, "num_attention_heads": 4, "num_key_value_heads": 2,
+        "intermediate_size": 26, "num_experts": 5, "num_experts_per_tok": 2, "vocab_size": 131, "mamba_d_state": 6,
+        "mamba_dt_rank": 7, "attn_layer_period": 4, "attn_layer_offset": 2, "tie_word_embeddings": True,
+    },
+    "granitemoehybrid": {
+        "hidden_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2,
+        "intermediate_size": 26, "shared_intermediate_size": 34, "num_local_experts": 5, "num_experts_per_tok": 2,
+        "vocab_size": 131, "mamba_n_heads": 6, "mamba_d_head": 16, "mamba_d_state": 10, "mamba_n_groups": 1,
+        "mamba_expand": 2, "layer_types": ["mamba", "attention", "mamba"], "tie_word_embeddings": True,
+    },
+    "nemotron_h": {
+        "hidden_size": 48, "num_hidden_layers": 5, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 14,
+        "hybrid_override_pattern": "ME*EM", "mamba_num_heads": 6, "mamba_head_dim": 8, "ssm_state_size": 10,
+        "n_groups": 2, "n_routed_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 18,
+        "moe_shared_expert_intermediate_size": 22, "n_shared_experts": 1, "vocab_size": 131, "conv_kernel": 4,
+    },
+}  # fmt: skip
+TINY["nemotron_h latent"] = TINY["nemotron_h"] | {"moe_latent_size": 20}
+TINY["qwen3_5_moe_text"] = TINY["qwen3_next"]
+
+
+@pytest.mark.parametrize("case", TINY)
+def test_models_that_are_only_counted_are_as_large_as_theirs(moesaic, tmp_path, case):
+    fields = TINY[case] | {"model_type": case.split()[0]}
+    with torch.device("meta"):
+        theirs = AutoModelForCausalLM.from_config(AutoConfig.for_model(**fields))
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    for place in (tmp_path, tmp_path / "config.json"):
+        ran = moesaic("count", place, "--json")
+        assert ran.json["total"] == theirs.num_parameters() == sum(ran.json["roles"].values())
+        assert ran.json["runs"] is False and sum(ran.json["active_roles"].values()) == ran.json["active_all"]
+    said = moesaic("count", tmp_path)
+    assert "state-space or linear attention layers do not run yet" in said.err and "of them MoE" in said.out
+
+
+# Billions in total, active with the embedding table and without it: sums over the released shapes.
+BILLIONS = {
+    "qwen3-next-80b-a3b": (79.674, 3.875, 3.564),
+    "qwen3.5-35b-a3b": (34.661, 3.455, 2.946),
+    "jamba-v0.1": (51.570, 12.110, 11.842),
+    "nemotron-3-nano-30b-a3b": (31.578, 3.580, 3.228),
+    "nemotron-3-super-120b-a12b": (120.669, 12.770, 12.233),
+}
+
+
+@pytest.mark.parametrize("name", BILLIONS)
+def test_counted_releases(moesaic, name):
+    counts = moesaic("count", name, "--json").json
+    assert tuple(round(counts[key] / 1e9, 3) for key in ("total", "active_all", "active_gemm")) == BILLIONS[name]
+
+
+def test_every_preset_and_dtype():
+    for name, dtype in zip(families.presets(), cycle(["fp32", "bf16", "fp16", "fp8", "int8", "int4"]), strict=False):
         document = describe(name, families.find_preset(name), dtype=dtype)
         assert json.loads(json.dumps(document)) == document
         assert 0 < document["active_gemm"] <= document["active_all"] <= document["total"]
@@ -75,6 +161,7 @@ def test_every_preset_and_dtype(dtype):
         (["mixtral-8x7b", "--all"], "--all"),
         (["mixtral-8x7b", "--context", "0"], "--context 0"),
         (["mixtral-8x7b", "--dtype", "fp7"], "fp32"),
+        (["mixtral-8x7b", "--plot", "field.svg"], "add --all"),
     ],
 )
 def test_mistakes(moesaic, arguments, seen):

@@ -47,14 +47,25 @@ OPTIONS = {
         "--dtype {fp32,bf16}",
         "--json",
     ],
-    "count": ["[MODEL]", "--all", "--context N", "--dtype {fp32,bf16,fp16,fp8,int8,int4}", "--json"],
+    "count": [
+        "[MODEL]",
+        "--all",
+        "--plot FILE",
+        "--context N",
+        "--dtype {fp32,bf16,fp16,fp8,int8,int4}",
+        "--json",
+    ],
     "convert": [
         "MODEL",
         "OUT_FOLDER",
-        "--dtype {fp32,bf16}",
+        "--dtype {fp32,bf16,fp16,fp8,mxfp4}",
+        "--layout {per-expert,fused}",
         "--max-shard-size SIZE",
         "--upcycle COPIESxSHARDS",
+        "--check",
+        "--allow-extra",
         "--overwrite",
+        "--json",
     ],
 }
 

@@ -3,8 +3,8 @@ from typing import Literal
 import pytest
 import torch
 
-from moesaic.config import MoeConfig, RouterConfig
-from moesaic.experts import dispatch
+from moesaic.config import ClampedSwiglu, MoeConfig, RouterConfig
+from moesaic.experts import dispatch, padded
 from moesaic.experts.grouped import GroupedExperts
 from moesaic.routing import Rows
 
@@ -41,6 +41,45 @@ def test_compute_equals_token_by_token(num_tokens, num_experts, top_k, weight_on
     experts, x_TD, ids_TK, weights_TK, rows = make(num_tokens, num_experts, top_k, 12, 5, weight_on=weight_on)
     expected = plain(experts, x_TD, ids_TK, weights_TK, weight_on)
     assert torch.allclose(experts.compute(x_TD, rows), expected, rtol=1e-10, atol=1e-12)
+
+
+def biased(num_tokens, num_experts, top_k, hidden, inner, activation):
+    """Experts with biases, and tokens with their rows."""
+    torch.manual_seed(1)
+    router = RouterConfig(name="topk_softmax", num_experts=num_experts, top_k=top_k)
+    config = MoeConfig(router=router, intermediate_size=inner, activation=activation, bias=True)
+    experts = GroupedExperts(config, hidden).double()
+    for parameter in experts.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    x_TD = torch.randn(num_tokens, hidden, dtype=torch.float64)
+    weights_TK, ids_TK = torch.randn(num_tokens, num_experts).softmax(-1).topk(top_k)
+    return experts, x_TD, ids_TK, weights_TK, Rows.from_topk(ids_TK, weights_TK, num_experts)
+
+
+@pytest.mark.parametrize("activation", ["silu", ClampedSwiglu(limit=0.6, alpha=1.702, shift=1.0)])
+@pytest.mark.parametrize("slots", [None, 9])
+def test_experts_with_biases_equal_token_by_token(activation, slots):
+    experts, x_TD, ids_TK, weights_TK, rows = biased(13, 7, 3, 12, 5, activation)
+    assert experts.gate_up_bias is not None and experts.down_bias is not None
+    expected = torch.zeros_like(x_TD)
+    for token, expert, weight in zip(range(13), ids_TK, weights_TK.double(), strict=True):
+        for e, w in zip(expert.tolist(), weight, strict=True):
+            gate_up = experts.gate_up[e] @ x_TD[token] + experts.gate_up_bias[e]
+            expected[token] += w * (experts.down[e] @ experts.activation(gate_up) + experts.down_bias[e])
+    seen = experts.compute(x_TD, rows) if slots is None else padded.compute(experts, x_TD, rows, slots)
+    assert torch.allclose(seen, expected, rtol=1e-6, atol=1e-7)
+
+
+def test_gradients_reach_the_biases():
+    experts, x_TD, _, _, rows = biased(6, 3, 2, 4, 3, ClampedSwiglu(limit=5.0, alpha=1.702, shift=1.0))
+    names, parameters = zip(*experts.named_parameters(), strict=True)
+    assert names == ("gate_up", "gate_up_bias", "down", "down_bias")
+
+    def output(x, *tensors):
+        return torch.func.functional_call(experts, dict(zip(names, tensors, strict=True)), (x, rows.expert_offsets))
+
+    x_RD = dispatch.gather(x_TD, rows).requires_grad_()
+    assert torch.autograd.gradcheck(output, (x_RD, *parameters), fast_mode=True)
 
 
 def test_tokens_without_rows_get_zeros():

@@ -14,6 +14,7 @@ from moesaic.families import find_preset
 from moesaic.hub import load, read_config
 from moesaic.hub.embedded import embedded_gguf
 from moesaic.hub.gguf import GgufFile, read_metadata
+from moesaic.hub.streaming import convert
 from moesaic.models.decoder import Decoder
 
 ARCHITECTURES = {"llama": "llama", "mixtral": "llama", "qwen3": "qwen3", "qwen3_moe": "qwen3moe"}
@@ -119,6 +120,18 @@ def test_figures_and_tensors_come_back(tmp_path: Path, family: str, tied: bool) 
     assert loaded.config == model.config == read_config(tmp_path / "m.gguf")
     for name, tensor in model.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], tensor), name
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
+def test_a_file_becomes_a_folder(tmp_path: Path, family: str) -> None:
+    model = tiny(family)
+    write(tmp_path / "m.gguf", family, model)
+    convert(tmp_path / "m.gguf", tmp_path / "plain")
+    convert(tmp_path / "m.gguf", tmp_path / "bf16", dtype="bf16", max_shard_bytes=8_000)
+    assert load(tmp_path / "plain").config == model.config == load(tmp_path / "bf16").config
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(load(tmp_path / "plain").state_dict()[name], tensor), name
+        assert torch.equal(load(tmp_path / "bf16").state_dict()[name], tensor.bfloat16()), name
 
 
 def test_metadata_are_plain_values(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ def test_a_folder_a_file_and_a_preset(folder: Path, config: ModelConfig) -> None
     [
         ("mixtral-8x7", "no preset .nothing is downloaded.; nearest presets: mixtral-8x7b"),
         ("mistralai/Mixtral-8x7B-v0.1", "nearest presets: mixtral-8x7b"),
-        ("./zzzzzz", "no path on this machine and no preset .*; presets: llama-2-70b, mixtral"),
+        ("./zzzzzz", "no path on this machine and no preset .*; `moesaic count --all` lists the presets"),
     ],
 )
 def test_what_is_not_there_names_what_is_near(typed: str, message: str) -> None:

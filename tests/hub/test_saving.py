@@ -13,8 +13,11 @@ import torch
 from safetensors import safe_open
 
 from moesaic.errors import CheckpointError
+from moesaic.families import mixtral
 from moesaic.hub import load, save, saving, staging
+from moesaic.hub.sources import SafetensorsFolder
 from moesaic.models.decoder import Decoder
+from moesaic.models.weight_map import Piece, check_weight_map
 
 
 class OneFile:
@@ -164,3 +167,28 @@ def test_a_link_to_a_folder_stays_a_link(model: Decoder, folder: Path) -> None:
     save(model.initialize(seed=9), link)
     assert link.is_symlink()
     assert torch.equal(load(folder).embedding.weight, model.embedding.weight)
+
+
+def test_tensors_of_a_file_in_parts_transposed_and_interleaved(
+    model: Decoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    every, expert, attention = slice(None), "layers.0.feed_forward.experts", "layers.0.attention"
+    halves = ((slice(0, 7), slice(0, None, 2)), (slice(7, 14), slice(1, None, 2)))
+    rows = {"q": slice(0, 24), "k": slice(24, 36), "v": slice(36, 48)}
+    fused = {
+        f"{expert}.gate_up": tuple(
+            Piece("gate_up", (every, own), (every, every, other), transposed=True) for own, other in halves
+        ),
+        f"{expert}.down": tuple(
+            Piece("down", (e,), (slice(7 * e, 7 * e + 7),), transposed=True) for e in range(3)
+        ),
+    } | {f"{attention}.{name}_proj.weight": (Piece("qkv", file_index=(at,)),) for name, at in rows.items()}  # fmt: skip
+    weight_map = mixtral.weight_map(model.config) | fused
+    check_weight_map(model.config.tensors(), weight_map)
+    monkeypatch.setattr(mixtral, "weight_map", lambda config: weight_map)
+    save(model, tmp_path / "fused", max_shard_bytes=5_000)
+    with safe_open(SafetensorsFolder(tmp_path / "fused").tensors["gate_up"].file, framework="pt") as file:
+        both = file.get_tensor("gate_up")
+    assert torch.equal(both[:, :, 1::2].mT, model.state_dict()[f"{expert}.gate_up"][:, 7:])
+    for name, tensor in load(tmp_path / "fused").state_dict().items():
+        assert torch.equal(tensor, model.state_dict()[name]), name

@@ -54,6 +54,45 @@ def test_values_and_gradients_are_those_of_fp64(kind, key_value_heads, dtype):
         assert (computed.double() - exact).abs().max() <= tolerance * exact.abs().max()
 
 
+@pytest.mark.parametrize("scale", [None, 0.3, 0.25])
+@pytest.mark.parametrize("kind", ["causal", "all", "window", "documents"])
+@pytest.mark.parametrize("key_value_heads", [1, 4])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_sinks_take_their_share_of_the_softmax(kind, key_value_heads, dtype, scale):
+    """Against a softmax with one more column, written out in fp64."""
+    results = []
+    for wanted, function in ((torch.float64, reference.attention_with_sinks), (dtype, attention)):
+        inputs = _inputs(wanted, key_value_heads=key_value_heads)
+        sinks_H = torch.tensor([-3.0, 0.0, 1.0, 6.0], dtype=wanted, requires_grad=True)
+        causal, visible = kind == "causal", _visible(kind, 7, 7)
+        out = function(*inputs, visible=visible, causal=causal, scale=scale, sinks_H=sinks_H)
+        slope = torch.linspace(-1, 1, out.numel(), dtype=wanted).view(out.shape)
+        results.append([out.detach(), *torch.autograd.grad(out, (*inputs, sinks_H), slope)])
+    # A sink's gradient is a sum of outputs that cancel: in bf16 it loses some bits more than they do.
+    tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 5e-2}[dtype]
+    for exact, computed in zip(*results, strict=True):
+        assert computed.dtype == dtype
+        assert (computed.double() - exact).abs().max() <= tolerance * exact.abs().max()
+
+
+def test_a_sink_far_below_all_scores_changes_nothing():
+    inputs = _inputs(torch.float32)
+    with torch.no_grad():
+        without = attention(*inputs, causal=True)
+        assert torch.allclose(attention(*inputs, causal=True, sinks_H=torch.full((4,), -100.0)), without)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_scores_may_have_a_scale_of_their_own(dtype, causal):
+    inputs = _inputs(dtype)
+    exact = torch.nn.functional.scaled_dot_product_attention(
+        *(each.double() for each in inputs), is_causal=causal, scale=0.3, enable_gqa=True
+    )
+    seen = attention(*inputs, causal=causal, scale=0.3).double()
+    assert (seen - exact).abs().max() <= (1e-5 if dtype == torch.float32 else 2e-2) * exact.abs().max()
+
+
 def test_bf16_values_with_a_gradient_are_those_without():
     inputs = _inputs(torch.bfloat16)
     with torch.no_grad():

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from moesaic.config import MlpConfig, MoeConfig, RouterConfig
+from moesaic.config import CapacityConfig, MlpConfig, MoeConfig, RouterConfig
+from moesaic.errors import ConfigError
 from moesaic.layers.moe import MoeLayer
 from moesaic.routing import RoutingTape, TokenFacts
 from moesaic.routing.balancers import mean_over_layers
@@ -139,3 +140,34 @@ def test_a_whole_decoders_loss_changes_as_its_gradient_says(router):
             for parameter, direction in zip(parameters, directions, strict=True):
                 parameter.add_(direction, alpha=1e-6)
         assert (sides[0] - sides[1]) / 2e-6 == pytest.approx(slope, rel=1e-5)
+
+
+@pytest.mark.parametrize("overflow", [False, True])
+def test_a_gate_weighs_the_shared_expert(overflow):
+    """Each token's shared output times the sigmoid of its own number, and once more what overflowed to it."""
+    capacity = CapacityConfig(factor=0.5, overflow="shared") if overflow else None
+    config = MoeConfig(
+        router=RouterConfig(name="softmax_topk", num_experts=EXPERTS, top_k=TOP_K),
+        intermediate_size=3,
+        shared=MlpConfig(intermediate_size=4),
+        shared_gate=True,
+        capacity=capacity,
+    )
+    torch.manual_seed(4)
+    layer = MoeLayer(config, HIDDEN, 0).double().train()
+    for parameter in layer.parameters():
+        torch.nn.init.normal_(parameter, std=0.7)
+    x, tape = torch.randn(1, TOKENS, HIDDEN, dtype=torch.float64), RoutingTape()
+    y = layer(x, tape=tape)
+    decision = tape.decisions[0]
+    extra_T = decision.shared_weight_T if overflow else torch.zeros(TOKENS, dtype=torch.float64)
+    assert (extra_T > 0).any() == overflow
+    gate_T1 = 1 / (1 + (-x[0] @ layer.shared_gate.weight.T).exp())
+    shared = layer.shared_experts(x[0]) * (gate_T1 + extra_T[:, None])
+    assert torch.allclose(y[0], layer.experts.compute(x[0], decision.rows) + shared)
+
+
+def test_a_gate_needs_a_shared_expert():
+    with pytest.raises(ConfigError, match="shared_gate without a shared expert"):
+        router = RouterConfig(name="softmax_topk", num_experts=3, top_k=1)
+        MoeConfig(router=router, intermediate_size=3, shared_gate=True)

@@ -35,6 +35,20 @@ def test_it_equals_the_plain_loss_and_its_gradients(monkeypatch):
         assert all(torch.allclose(a, b, rtol=1e-10, atol=1e-14) for a, b in zip(got, wanted, strict=True))
 
 
+@pytest.mark.parametrize("num_tokens", [0, 1, 6, 31])
+def test_a_bias_counts_as_in_the_plain_loss(num_tokens, monkeypatch):
+    monkeypatch.setattr(loss, "LOGITS_AT_ONCE", 6 * 11)
+    x_TD, weight_VD, targets_T = inputs(num_tokens)
+    bias_V = torch.linspace(-1, 1, len(weight_VD), dtype=torch.float64).requires_grad_()
+    targets_T[1::4] = IGNORED
+    ours = linear_cross_entropy(x_TD, weight_VD, targets_T, bias_V)
+    plain = F.cross_entropy(x_TD @ weight_VD.T + bias_V, targets_T) if num_tokens else (x_TD.sum() + bias_V.sum()) * 0
+    assert ours.item() == pytest.approx(plain.item(), rel=1e-12)
+    got = torch.autograd.grad(3 * ours, (x_TD, bias_V))
+    wanted = torch.autograd.grad(3 * plain, (x_TD, bias_V))
+    assert all(torch.allclose(a, b, rtol=1e-10, atol=1e-14) for a, b in zip(got, wanted, strict=True))
+
+
 @pytest.mark.parametrize("rows_at_once", [3, 100])
 def test_gradcheck(rows_at_once, monkeypatch):
     monkeypatch.setattr(loss, "_rows_at_once", lambda *_: rows_at_once)

@@ -1,8 +1,10 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
 from moesaic.train.muon import Muon, orthogonalize
-from moesaic.train.optimizer import Optimizer
+from moesaic.train.optimizer import AdamW, Optimizer
 from moesaic.train.precision import Copies
 from tests.tiny import lively
 from tests.train.step_helpers import MOE, changed
@@ -99,3 +101,16 @@ def test_who_is_moved_by_muon():
     }
     gate_up = rules["layers.0.feed_forward.experts.gate_up"]
     assert isinstance(gate_up, Muon) and gate_up.matrices_EOI.shape == (10, 13, 20)
+
+
+def test_biases_of_experts_are_vectors_whatever_their_shape():
+    layers = tuple(
+        replace(layer, feed_forward=replace(layer.feed_forward, bias=True)) if index in MOE.moe_layers else layer
+        for index, layer in enumerate(MOE.layers)
+    )
+    config = replace(MOE, decoder=replace(MOE.decoder, layers=layers))
+    rules = Optimizer(lively(config), changed(optimizer="muon", weight_decay=0.1)).rules
+    biases = {name: rule for name, rule in rules.items() if name.endswith("_bias")}
+    assert biases
+    for rule in biases.values():
+        assert isinstance(rule, AdamW) and rule.weight_decay == 0.0

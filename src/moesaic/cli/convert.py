@@ -1,13 +1,18 @@
 """`moesaic convert`: any checkpoint that moesaic reads becomes a Hugging Face safetensors folder."""
 
 import argparse
+import importlib
 import re
+from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from moesaic.cli import output
-from moesaic.cli.text import DTYPES, open_model
+from moesaic.cli.text import DTYPES, open_model, open_tokenizer
 from moesaic.errors import CheckpointError, ConfigError, RunFolderError
+from moesaic.hub.checkpoint import some
+from moesaic.hub.layouts import LAYOUTS
+from moesaic.hub.quantization import FORMATS
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -24,7 +29,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = "example: moesaic convert SmolLM2-135M-Instruct.gguf smollm2 --dtype bf16"
     parser.add_argument("model", metavar="MODEL", help="a checkpoint folder or a .gguf file")
     parser.add_argument("folder", metavar="OUT_FOLDER", help="where the new checkpoint goes")
-    parser.add_argument("--dtype", choices=list(DTYPES), help="number format of the weights (as read if not given)")
+    parser.add_argument(
+        "--dtype",
+        choices=FORMATS,
+        help="number format of the weights (as read if not given); fp8 in blocks of 128 x 128, mxfp4 for gpt-oss",
+    )
+    parser.add_argument(
+        "--layout", choices=LAYOUTS, help="a tensor per expert, or stacked as in transformers 5 (as read if not given)"
+    )
     parser.add_argument(
         "--max-shard-size", metavar="SIZE", default="2GB", help="largest file, as 500MB or 2GB (%(default)s)"
     )
@@ -33,7 +45,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="COPIESxSHARDS",
         help="make a dense model an MoE of the same function: 2x4 makes 8 experts, 4 of them active",
     )
+    parser.add_argument("--check", action="store_true", help="refuse weights that are NaN or infinite")
+    parser.add_argument(
+        "--allow-extra", action="store_true", help="leave out tensors that the configuration does not describe"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace what OUT_FOLDER holds")
+    parser.add_argument("--json", action="store_true", help="print what was written as one JSON document")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -42,21 +59,74 @@ def run(args: argparse.Namespace) -> int:
     max_shard_bytes = parse_size(args.max_shard_size)
     upcycling = parse_upcycling(args.upcycle) if args.upcycle else None
     _check_target(Path(args.model), folder, args.overwrite)
+    document = _upcycle(args, upcycling, max_shard_bytes) if upcycling else _convert(args, max_shard_bytes)
+    if args.json:
+        output.print_json(document)
+    output.next_command(f'moesaic generate {folder} --prompt "Once upon a time"')
+    return 0
 
+
+def _convert(args: argparse.Namespace, max_shard_bytes: int) -> dict[str, Any]:
+    """File to file, never the whole model in memory."""
+    from moesaic.hub.resolve import locate
+
+    locate(args.model)  # a mistyped name is answered before seconds go into importing torch
+    importlib.import_module("moesaic.tune.upcycle")  # makes known the preset whose weights it makes
+    from moesaic.hub.resolve import weights_place
+    from moesaic.hub.streaming import convert
+
+    place = weights_place(args.model)
+    tokenizer = None if place.kind == "folder" else open_tokenizer(args.model)
+    with output.progress(f"writing {args.folder}", total=1000) as advance:
+        shown = _Thousandths(advance)
+        done = convert(
+            args.model,
+            args.folder,
+            dtype=args.dtype,
+            layout=args.layout,
+            max_shard_bytes=max_shard_bytes,
+            tokenizer=tokenizer,
+            allow_extra=args.allow_extra,
+            check=args.check,
+            advance=shown.add,
+        )
+    if done.left_out:
+        output.talk(f"left out {len(done.left_out)} tensors: {some(done.left_out, 8)}")
+    return {"folder": str(args.folder), **done._asdict()}
+
+
+class _Thousandths:
+    """Bytes of very large files as steps of a progress bar."""
+
+    def __init__(self, advance: Callable[..., None]) -> None:
+        self._advance, self._bytes, self._shown = advance, 0, 0
+
+    def add(self, num_bytes: int, total_bytes: int) -> None:
+        self._bytes += num_bytes
+        reached = self._bytes * 1000 // max(1, total_bytes)
+        if reached > self._shown:
+            self._advance(reached - self._shown, note=output.size(self._bytes))
+            self._shown = reached
+
+
+def _upcycle(args: argparse.Namespace, upcycling: Upcycling, max_shard_bytes: int) -> dict[str, Any]:
+    """Through a model in memory, since its function is changed on the way."""
+    for option, value in (("--layout", args.layout), ("--check", args.check), ("--allow-extra", args.allow_extra)):
+        if value:
+            raise ConfigError(f"{option} does not go with --upcycle; convert once more afterwards")
+    if args.dtype not in (None, *DTYPES):
+        raise ConfigError(f"--dtype {args.dtype} does not go with --upcycle; convert once more afterwards")
     from moesaic import hub
+    from moesaic.tune.upcycle import upcycle
 
     config = hub.read_config(args.model)
     with output.progress(f"reading {args.model} ({output.number(config.total)} parameters)"):
         model, tokenizer = open_model(args.model, args.dtype)
-    if upcycling:
-        from moesaic.tune.upcycle import upcycle
-
-        with output.progress(f"upcycling to {upcycling.copies * upcycling.shards} experts"):
-            model = upcycle(model, copies=upcycling.copies, shards=upcycling.shards, top_k=upcycling.shards)
-    with output.progress(f"writing {folder}"):
-        hub.save(model, folder, tokenizer=tokenizer, max_shard_bytes=max_shard_bytes)
-    output.next_command(f'moesaic generate {folder} --prompt "Once upon a time"')
-    return 0
+    with output.progress(f"upcycling to {upcycling.copies * upcycling.shards} experts"):
+        model = upcycle(model, copies=upcycling.copies, shards=upcycling.shards, top_k=upcycling.shards)
+    with output.progress(f"writing {args.folder}"):
+        hub.save(model, args.folder, tokenizer=tokenizer, max_shard_bytes=max_shard_bytes)
+    return {"folder": str(args.folder), "total": model.config.total, "active_all": model.config.active_all}
 
 
 def parse_size(text: str) -> int:

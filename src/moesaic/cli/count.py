@@ -1,12 +1,17 @@
 """`moesaic count`: what a model holds and what a token costs, from its description alone. Loads no torch."""
 
 import argparse
+from pathlib import Path
 from typing import Any
 
-from moesaic import hub
-from moesaic.cli import output
+from moesaic import families, hub
+from moesaic.cli import field_plot, output
 from moesaic.config import LayerConfig, ModelConfig, MoeConfig
 from moesaic.errors import ConfigError
+from moesaic.families import _counted
+from moesaic.families._counted import CountedModel
+from moesaic.families._published import PUBLISHED
+from moesaic.hub.checkpoint import CONFIG, read_json
 from moesaic.tensor_spec import ROLES
 
 BYTES_PER_PARAMETER = {"fp32": 4, "bf16": 2, "fp16": 2, "fp8": 1, "int8": 1, "int4": 0.5}
@@ -14,7 +19,10 @@ RULES = {
     "total": "every parameter once, tied tables once",
     "active_gemm": "multiplied for one token: chosen experts and all the rest, without an embedding that is looked up",
     "active_all": "active_gemm and the looked-up embedding",
+    "sparsity": "1 - active_all / total: the share of parameters that a token leaves alone",
 }
+COUNTS = ("total", "active_gemm", "active_all")
+NOT_YET = "counted from its configuration; its state-space or linear attention layers do not run yet"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,6 +30,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = "example: moesaic count mixtral-8x7b --context 4096"
     parser.add_argument("model", nargs="?", metavar="MODEL", help="a preset, a folder, a config.json or a .gguf file")
     parser.add_argument("--all", action="store_true", help="every preset, one line each")
+    parser.add_argument(
+        "--plot", metavar="FILE", help="with --all: draw total against active parameters as an SVG file"
+    )
     parser.add_argument(
         "--context", type=int, metavar="N", help="tokens that the counted token sees (the model's context if not given)"
     )
@@ -35,11 +46,13 @@ def run(args: argparse.Namespace) -> int:
     """Print what a model, or every preset, holds and costs. Returns the exit code."""
     if args.all == (args.model is not None):
         raise ConfigError("count takes one MODEL or --all; `moesaic count --all` lists the presets")
+    if args.plot and not args.all:
+        raise ConfigError("--plot draws the whole field; add --all, and give no MODEL")
     if args.context is not None and args.context < 1:
         raise ConfigError(f"--context {args.context}; give a number of tokens above 0")
     if args.all:
         return _count_all(args)
-    document = describe(args.model, hub.read_config(args.model), args.context, args.dtype)
+    document = describe(args.model, read(args.model), args.context, args.dtype)
     if args.json:
         output.print_json(document)
     else:
@@ -47,31 +60,67 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def describe(name: str, config: ModelConfig, context: int | None = None, dtype: str = "bf16") -> dict[str, Any]:
+def read(path_or_preset: str) -> ModelConfig | CountedModel:
+    """The description of a model, one that runs or one that is only counted."""
+    path = Path(path_or_preset).expanduser()
+    if path_or_preset in _counted.PRESETS and not path.exists():
+        return _counted.count(_counted.PRESETS[path_or_preset].config)
+    path = path / CONFIG if path.is_dir() else path
+    if path.suffix == ".json" and path.is_file() and _counted.knows(raw := read_json(path)):
+        return _counted.count(raw)
+    return hub.read_config(path_or_preset)
+
+
+def describe(
+    name: str, model: ModelConfig | CountedModel, context: int | None = None, dtype: str = "bf16"
+) -> dict[str, Any]:
     """Everything `count` knows of a model, JSON-ready. Bytes and FLOPs are those of one token and one sequence.
 
-    `sparsity` is the share of all parameters that one token leaves alone, 1 - active_all/total.
+    `sparsity` is the share of all parameters that one token leaves alone, 1 - active_all/total. `published` is what the
+    makers state, None where a name is no preset's.
     """
+    preset = (families.presets() | _counted.PRESETS).get(name)
+    published = PUBLISHED.get(name)
+    return {
+        "model": name,
+        "family": model.family,
+        "runs": isinstance(model, ModelConfig),
+        "total": model.total,
+        "active_gemm": model.active_gemm,
+        "active_all": model.active_all,
+        "sparsity": round(1 - model.active_all / model.total, 6),
+        "rules": RULES,
+        "published": published and published._asdict(),
+        "licence": preset and preset.licence,
+        "source": preset and preset.source,
+        "roles": model.roles,
+        "active_roles": _active_roles(model) if isinstance(model, ModelConfig) else model.active_roles,
+        "dtype": dtype,
+        "weight_bytes": round(model.total * BYTES_PER_PARAMETER[dtype]),
+        **(_costs(model, context, dtype) if isinstance(model, ModelConfig) else _shape_of(model)),
+    }
+
+
+def _costs(config: ModelConfig, context: int | None, dtype: str) -> dict[str, Any]:
     num_tokens = context or config.context_length
     state_element_bytes = 4 if dtype == "fp32" else 2  # weights of 8 and 4 bits still keep their states in 16
     return {
-        "model": name,
-        "family": config.family,
-        "total": config.total,
-        "active_gemm": config.active_gemm,
-        "active_all": config.active_all,
-        "sparsity": round(1 - config.active_all / config.total, 6),
-        "roles": config.roles,
-        "active_roles": _active_roles(config),
         "layers": len(config.layers),
         "moe_layers": len(config.moe_layers),
         "experts": sorted({_experts(layer) for layer in config.layers} - {""}),
         "context": num_tokens,
-        "dtype": dtype,
-        "weight_bytes": config.weight_bytes(BYTES_PER_PARAMETER[dtype]),
         "state_bytes_per_token": config.state_bytes(1, state_element_bytes),
         "state_bytes": config.state_bytes(num_tokens, state_element_bytes),
         "flops_per_token": config.flops_per_token(num_tokens),
+    }
+
+
+def _shape_of(model: CountedModel) -> dict[str, Any]:
+    """What is known without running it."""
+    return {
+        "layers": model.num_layers,
+        "moe_layers": model.moe_layers,
+        "experts": [model.experts] if model.experts else [],
     }
 
 
@@ -91,22 +140,33 @@ def _experts(layer: LayerConfig) -> str:
 
 def _print_one(document: dict[str, Any]) -> None:
     title = f"{document['model']} ({document['family']}), {_shape(document)}"
-    counts = [[key, output.number(document[key]), f"{document[key]:,}", rule] for key, rule in RULES.items()]
+    counts = [[key, output.number(document[key]), f"{document[key]:,}", RULES[key]] for key in COUNTS]
+    counts.append(["sparsity", f"{document['sparsity']:.1%}", "", RULES["sparsity"]])
     output.table(["count", "parameters", "exactly", "rule"], counts, title)
     output.write("\n")
     output.table(["role", "parameters", "active", "share"], _role_rows(document))
     output.write("\n")
+    output.table(["cost", "value"], _cost_rows(document))
+    if published := document["published"]:
+        active = f", {published['active']} active" if published["active"] else ""
+        output.write(f"\npublished: {published['total']} in total{active} (makers follow no common rule)\n")
+    if document["licence"]:
+        output.write(f"\nlicence {document['licence']}; source {document['source']}\n")
+    if not document["runs"]:
+        output.talk(f"{document['model']} is {NOT_YET}")
+
+
+def _cost_rows(document: dict[str, Any]) -> list[list[str]]:
+    rows = [[f"weights in {document['dtype']}", output.size(document["weight_bytes"])]]
+    if not document["runs"]:
+        return rows
     tokens = f"{document['context']:,} tokens"
-    output.table(
-        ["cost", "value"],
-        [
-            [f"weights in {document['dtype']}", output.size(document["weight_bytes"])],
-            ["state (keys and values) of one token", output.size(document["state_bytes_per_token"])],
-            [f"state of {tokens}", output.size(document["state_bytes"])],
-            [f"FLOPs of a token that sees {tokens}", output.number(document["flops_per_token"])],
-            ["sparsity: parameters that a token leaves alone", f"{document['sparsity']:.1%}"],
-        ],
-    )
+    return [
+        *rows,
+        ["state (keys and values) of one token", output.size(document["state_bytes_per_token"])],
+        [f"state of {tokens}", output.size(document["state_bytes"])],
+        [f"FLOPs of a token that sees {tokens}", output.number(document["flops_per_token"])],
+    ]
 
 
 def _shape(document: dict[str, Any]) -> str:
@@ -125,31 +185,38 @@ def _role_rows(document: dict[str, Any]) -> list[list[str]]:
 
 
 def _count_all(args: argparse.Namespace) -> int:
-    from moesaic import families
-
-    documents = [
-        {
-            **describe(name, families.from_hf(preset.config), args.context, args.dtype),
-            "licence": preset.licence,
-            "source": preset.source,
-        }
-        for name, preset in families.presets().items()
-    ]
+    models: dict[str, ModelConfig | CountedModel] = {name: families.find_preset(name) for name in families.presets()}
+    models |= {name: _counted.count(preset.config) for name, preset in _counted.PRESETS.items()}
+    documents = [describe(name, model, args.context, args.dtype) for name, model in models.items()]
+    if args.plot:
+        _plot(Path(args.plot), documents)
     if args.json:
-        output.print_json({"models": documents})
+        output.print_json({"rules": RULES, "models": documents})
         return 0
-    rows = [
-        [
-            document["model"],
-            *(output.number(document[key]) for key in RULES),
-            " and ".join(document["experts"]) or "-",
-            output.size(document["weight_bytes"]),
-            output.size(document["state_bytes_per_token"]),
-            document["licence"],
-        ]
-        for document in documents
-    ]
-    weights = f"weights ({args.dtype})"
-    output.table(["model", *RULES, "experts a token", weights, "state of a token", "licence"], rows)
+    rows = [_row(document) for document in documents]
+    columns = ["model", *COUNTS, "published", "sparsity", "experts a token", f"weights ({args.dtype})"]
+    output.table([*columns, "state of a token", "licence"], rows)
+    output.talk(f"without a state of a token: {NOT_YET}")
     output.next_command(f"moesaic count {documents[0]['model']}")
     return 0
+
+
+def _row(document: dict[str, Any]) -> list[str]:
+    published = document["published"]
+    return [
+        document["model"],
+        *(output.number(document[key]) for key in COUNTS),
+        " / ".join(part for part in published.values() if part) if published else "-",
+        f"{document['sparsity']:.1%}",
+        " and ".join(document["experts"]) or "-",
+        output.size(document["weight_bytes"]),
+        output.size(document["state_bytes_per_token"]) if document["runs"] else "-",
+        document["licence"],
+    ]
+
+
+def _plot(path: Path, documents: list[dict[str, Any]]) -> None:
+    keys = ("model", "family", "total", "active_gemm", "runs")
+    picture = field_plot.draw([field_plot.Model(*(document[key] for key in keys)) for document in documents])
+    path.write_text(picture, encoding="utf-8")
+    output.talk(f"drawn: {path}")

@@ -5,11 +5,15 @@ derived from `ModelConfig.tensors()` and `ModelConfig.states()`; the built model
 holds that.
 """
 
-from moesaic.config.attention import AttentionConfig, RopeConfig, StateSpec
+from moesaic.config.activation import ClampedSwiglu
+from moesaic.config.attention import AttentionConfig, StateSpec, TemperatureConfig
 from moesaic.config.capacity import CapacityConfig
 from moesaic.config.feed_forward import MlpConfig, MoeConfig, SoftMoeConfig
+from moesaic.config.indexer import IndexerConfig
+from moesaic.config.mla import MlaConfig
 from moesaic.config.model import LayerConfig, ModelConfig, StackConfig
 from moesaic.config.norm import NormConfig
+from moesaic.config.rope import LinearConfig, Llama3Config, LongRopeConfig, RopeConfig, YarnConfig
 from moesaic.config.router import (
     GroupConfig,
     HashSettings,
@@ -26,9 +30,15 @@ from moesaic.tensor_spec import Role, TensorSpec
 __all__ = [
     "AttentionConfig",
     "CapacityConfig",
+    "ClampedSwiglu",
     "GroupConfig",
     "HashSettings",
+    "IndexerConfig",
     "LayerConfig",
+    "LinearConfig",
+    "Llama3Config",
+    "LongRopeConfig",
+    "MlaConfig",
     "MlpConfig",
     "ModelConfig",
     "MoeConfig",
@@ -44,6 +54,8 @@ __all__ = [
     "SparseMixerSettings",
     "StackConfig",
     "StateSpec",
+    "TemperatureConfig",
     "TensorSpec",
     "TopPSettings",
+    "YarnConfig",
 ]

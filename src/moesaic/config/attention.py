@@ -1,11 +1,13 @@
-"""How a layer looks at other tokens, how they know where they stand, and what is kept of them. No torch here."""
+"""How a layer looks at other tokens, and what is kept of them. No torch here."""
 
+import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from moesaic.checks import require, require_positive
 from moesaic.config.norm import NormConfig
+from moesaic.config.rope import RopeConfig
 from moesaic.tensor_spec import TensorSpec
 
 
@@ -13,11 +15,12 @@ from moesaic.tensor_spec import TensorSpec
 class StateSpec:
     """What one layer keeps of the tokens it has seen.
 
-    kind: "full" keeps every token; "window" keeps the last `window` tokens. (Latent, compressed and recurrent states
-    join here with the parts that need them.) `elements_per_token` counts numbers, not bytes.
+    kind: "full" keeps every token; "window" keeps the last `window` tokens; "latent" keeps of every token what its keys
+    and values are projected from. (Compressed and recurrent states join here with the parts that need them.)
+    `elements_per_token` counts numbers, not bytes.
     """
 
-    kind: Literal["full", "window"]
+    kind: Literal["full", "window", "latent"]
     elements_per_token: int
     window: int | None = None
     can_rollback: bool = True
@@ -30,30 +33,49 @@ class StateSpec:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RopeConfig:
-    """Rotary positions (RoFormer, arXiv:2104.09864, eq. 34); dimension i is rotated with i + head_dim/2."""
+class TemperatureConfig:
+    """Queries that grow with their position p: times 1 + scale * ln(1 + floor((p + 1) / interval)) (Llama 4).
 
-    theta: float = 10_000.0
+    So that softmax over many tokens stays as sharp as over few (cf. arXiv:2501.19399, eq. 3).
+    """
+
+    interval: int = 8192
+    scale: float = 0.1
 
     def __post_init__(self) -> None:
-        require(self.theta > 0, f"rope theta={self.theta}; it must be above 0")
+        require_positive(self, "interval")
+        require(self.scale >= 0, f"scale={self.scale} in TemperatureConfig; it must be 0 or more")
 
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionConfig:
     """Grouped-query attention (arXiv:2305.13245), optionally over the last `window` tokens, the current one included.
 
-    `head_norm` normalises each query and key head before the rotation (Qwen3).
+    `head_norm` normalises each query and key head before the rotation (Qwen3); projection_norm all heads of the
+    queries as one vector, and all of the keys (OLMoE). clip: queries, keys and values are held between -clip and clip,
+    before the rotation (DBRX).
+    rope: None leaves positions out (NoPE). chunk: tokens see those of their own chunk alone, so many tokens from the
+    first one on (Llama 4). scale: what scores are multiplied by; None: 1/sqrt(head_dim). sinks: each head has a logit
+    that takes part in the softmax as a token would that has nothing to say (gpt-oss).
+    rotated_norm: each query and key head is divided by its root mean square after the rotation, without a learned
+    weight (Llama 4). temperature: queries grow with their position.
     """
 
     num_heads: int
     num_key_value_heads: int
     head_dim: int
-    rope: RopeConfig = RopeConfig()
+    rope: RopeConfig | None = field(default_factory=RopeConfig)
     window: int | None = None
+    chunk: int | None = None
     qkv_bias: bool = False
     output_bias: bool = False
     head_norm: NormConfig | None = None
+    projection_norm: NormConfig | None = None
+    clip: float | None = None
+    rotated_norm: NormConfig | None = None
+    temperature: TemperatureConfig | None = None
+    scale: float | None = None
+    sinks: bool = False
 
     def __post_init__(self) -> None:
         require_positive(self, "num_heads", "num_key_value_heads", "head_dim")
@@ -62,13 +84,29 @@ class AttentionConfig:
             f"num_heads={self.num_heads} is not a multiple of num_key_value_heads={self.num_key_value_heads}; "
             f"use one of {[g for g in range(1, self.num_heads + 1) if self.num_heads % g == 0]}",
         )
-        require(self.head_dim % 2 == 0, f"head_dim={self.head_dim} is odd; rotary positions need an even one")
-        if self.window is not None:
-            require_positive(self, "window")
+        if self.rope is not None:
+            self.rope.turning(self.head_dim)
+        require_positive(self, *(name for name in ("window", "chunk") if getattr(self, name) is not None))
+        require(
+            self.window is None or self.chunk is None,
+            f"window={self.window} and chunk={self.chunk}; a layer looks at one of them, leave the other out",
+        )
+        require(
+            self.scale is None or 0 < self.scale < math.inf,
+            f"scale={self.scale} in AttentionConfig; it must be above 0 and finite",
+        )
+
+        require(
+            self.head_norm is None or self.projection_norm is None,
+            "head_norm and projection_norm; queries and keys have one norm before the rotation, leave the other out",
+        )
+        require(self.clip is None or self.clip > 0, f"clip={self.clip} in AttentionConfig; it must be above 0")
 
     def tensors(self, prefix: str, hidden_size: int) -> Iterator[TensorSpec]:
         query_size = self.num_heads * self.head_dim
         key_value_size = self.num_key_value_heads * self.head_dim
+        if self.sinks:
+            yield TensorSpec(f"{prefix}.sinks", (self.num_heads,), "attention")
         for name, size in (("q_proj", query_size), ("k_proj", key_value_size), ("v_proj", key_value_size)):
             yield TensorSpec(f"{prefix}.{name}.weight", (size, hidden_size), "attention")
             if self.qkv_bias:
@@ -77,16 +115,24 @@ class AttentionConfig:
         if self.output_bias:
             yield TensorSpec(f"{prefix}.o_proj.bias", (hidden_size,), "attention")
         if self.head_norm:
-            yield TensorSpec(f"{prefix}.q_norm.weight", (self.head_dim,), "norm")
-            yield TensorSpec(f"{prefix}.k_norm.weight", (self.head_dim,), "norm")
+            yield from self.head_norm.tensors(f"{prefix}.q_norm", self.head_dim)
+            yield from self.head_norm.tensors(f"{prefix}.k_norm", self.head_dim)
+        if self.projection_norm:
+            yield from self.projection_norm.tensors(f"{prefix}.q_norm", query_size)
+            yield from self.projection_norm.tensors(f"{prefix}.k_norm", key_value_size)
 
     def state(self) -> StateSpec:
         elements = 2 * self.num_key_value_heads * self.head_dim
-        if self.window is None:
+        if self.reach is None:
             return StateSpec(kind="full", elements_per_token=elements)
-        return StateSpec(kind="window", elements_per_token=elements, window=self.window, can_rollback=False)
+        return StateSpec(kind="window", elements_per_token=elements, window=self.reach, can_rollback=False)
+
+    @property
+    def reach(self) -> int | None:
+        """How many tokens one sees at most; None: all."""
+        return self.window or self.chunk
 
     def score_flops(self, context_length: int) -> int:
         """FLOPs of one token's scores and weighted values over `context_length` visible tokens."""
-        visible = context_length if self.window is None else min(context_length, self.window)
+        visible = context_length if self.reach is None else min(context_length, self.reach)
         return 4 * self.num_heads * self.head_dim * visible

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from moesaic.checks import require, require_positive, require_share
+from moesaic.config.activation import Activation
 from moesaic.config.capacity import CapacityConfig, refusal
 from moesaic.config.router import RouterConfig
 from moesaic.tensor_spec import Role, TensorSpec
@@ -14,7 +15,7 @@ class MlpConfig:
     """A gated feed-forward block: down(act(gate(x)) * up(x)) (SwiGLU, arXiv:2002.05202, eq. 6)."""
 
     intermediate_size: int
-    activation: str = "silu"
+    activation: Activation = "silu"
     bias: bool = False
 
     def __post_init__(self) -> None:
@@ -37,19 +38,27 @@ class MoeConfig:
     """A router over gated experts, and optionally a shared expert that every token passes (arXiv:2401.06066).
 
     capacity: the limit to an expert's rows while training; None: dropless. expert_dropout: of the routed experts' inner
-    activations while training (Switch, arXiv:2101.03961, sec. 2.4).
+    activations while training (Switch, arXiv:2101.03961, sec. 2.4). bias: of all projections of the routed experts.
+    shared_gate: the shared expert's output is multiplied by the sigmoid of a learned number of the token (Qwen2-MoE,
+    arXiv:2407.10671).
     """
 
     router: RouterConfig
     intermediate_size: int
-    activation: str = "silu"
+    activation: Activation = "silu"
+    bias: bool = False
     shared: MlpConfig | None = None
+    shared_gate: bool = False
     capacity: CapacityConfig | None = None
     expert_dropout: float = 0.0
 
     def __post_init__(self) -> None:
         require_positive(self, "intermediate_size")
         require_share(self, "expert_dropout")
+        require(
+            self.shared is not None or not self.shared_gate,
+            "shared_gate without a shared expert; add one (`shared`), or leave it out",
+        )
         if self.capacity is not None:
             reason = refusal(self.router, self.capacity, has_shared=self.shared is not None)
             require(reason is None, reason or "")
@@ -66,8 +75,14 @@ class MoeConfig:
             ("down", (num_experts, hidden_size, self.intermediate_size)),
         ):
             yield TensorSpec(f"{prefix}.experts.{name}", shape, "experts", top_k_of=(top_k, num_experts))
+            if self.bias:
+                yield TensorSpec(
+                    f"{prefix}.experts.{name}_bias", shape[:2], "experts", top_k_of=(top_k, num_experts), start=0.0
+                )
         if self.shared:
             yield from self.shared.tensors(f"{prefix}.shared_experts", hidden_size, "shared_experts")
+        if self.shared_gate:
+            yield TensorSpec(f"{prefix}.shared_gate.weight", (1, hidden_size), "shared_experts")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +97,7 @@ class SoftMoeConfig:
     num_experts: int
     slots_per_expert: int
     intermediate_size: int
-    activation: str = "silu"
+    activation: Activation = "silu"
     expert_dropout: float = 0.0
 
     def __post_init__(self) -> None:

@@ -1,15 +1,20 @@
 """The whole model: layers of parts, stacks of layers, and what follows from them."""
 
 import dataclasses
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 from moesaic.checks import require, require_positive
-from moesaic.config.attention import AttentionConfig, RopeConfig, StateSpec
+from moesaic.config.activation import ClampedSwiglu
+from moesaic.config.attention import AttentionConfig, StateSpec, TemperatureConfig
 from moesaic.config.capacity import CapacityConfig
 from moesaic.config.feed_forward import MlpConfig, MoeConfig, SoftMoeConfig
+from moesaic.config.indexer import IndexerConfig
+from moesaic.config.mla import MlaConfig
 from moesaic.config.norm import NormConfig
+from moesaic.config.rope import LinearConfig, Llama3Config, LongRopeConfig, RopeConfig, YarnConfig
 from moesaic.config.router import (
     GroupConfig,
     HashSettings,
@@ -27,16 +32,23 @@ from moesaic.tensor_spec import ROLES, Role, TensorSpec
 
 @dataclass(frozen=True, kw_only=True)
 class LayerConfig:
-    """norm → attention → add, norm → feed-forward → add."""
+    """norm → attention → add, norm → feed-forward → add.
 
-    attention: AttentionConfig
+    residual_multiplier: of what attention and feed-forward add (Granite; Depth-muP, arXiv:2310.02244).
+    """
+
+    attention: AttentionConfig | MlaConfig
     feed_forward: MlpConfig | MoeConfig | SoftMoeConfig
     norm: NormConfig = field(default_factory=NormConfig)
+    residual_multiplier: float = 1.0
+
+    def __post_init__(self) -> None:
+        _require_factor("residual_multiplier", self.residual_multiplier)
 
     def tensors(self, prefix: str, hidden_size: int) -> Iterator[TensorSpec]:
-        yield TensorSpec(f"{prefix}.attention_norm.weight", (hidden_size,), "norm")
+        yield from self.norm.tensors(f"{prefix}.attention_norm", hidden_size)
         yield from self.attention.tensors(f"{prefix}.attention", hidden_size)
-        yield TensorSpec(f"{prefix}.feed_forward_norm.weight", (hidden_size,), "norm")
+        yield from self.norm.tensors(f"{prefix}.feed_forward_norm", hidden_size)
         yield from self.feed_forward.tensors(f"{prefix}.feed_forward", hidden_size)
 
 
@@ -49,11 +61,17 @@ class StackConfig:
 
     def __post_init__(self) -> None:
         require(len(self.layers) > 0, "a stack without layers; give at least one")
+        for index, layer in enumerate(self.layers):
+            source = layer.attention.indexer if isinstance(layer.attention, MlaConfig) else None
+            require(
+                not isinstance(source, int) or (0 <= source < index and _has_indexer(self.layers[source])),
+                f"layer {index} takes the tokens that layer {source} chose, which is no earlier one with an indexer",
+            )
 
     def tensors(self, prefix: str, hidden_size: int) -> Iterator[TensorSpec]:
         for index, layer in enumerate(self.layers):
             yield from layer.tensors(f"{prefix}layers.{index}", hidden_size)
-        yield TensorSpec(f"{prefix}final_norm.weight", (hidden_size,), "norm")
+        yield from self.final_norm.tensors(f"{prefix}final_norm", hidden_size)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +84,14 @@ class ModelConfig:
     Parameter counts follow one rule, whatever the release claims:
     `total` counts every parameter once (tied tables once); `active_all` takes top_k of num_experts of the expert
     parameters and all others; `active_gemm` is what is multiplied for a token: `active_all` without an input
-    embedding table that is only looked up (a tied table stays, since the head multiplies it).
+    embedding table that is only looked up (a tied table stays, since the head multiplies it). Layers that predict
+    further tokens (`mtp`) are in none of these, nor in `roles`, since the model answers without them: `mtp_total` and
+    `mtp_active` count them.
+
+    mtp: one layer for each further token that the model predicts, each within a part of its own (Multi-Token
+    Prediction, DeepSeek-V3, arXiv:2412.19437, sec. 2.2; see `moesaic.models.mtp`).
+    embedding_multiplier: of looked-up embeddings; logits_divisor: of logits (Granite; cf. muP, arXiv:2203.03466).
+    head_bias: a learned constant is added to each logit (Phi-3.5-MoE).
     """
 
     family: str
@@ -74,13 +99,23 @@ class ModelConfig:
     hidden_size: int
     context_length: int
     decoder: StackConfig
+    mtp: tuple[LayerConfig, ...] = ()
     tie_word_embeddings: bool = False
+    head_bias: bool = False
+    embedding_multiplier: float = 1.0
+    logits_divisor: float = 1.0
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
     pad_token_id: int | None = None
 
     def __post_init__(self) -> None:
         require_positive(self, "vocab_size", "hidden_size", "context_length")
+        _require_factor("embedding_multiplier", self.embedding_multiplier)
+        _require_factor("logits_divisor", self.logits_divisor)
+        require(
+            not self.head_bias or not (self.tie_word_embeddings or self.logits_divisor != 1),
+            "head_bias with tie_word_embeddings or logits_divisor; only a head of its own has one, leave it out",
+        )
         for index, layer in enumerate(self.layers):
             own = layer.feed_forward.router.settings if isinstance(layer.feed_forward, MoeConfig) else None
             require(
@@ -124,13 +159,30 @@ class ModelConfig:
 
     def tensors(self) -> Iterator[TensorSpec]:
         """Every tensor of the built model, in the order of its state_dict."""
+        yield from self._main_tensors()
+        yield from self._mtp_tensors()
+
+    def _main_tensors(self) -> Iterator[TensorSpec]:
         yield TensorSpec("embedding.weight", (self.vocab_size, self.hidden_size), "embedding")
         yield from self.decoder.tensors("", self.hidden_size)
         if not self.tie_word_embeddings:
             yield TensorSpec("head.weight", (self.vocab_size, self.hidden_size), "head")
+        if self.head_bias:
+            yield TensorSpec("head.bias", (self.vocab_size,), "head")
+
+    def _mtp_tensors(self) -> Iterator[TensorSpec]:
+        size = self.hidden_size
+        for index, layer in enumerate(self.mtp):
+            prefix = f"mtp.{index}"
+            yield from layer.norm.tensors(f"{prefix}.embedding_norm", size)
+            yield from layer.norm.tensors(f"{prefix}.hidden_norm", size)
+            yield TensorSpec(f"{prefix}.projection.weight", (size, 2 * size), "mlp")
+            yield from layer.tensors(f"{prefix}.layer", size)
+            yield from layer.norm.tensors(f"{prefix}.final_norm", size)
 
     def parameters(self) -> Iterator[TensorSpec]:
-        return (tensor for tensor in self.tensors() if tensor.is_parameter)
+        """What gradients reach, without the layers that predict further tokens."""
+        return (tensor for tensor in self._main_tensors() if tensor.is_parameter)
 
     @property
     def total(self) -> int:
@@ -146,8 +198,18 @@ class ModelConfig:
         return self.active_all - looked_up
 
     @property
+    def mtp_total(self) -> int:
+        """The parameters of all layers that predict further tokens; embedding and head are the model's own."""
+        return sum(tensor.numel for tensor in self._mtp_tensors() if tensor.is_parameter)
+
+    @property
+    def mtp_active(self) -> int:
+        """Those of them that one token uses."""
+        return sum(tensor.active_numel for tensor in self._mtp_tensors() if tensor.is_parameter)
+
+    @property
     def roles(self) -> dict[Role, int]:
-        """Total parameters by role; a tied table counts as embedding."""
+        """Total parameters by role, `mtp` left out; a tied table counts as embedding."""
         counts: dict[Role, int] = dict.fromkeys(ROLES, 0)
         for tensor in self.parameters():
             counts[tensor.role] += tensor.numel
@@ -187,6 +249,14 @@ class ModelConfig:
         return config
 
 
+def _require_factor(name: str, value: float) -> None:
+    require(0 < value < math.inf, f"{name}={value}; it must be above 0 and finite")
+
+
+def _has_indexer(layer: LayerConfig) -> bool:
+    return isinstance(layer.attention, MlaConfig) and isinstance(layer.attention.indexer, IndexerConfig)
+
+
 def _leak(part: MlpConfig | MoeConfig | SoftMoeConfig) -> str | None:
     """What in a feed-forward part lets tokens see later ones, in a message's words; None where nothing does."""
     if isinstance(part, SoftMoeConfig):
@@ -198,8 +268,16 @@ _PARTS = {
     part.__name__: part
     for part in (
         NormConfig,
+        LinearConfig,
+        YarnConfig,
+        Llama3Config,
+        LongRopeConfig,
         RopeConfig,
+        TemperatureConfig,
         AttentionConfig,
+        ClampedSwiglu,
+        IndexerConfig,
+        MlaConfig,
         MlpConfig,
         RouterConfig,
         GroupConfig,

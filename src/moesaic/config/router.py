@@ -188,6 +188,7 @@ class RouterConfig:
     running means outside of training. gating_dropout: while training, with this probability, a token's K experts are
     drawn at random instead of chosen, and weighed as ever. (Gating Dropout, arXiv:2205.14336, ignores the router for
     whole steps and keeps tokens on their own machine; here every token draws for itself, among all experts.)
+    bias: a learned constant that is added to each logit, and so takes part in choosing and weighing (gpt-oss).
 
     Raises ConfigError for settings that do not go together.
     """
@@ -203,6 +204,7 @@ class RouterConfig:
     jitter: float = 0.0
     batch_norm: bool = False
     gating_dropout: float = 0.0
+    bias: bool = False
 
     def __post_init__(self) -> None:
         require_positive(self, "num_experts", "top_k")
@@ -221,8 +223,8 @@ class RouterConfig:
         if self.groups is not None:
             self._check_groups(self.groups)
         require(
-            self.has_weight or not (self.jitter or self.batch_norm),
-            'jitter or batch_norm with hash weight="uniform", which learns no router; leave them out',
+            self.has_weight or not (self.jitter or self.batch_norm or self.bias),
+            'jitter, batch_norm or bias with hash weight="uniform", which learns no router; leave them out',
         )
 
     @property
@@ -248,6 +250,8 @@ class RouterConfig:
             yield TensorSpec(f"{prefix}.weight", shape, "router", start=0.0 if noisy else None)
             if noisy:
                 yield TensorSpec(f"{prefix}.noise_weight", shape, "router", start=0.0)
+        if self.bias:
+            yield TensorSpec(f"{prefix}.bias", (self.num_choices,), "router", start=0.0)
         if self.selection_bias:
             yield _buffer(f"{prefix}.selection_bias", self.num_experts, 0.0)
         if isinstance(self.settings, HashSettings):

@@ -64,7 +64,8 @@ def generate(
     end-of-sequence token (kept; by default those of the model's configuration), after `max_new_tokens`, or where the
     context is full. temperature 0 is greedy; the same seed gives the same text. `on_token(sequence, token_id)` hears
     each token as it is made. `cache` continues a conversation: it must hold a prefix of the one prompt.
-    `tape` hears the routing of the prompts and then of each new token, or dictates it.
+    `tape` hears the routing of the prompts and then of each new token, or dictates it. (Where a text outgrows what its
+    cache takes, as with LongRoPE, it is written anew as a whole, and the tape hears that.)
 
     Raises GenerationError for an empty prompt, a token id outside the vocabulary, or a prompt as long as the context.
     """
@@ -95,8 +96,12 @@ def _write(
     written: list[list[int]] = [[] for _ in prompts]
     running = [True] * len(prompts)
     new_ids, mask = _pad_left([prompt[cache.length :] for prompt in prompts], device)
-    for step in range(budget):
-        hidden = model.hidden(new_ids, mask if step == 0 else None, cache=cache, tape=tape)
+    for _ in range(budget):
+        if not cache.takes(new_ids.shape[1]):
+            cache.rollback(0)
+            texts = [[*prompt, *own] for prompt, own in zip(prompts, written, strict=True)]
+            new_ids, mask = _pad_left(texts, device)
+        hidden = model.hidden(new_ids, mask, cache=cache, tape=tape)
         chosen = sample(model.logits(hidden[:, -1]).float().cpu(), sampling, generator).tolist()
         for sequence, token in enumerate(chosen):
             if running[sequence]:
@@ -106,7 +111,7 @@ def _write(
                     on_token(sequence, token)
         if not any(running):
             break
-        new_ids = torch.tensor(chosen, device=device)[:, None]
+        new_ids, mask = torch.tensor(chosen, device=device)[:, None], None
     return written
 
 

@@ -13,8 +13,8 @@ from moesaic.routing import Rows
 def compute(experts: RowFunction, x_TD: Tensor, rows: Rows, slots: int) -> Tensor:
     """What `dispatch.compute` gives, from experts that see `slots` rows each.
 
-    Empty slots hold zeros, which gated experts without biases map to zeros; nobody reads them, and no gradient comes
-    from them. `slots` must be at least the rows of any expert.
+    Empty slots hold zeros; nobody reads what experts make of them, and no gradient comes from them. `slots` must be at
+    least the rows of any expert.
     """
     assert rows.num_experts == 0 or int(rows.counts_E.max()) <= slots
     places_R = _places(rows, slots)

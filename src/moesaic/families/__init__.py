@@ -17,7 +17,11 @@ from moesaic.registry import unknown_name
 
 
 class Family(Protocol):
-    """What a module in this folder offers."""
+    """What a module in this folder offers; `ALIASES`, where it has them, are further `model_type`s that it reads.
+
+    Families that also come as a part of models for images and text say what begins the names of this part in their
+    files, `TEXT_PREFIX`, and those of the other parts, `LEFT_OUT`; so do others whose files hold what we leave out.
+    """
 
     PRESETS: dict[str, Preset]
 
@@ -44,10 +48,23 @@ def names() -> tuple[str, ...]:
 
 
 def family(name: str) -> Family:
-    """The family of this `model_type`. Raises ConfigError that lists the known ones."""
+    """The family of this `model_type`, or of an alias of it. Raises ConfigError that lists the known ones."""
     if name not in names():
-        raise unknown_name("model_type", name, list(names()))
+        if name not in _aliases():
+            raise unknown_name("model_type", name, list(names()))
+        name = _aliases()[name]
     return importlib.import_module(f"{__name__}.{name}")  # pyright: ignore[reportReturnType]
+
+
+def text_names(name: str) -> tuple[str, tuple[str, ...]]:
+    """`TEXT_PREFIX` and `LEFT_OUT` of a family; nothing for those that come alone."""
+    return getattr(family(name), "TEXT_PREFIX", ""), getattr(family(name), "LEFT_OUT", ())
+
+
+@cache
+def _aliases() -> dict[str, str]:
+    """Other names of families, for models that are one of theirs under a name of their own (`ALIASES`)."""
+    return {alias: name for name in names() for alias in getattr(family(name), "ALIASES", ())}
 
 
 def from_hf(raw: dict[str, Any]) -> ModelConfig:

@@ -1,11 +1,13 @@
 """What families share: reading a config.json without trust, writing one, and the names of the usual tensors."""
 
-from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from types import MappingProxyType
+from typing import Any, Literal, NamedTuple, TypeVar
 
-from moesaic.config import AttentionConfig, ModelConfig, MoeConfig, NormConfig, RopeConfig
+from moesaic.config import AttentionConfig, MlpConfig, ModelConfig, MoeConfig, NormConfig, RopeConfig
 from moesaic.errors import ConfigError
+from moesaic.families._rope import read_rope, rope_fields
 from moesaic.models.weight_map import Piece, WeightMap
 from moesaic.tensor_spec import TensorSpec
 
@@ -72,23 +74,18 @@ class HfFields:
             raise ConfigError(f"hidden_act={name!r} is not supported; known: silu")
         return "silu"
 
-    def rope(self, default_theta: float) -> RopeConfig:
-        """Plain rotary positions, from `rope_parameters` (transformers 5) or `rope_theta`, `rope_scaling` (before)."""
-        key = "rope_parameters" if self.get("rope_parameters") is not None else "rope_scaling"
-        extra = self.get(key, default={})
-        if not isinstance(extra, dict) or any(isinstance(value, dict) for value in extra.values()):
-            raise ConfigError(f"{key}={extra!r} is not supported; known: one set of fields for all layers")
-        kind = extra.get("rope_type", extra.get("type", "default"))
-        if kind != "default":
-            raise ConfigError(f"{key} of type {kind!r} is not supported; known: default")
-        partial = extra.get("partial_rotary_factor", self.get("partial_rotary_factor", default=1.0))
-        if partial != 1.0:
-            raise ConfigError(f"partial_rotary_factor={partial!r} is not supported; known: 1.0")
-        inner, outer = extra.get("rope_theta"), self.get("rope_theta")
-        if inner is not None and outer is not None and inner != outer:
-            raise ConfigError(f"rope_theta={outer!r} but {key} says {inner!r}; keep one of them")
-        theta = HfFields({"rope_theta": inner if inner is not None else outer}).number("rope_theta", default_theta)
-        return RopeConfig(theta=theta)
+    def rope(
+        self,
+        default_theta: float,
+        *,
+        layout: Literal["half", "interleaved"] = "half",
+        partial: float | None = None,
+    ) -> RopeConfig:
+        """Rotary positions in every spelling, scaled or not (see `read_rope`).
+
+        partial: the share of a head that turns where nothing is said; None: this family turns whole heads.
+        """
+        return read_rope(self.raw, default_theta, head_dim=self.head_dim, layout=layout, partial=partial)
 
     def model(self, **parts: Any) -> ModelConfig:
         """A ModelConfig of the fields that all families spell alike, and the given parts."""
@@ -141,8 +138,18 @@ def refusal(family: str, why: str) -> ConfigError:
     )
 
 
-def shared_attention(config: ModelConfig) -> AttentionConfig:
-    return the_same("attention", config.family, (layer.attention for layer in config.layers))
+def shared_attention(config: ModelConfig, *apart: str) -> AttentionConfig:
+    """The attention that all layers share, `apart` from these fields, which are left at None."""
+    alike = (replace(each, **dict.fromkeys(apart)) for each in attentions(config))
+    return the_same("attention", config.family, alike)
+
+
+def attentions(config: ModelConfig) -> list[AttentionConfig]:
+    """The attention of every layer. Raises ConfigError where one keeps latents."""
+    found = [layer.attention for layer in config.layers if isinstance(layer.attention, AttentionConfig)]
+    if len(found) < len(config.layers):
+        raise refusal(config.family, "its attention keeps latents (MlaConfig)")
+    return found
 
 
 def shared_norm(config: ModelConfig) -> NormConfig:
@@ -157,12 +164,45 @@ def shared_moe(config: ModelConfig) -> MoeConfig:
     return the_same("the MoE", config.family, found)
 
 
-def hf_fields(config: ModelConfig, architecture: str) -> dict[str, Any]:
-    """The fields of a config.json that all families spell alike.
+def shared_mlp(config: ModelConfig) -> MlpConfig:
+    """The block that all layers of a dense model share."""
+    if config.moe_layers:
+        raise refusal(config.family, "it has MoE layers")
+    mlp = shared_dense(config)
+    assert mlp is not None, "a stack has layers"
+    return mlp
 
-    The rotary base is given in both spellings: transformers 5 reads `rope_parameters`, other readers `rope_theta`.
+
+def shared_dense(config: ModelConfig) -> MlpConfig | None:
+    """The block that all layers without experts share; None where there are no such layers."""
+    found = [layer.feed_forward for layer in config.layers if not isinstance(layer.feed_forward, MoeConfig)]
+    if not found:
+        return None
+    mlp = the_same("the dense block", config.family, found)
+    if not isinstance(mlp, MlpConfig):
+        raise refusal(config.family, "it has Soft MoE layers")
+    return mlp
+
+
+def hf_fields(config: ModelConfig, architecture: str, *apart: str) -> dict[str, Any]:
+    """The fields of a config.json that all families spell alike, `apart` from these of attention.
+
+    Rotary positions are given in both spellings: transformers 5 reads `rope_parameters`, other readers `rope_theta`
+    and `rope_scaling`.
     """
-    attention = shared_attention(config)
+    attention = shared_attention(config, *apart)
+    if attention.rope is None:
+        raise refusal(config.family, "its layers have no rotary positions")
+    return outer_fields(config, architecture) | {
+        "num_attention_heads": attention.num_heads,
+        "num_key_value_heads": attention.num_key_value_heads,
+        "head_dim": attention.head_dim,
+        **rope_fields(attention.rope, attention.head_dim),
+    }
+
+
+def outer_fields(config: ModelConfig, architecture: str) -> dict[str, Any]:
+    """Those of them that do not tell of attention."""
     eos = list(config.eos_token_ids)
     return {
         "architectures": [architecture],
@@ -170,14 +210,9 @@ def hf_fields(config: ModelConfig, architecture: str) -> dict[str, Any]:
         "vocab_size": config.vocab_size,
         "hidden_size": config.hidden_size,
         "num_hidden_layers": len(config.layers),
-        "num_attention_heads": attention.num_heads,
-        "num_key_value_heads": attention.num_key_value_heads,
-        "head_dim": attention.head_dim,
         "hidden_act": "silu",
         "max_position_embeddings": config.context_length,
         "rms_norm_eps": shared_norm(config).eps,
-        "rope_theta": attention.rope.theta,
-        "rope_parameters": {"rope_type": "default", "rope_theta": attention.rope.theta},
         "attention_dropout": 0.0,
         "initializer_range": 0.02,
         "tie_word_embeddings": config.tie_word_embeddings,
@@ -204,23 +239,51 @@ _LAYER = {
     **{f"attention.{part}_proj": f"self_attn.{part}_proj" for part in "qkvo"},
     **{f"attention.{part}_norm": f"self_attn.{part}_norm" for part in "qk"},
     **{f"feed_forward.{part}_proj": f"mlp.{part}_proj" for part in ("gate", "up", "down")},
+    # Of a layer that predicts further tokens.
+    "embedding_norm": "enorm",
+    "hidden_norm": "hnorm",
+    "projection": "eh_proj",
+    "final_norm": "shared_head.norm",
 }
 
 
-def decoder_weight_map(config: ModelConfig, experts: ExpertNames | None = None) -> WeightMap:
-    """The names that Llama gave the tensors of a decoder and most families kept, with a file tensor per expert."""
-    return {spec.name: _pieces(spec, experts) for spec in config.tensors()}
+def decoder_weight_map(
+    config: ModelConfig,
+    experts: ExpertNames | None = None,
+    own: Mapping[str, tuple[Piece, ...]] = MappingProxyType({}),
+) -> WeightMap:
+    """The names that Llama gave the tensors of a decoder and most families kept, with a file tensor per expert.
+
+    own: a layer's tensors that this family keeps otherwise, by our names within the layer; so are the pieces' names.
+    """
+    return {spec.name: _pieces(spec, config, experts, own) for spec in config.tensors()}
 
 
-def _pieces(spec: TensorSpec, experts: ExpertNames | None) -> tuple[Piece, ...]:
-    if not spec.name.startswith("layers."):
-        module, kind = spec.name.rsplit(".", 1)
-        return (Piece(f"{_OUTER[module]}.{kind}"),)
-    _, layer, inner = spec.name.split(".", 2)
+def _pieces(
+    spec: TensorSpec, config: ModelConfig, experts: ExpertNames | None, own: Mapping[str, tuple[Piece, ...]]
+) -> tuple[Piece, ...]:
+    stack, *place = spec.name.split(".", 2)
+    if stack not in ("layers", "mtp"):
+        return _outer_pieces(spec, config)
+    layer = int(place[0]) + (len(config.layers) if stack == "mtp" else 0)
+    inner = place[1].removeprefix("layer.")
+    if inner in own:
+        return tuple(replace(piece, name=f"model.layers.{layer}.{piece.name}") for piece in own[inner])
     if experts and inner.startswith(("feed_forward.router.", "feed_forward.experts.")):
         return _moe_pieces(spec, f"model.layers.{layer}.", inner, experts)
     module, kind = inner.rsplit(".", 1)
     return (Piece(f"model.layers.{layer}.{_LAYER[module]}.{kind}"),)
+
+
+def _outer_pieces(spec: TensorSpec, config: ModelConfig) -> tuple[Piece, ...]:
+    """One tensor; the layers that predict further tokens are stored each with a copy of embedding and head."""
+    module, kind = spec.name.rsplit(".", 1)
+    copied = {"embedding": ("embed_tokens",), "head": ("shared_head.head",)}
+    if config.tie_word_embeddings:
+        copied = {"embedding": ("embed_tokens", "shared_head.head")}
+    layers = range(len(config.layers), len(config.layers) + len(config.mtp))
+    copies = (f"model.layers.{layer}.{name}.{kind}" for layer in layers for name in copied.get(module, ()))
+    return (Piece(f"{_OUTER[module]}.{kind}"), *(Piece(name, is_copy=True) for name in copies))
 
 
 def _moe_pieces(spec: TensorSpec, prefix: str, inner: str, names: ExpertNames) -> tuple[Piece, ...]:

@@ -1,4 +1,4 @@
-"""Llama (arXiv:2302.13971, arXiv:2307.09288): the dense decoder; SmolLM2 is one."""
+"""Llama (arXiv:2302.13971, arXiv:2307.09288, arXiv:2407.21783): the dense decoder; SmolLM2 is one."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ from moesaic.families._common import (
     hf_fields,
     refusal,
     shared_attention,
-    the_same,
+    shared_mlp,
 )
 from moesaic.models.weight_map import WeightMap
 
@@ -18,7 +18,7 @@ NAME = "llama"
 
 
 def from_hf(raw: dict[str, Any]) -> ModelConfig:
-    """A config.json of `model_type` llama. Raises ConfigError, for example for scaled rotary positions (Llama 3.1)."""
+    """A config.json of `model_type` llama. Raises ConfigError for what we cannot express."""
     hf = HfFields(raw)
     bias = hf.flag("attention_bias")  # q, k, v and o alike
     norm = NormConfig(eps=hf.number("rms_norm_eps", 1e-6))
@@ -40,9 +40,7 @@ def from_hf(raw: dict[str, Any]) -> ModelConfig:
 def to_hf(config: ModelConfig) -> dict[str, Any]:
     """Its config.json. Raises ConfigError for layers that differ where it has one field."""
     attention = shared_attention(config)
-    mlp = the_same("the feed-forward block", NAME, (layer.feed_forward for layer in config.layers))
-    if not isinstance(mlp, MlpConfig):
-        raise refusal(NAME, "it has MoE layers")
+    mlp = shared_mlp(config)
     if config.hidden_size % attention.num_heads:  # transformers' LlamaConfig refuses it, whatever head_dim says
         raise refusal(NAME, f"hidden_size={config.hidden_size} is not a multiple of num_heads={attention.num_heads}")
     return hf_fields(config, "LlamaForCausalLM") | {
@@ -76,6 +74,34 @@ def _smollm2(bos: int, eos: int, pad: int | None) -> dict[str, Any]:
     }
 
 
+def _llama3(
+    size: str, *, hidden_size: int, intermediate_size: int, num_hidden_layers: int, num_attention_heads: int
+) -> Preset:
+    fields = {
+        "model_type": NAME,
+        "vocab_size": 128256,
+        "hidden_size": hidden_size,
+        "intermediate_size": intermediate_size,
+        "num_hidden_layers": num_hidden_layers,
+        "num_attention_heads": num_attention_heads,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 131072,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 500_000.0,
+        "rope_scaling": {
+            "rope_type": "llama3",
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192,
+        },
+        "bos_token_id": 128000,
+        "eos_token_id": 128001,
+    }
+    source = f"meta-llama/Llama-3.1-{size}; arXiv:2407.21783"
+    return Preset(fields, licence="Llama 3.1 Community License", source=source)
+
+
 PRESETS = {
     "llama-2-70b": Preset(
         {
@@ -93,6 +119,15 @@ PRESETS = {
         },
         licence="Llama 2 Community License",
         source="meta-llama/Llama-2-70b-hf; arXiv:2307.09288",
+    ),
+    "llama-3.1-8b": _llama3(
+        "8B", hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32
+    ),
+    "llama-3.1-70b": _llama3(
+        "70B", hidden_size=8192, intermediate_size=28672, num_hidden_layers=80, num_attention_heads=64
+    ),
+    "llama-3.1-405b": _llama3(
+        "405B", hidden_size=16384, intermediate_size=53248, num_hidden_layers=126, num_attention_heads=128
     ),
     "smollm2-135m": Preset(
         _smollm2(bos=0, eos=0, pad=None), licence="Apache-2.0", source="HuggingFaceTB/SmolLM2-135M; arXiv:2502.02737"

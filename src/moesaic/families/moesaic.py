@@ -219,11 +219,13 @@ def _overrides(usual: dict[str, Any], layers: list[dict[str, Any]]) -> Iterator[
 
 def _fields_of(layer: LayerConfig) -> dict[str, Any]:
     attention, eps = layer.attention, layer.norm.eps
+    if not isinstance(attention, AttentionConfig):
+        raise ConfigError(f"a {NAME} model has attention with keys and values, not latents (MlaConfig)")
     fields = {
         "num_attention_heads": attention.num_heads,
         "num_key_value_heads": attention.num_key_value_heads,
         "head_dim": attention.head_dim,
-        "rope_theta": attention.rope.theta,
+        "rope_theta": attention.rope.theta if attention.rope else None,
         "sliding_window": attention.window,
         "attention_bias": attention.qkv_bias,
         "attention_output_bias": attention.output_bias,

@@ -3,16 +3,8 @@
 from typing import Any
 
 from moesaic.config import AttentionConfig, LayerConfig, MlpConfig, ModelConfig, NormConfig, StackConfig
-from moesaic.errors import ConfigError
-from moesaic.families._common import (
-    HfFields,
-    Preset,
-    decoder_weight_map,
-    hf_fields,
-    refusal,
-    shared_attention,
-    the_same,
-)
+from moesaic.families._common import HfFields, Preset, decoder_weight_map, hf_fields, shared_attention, shared_mlp
+from moesaic.families._qwen import late_windows, window_fields
 from moesaic.models.weight_map import WeightMap
 
 NAME = "qwen3"
@@ -23,7 +15,6 @@ def from_hf(raw: dict[str, Any]) -> ModelConfig:
     hf = HfFields(raw)
     norm = NormConfig(eps=hf.number("rms_norm_eps", 1e-6))
     bias = hf.flag("attention_bias")  # q, k, v and o alike
-    windows = _windows(hf)
     layers = tuple(
         LayerConfig(
             attention=AttentionConfig(
@@ -39,41 +30,18 @@ def from_hf(raw: dict[str, Any]) -> ModelConfig:
             feed_forward=MlpConfig(intermediate_size=hf.size("intermediate_size"), activation=hf.activation()),
             norm=norm,
         )
-        for window in windows
+        for window in late_windows(hf)
     )
     return hf.model(decoder=StackConfig(layers=layers, final_norm=norm))
 
 
-def _windows(hf: HfFields) -> list[int | None]:
-    """The layers from `max_window_layers` on look at a window, if the configuration asks for windows at all."""
-    num_layers = hf.size("num_hidden_layers")
-    if not hf.flag("use_sliding_window"):
-        return [None] * num_layers
-    window, first = hf.size("sliding_window", default=4096), hf.get("max_window_layers", default=28)
-    kinds = hf.get("layer_types", default=["full_attention"] * first + ["sliding_attention"] * num_layers)[:num_layers]
-    unknown = sorted(set(kinds) - {"full_attention", "sliding_attention"})
-    if unknown or len(kinds) < num_layers:
-        raise ConfigError(f"layer_types={kinds!r}; give full_attention or sliding_attention for {num_layers} layers")
-    return [window if kind == "sliding_attention" else None for kind in kinds]
-
-
 def to_hf(config: ModelConfig) -> dict[str, Any]:
     """Its config.json. Raises ConfigError for layers that differ where it has one field."""
-    if config.moe_layers:
-        raise refusal(NAME, "it has MoE layers")
-    attention = shared_attention(config)
-    mlp = the_same("the feed-forward block", NAME, (layer.feed_forward for layer in config.layers))
-    if not isinstance(mlp, MlpConfig):
-        raise refusal(NAME, "it has Soft MoE layers")
-    windowed = attention.window is not None
-    return hf_fields(config, "Qwen3ForCausalLM") | {
-        "intermediate_size": mlp.intermediate_size,
-        "attention_bias": attention.qkv_bias,
-        "use_sliding_window": windowed,
-        "sliding_window": attention.window,
-        "max_window_layers": 0 if windowed else len(config.layers),
-        "layer_types": ["sliding_attention" if windowed else "full_attention"] * len(config.layers),
+    fields = {
+        "intermediate_size": shared_mlp(config).intermediate_size,
+        "attention_bias": shared_attention(config, "window").qkv_bias,
     }
+    return hf_fields(config, "Qwen3ForCausalLM", "window") | fields | window_fields(config)
 
 
 def weight_map(config: ModelConfig) -> WeightMap:
@@ -81,4 +49,57 @@ def weight_map(config: ModelConfig) -> WeightMap:
     return decoder_weight_map(config)
 
 
-PRESETS: dict[str, Preset] = {}
+def _preset(size: str, fields: dict[str, Any]) -> Preset:
+    common = {
+        "model_type": NAME,
+        "vocab_size": 151936,
+        "head_dim": 128,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 40960,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 1e6,
+        "bos_token_id": 151643,
+        "eos_token_id": 151645,
+    }
+    return Preset(common | fields, licence="Apache-2.0", source=f"Qwen/Qwen3-{size}; arXiv:2505.09388")
+
+
+PRESETS = {
+    "qwen3-0.6b": _preset(
+        "0.6B",
+        {
+            "hidden_size": 1024,
+            "intermediate_size": 3072,
+            "num_hidden_layers": 28,
+            "num_attention_heads": 16,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "qwen3-8b": _preset(
+        "8B",
+        {
+            "hidden_size": 4096,
+            "intermediate_size": 12288,
+            "num_hidden_layers": 36,
+            "num_attention_heads": 32,
+        },
+    ),
+    "qwen3-14b": _preset(
+        "14B",
+        {
+            "hidden_size": 5120,
+            "intermediate_size": 17408,
+            "num_hidden_layers": 40,
+            "num_attention_heads": 40,
+        },
+    ),
+    "qwen3-32b": _preset(
+        "32B",
+        {
+            "hidden_size": 5120,
+            "intermediate_size": 25600,
+            "num_hidden_layers": 64,
+            "num_attention_heads": 64,
+        },
+    ),
+}

@@ -12,18 +12,8 @@ from moesaic.config import (
     RouterConfig,
     StackConfig,
 )
-from moesaic.errors import ConfigError
-from moesaic.families._common import (
-    ExpertNames,
-    HfFields,
-    Preset,
-    decoder_weight_map,
-    hf_fields,
-    refusal,
-    shared_attention,
-    shared_moe,
-    the_same,
-)
+from moesaic.families._common import HfFields, Preset, decoder_weight_map, hf_fields, shared_attention
+from moesaic.families._qwen import EXPERTS, moe_fields, which_route
 from moesaic.models.weight_map import WeightMap
 
 NAME = "qwen3_moe"
@@ -46,18 +36,9 @@ def from_hf(raw: dict[str, Any]) -> ModelConfig:
     )
     layers = tuple(
         LayerConfig(attention=attention, feed_forward=_moe(hf) if routes else _mlp(hf), norm=norm)
-        for routes in _which_route(hf)
+        for routes in which_route(hf)
     )
     return hf.model(decoder=StackConfig(layers=layers, final_norm=norm))
-
-
-def _which_route(hf: HfFields) -> list[bool]:
-    """Layer i is an MoE unless `mlp_only_layers` lists it or `decoder_sparse_step` does not divide i + 1."""
-    step, listed = hf.size("decoder_sparse_step", default=1), hf.get("mlp_only_layers", default=[])
-    num_layers = hf.size("num_hidden_layers")
-    if not isinstance(listed, list) or any(layer not in range(num_layers) for layer in listed):
-        raise ConfigError(f"mlp_only_layers={listed!r}; it must be a list of layers from 0 to {num_layers - 1}")
-    return [i not in listed and (i + 1) % step == 0 for i in range(num_layers)]
 
 
 def _window(hf: HfFields) -> int | None:
@@ -80,37 +61,19 @@ def _mlp(hf: HfFields) -> MlpConfig:
 
 def to_hf(config: ModelConfig) -> dict[str, Any]:
     """Its config.json. Raises ConfigError for layers that differ where it has one field."""
-    attention, moe = shared_attention(config), shared_moe(config)
-    dense = [i for i in range(len(config.layers)) if i not in config.moe_layers]
-    # Without a dense layer nothing reads its width, but transformers wants one: as wide as the active experts.
-    width = moe.router.top_k * moe.intermediate_size
-    if dense:
-        mlp = the_same("the dense block", NAME, (config.layers[i].feed_forward for i in dense))
-        if not isinstance(mlp, MlpConfig):
-            raise refusal(NAME, "it has Soft MoE layers")
-        width = mlp.intermediate_size
-    return hf_fields(config, "Qwen3MoeForCausalLM") | {
-        "intermediate_size": width,
-        "moe_intermediate_size": moe.intermediate_size,
-        "num_experts": moe.router.num_experts,
-        "num_experts_per_tok": moe.router.top_k,
-        "norm_topk_prob": moe.router.renormalize,
-        "decoder_sparse_step": 1,
-        "mlp_only_layers": dense,
-        "attention_bias": attention.qkv_bias,
+    attention = shared_attention(config)
+    windows = {
         "use_sliding_window": attention.window is not None,
         "sliding_window": attention.window,
         "max_window_layers": len(config.layers) if attention.window is None else 0,
-        "output_router_logits": False,
-        "router_aux_loss_coef": 0.001,
     }
+    biases = {"attention_bias": attention.qkv_bias}
+    return hf_fields(config, "Qwen3MoeForCausalLM") | moe_fields(config) | biases | windows
 
 
 def weight_map(config: ModelConfig) -> WeightMap:
     """Our tensors and their names in Qwen3-MoE's files."""
-    inside = "mlp.experts.{e}"
-    names = ExpertNames("mlp.gate", gate=f"{inside}.gate_proj", up=f"{inside}.up_proj", down=f"{inside}.down_proj")
-    return decoder_weight_map(config, names)
+    return decoder_weight_map(config, EXPERTS)
 
 
 _COMMON = {

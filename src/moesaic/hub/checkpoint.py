@@ -1,6 +1,8 @@
 """A local folder in the Hugging Face layout, opened without torch: its configuration and what tensors it holds."""
 
 import json
+import re
+import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -8,6 +10,7 @@ from typing import Any
 from moesaic import families
 from moesaic.config import ModelConfig
 from moesaic.errors import CheckpointError, ConfigError
+from moesaic.hub.quantization import FIELD, Quantization, read_quantization
 from moesaic.hub.safetensors_header import TensorHeader, read_header
 from moesaic.models.weight_map import WeightMap, file_shapes
 
@@ -15,6 +18,7 @@ CONFIG = "config.json"
 GENERATION = "generation_config.json"
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+_EXPERT = re.compile(r"\.layers\.(\d+)\..*\bexperts\.(\d+)\.")
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -36,9 +40,19 @@ def read_config_file(path: Path) -> ModelConfig:
     if path.with_name(GENERATION).is_file():
         raw |= _token_ids(read_json(path.with_name(GENERATION)))
     try:
+        if read_quantization(raw):  # how files are packed, which is no part of the model
+            raw.pop(FIELD)
         return families.from_hf(raw)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
+
+
+def read_folder_quantization(folder: Path) -> Quantization | None:
+    """How the weights in `folder` are packed. Raises ConfigError for a way that is not known."""
+    try:
+        return read_quantization(read_json(folder / CONFIG))
+    except ConfigError as error:
+        raise ConfigError(f"{folder / CONFIG}: {error}") from error
 
 
 def _token_ids(generation: dict[str, Any]) -> dict[str, Any]:
@@ -69,28 +83,51 @@ def read_tensor_headers(folder: Path) -> dict[str, TensorHeader]:
     shards = sorted(set(index.values()))
     absent = [shard for shard in shards if Path(shard).name != shard or not (folder / shard).is_file()]
     if absent:
-        raise CheckpointError(f"{folder / INDEX} names {_some(absent)}, absent from the folder; copy them there")
+        raise CheckpointError(f"{folder / INDEX} names {some(absent)}, absent from the folder; copy them there")
     tensors = {name: tensor for shard in shards for name, tensor in read_header(folder / shard).items()}
     lost = sorted(index.keys() - tensors.keys())
     if lost:
-        raise CheckpointError(
-            f"{folder / INDEX} names tensors that its files lack: {_some(lost)}; copy the files again"
-        )
+        raise CheckpointError(f"{folder / INDEX} names tensors that its files lack: {some(lost)}; copy the files again")
     return tensors
+
+
+def text_part(tensors: Mapping[str, TensorHeader], family: str, where: Path) -> dict[str, TensorHeader]:
+    """Of a model's tensors those that its family reads: the text part of a model for images and text, say.
+
+    They have the names that they have in text models. Says on stderr what is left out.
+    """
+    prefix, others = families.text_names(family)
+    left_out = [name for name in tensors if name.startswith(others)]
+    if left_out:
+        parts = some(sorted(part.rstrip("._") for part in others if any(name.startswith(part) for name in left_out)))
+        rest = ", the text part is read" if prefix else ""
+        print(f"moesaic: {where}: {len(left_out)} tensors ({parts}) are left out{rest}", file=sys.stderr)
+    return {name.removeprefix(prefix): at for name, at in tensors.items() if not name.startswith(others)}
 
 
 def _no_weights(folder: Path) -> CheckpointError:
     pickles = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
     if pickles:
         return CheckpointError(
-            f"{folder} holds its weights as pickles ({_some(pickles)}), which can run code when opened and are never "
+            f"{folder} holds its weights as pickles ({some(pickles)}), which can run code when opened and are never "
             "read; convert them to safetensors with the library that wrote them"
         )
     return CheckpointError(f"no {SINGLE} and no {INDEX} in {folder}; put the weights beside {CONFIG}")
 
 
-def check_tensors(config: ModelConfig, weight_map: WeightMap, found: Mapping[str, TensorHeader], where: Path) -> None:
-    """Raise CheckpointError unless `found` are exactly the tensors that `config` describes, in the right shapes."""
+def check_tensors(
+    config: ModelConfig,
+    weight_map: WeightMap,
+    found: Mapping[str, TensorHeader],
+    where: Path,
+    *,
+    allow_extra: bool = False,
+) -> list[str]:
+    """The names in `found` that `config` does not describe, and that are left out.
+
+    Raises CheckpointError unless all others are there in the right shapes, and where something is left out that does
+    not follow from the rest, unless that is allowed.
+    """
     expected = file_shapes(config.tensors(), weight_map)
     for name, shape in expected.items():
         if name in found and found[name].shape != shape:
@@ -102,14 +139,32 @@ def check_tensors(config: ModelConfig, weight_map: WeightMap, found: Mapping[str
     if missing:
         raise CheckpointError(
             f"{where} lacks {len(missing)} of {len(expected)} tensors that its configuration describes: "
-            f"{_some(missing)}; correct the configuration or copy the weights again"
+            f"{_experts(missing) or some(missing)}; correct the configuration or copy the weights again"
         )
-    extra = [name for name in found if name not in expected and not _is_harmless(name, config)]
-    if extra:
+    extra = [name for name in found if name not in expected]
+    unexplained = [name for name in extra if not _is_harmless(name, config)]
+    if unexplained and not allow_extra:
         raise CheckpointError(
-            f"{where} holds {len(extra)} tensors that its configuration does not describe: {_some(extra)}; "
-            "correct the configuration (layers, experts, biases) or remove them"
+            f"{where} holds {len(unexplained)} tensors that its configuration does not describe: {some(unexplained)}; "
+            "correct the configuration (layers, experts, biases) or remove them, or leave them out with "
+            "`moesaic convert --allow-extra` or load(..., allow_extra=True)"
         )
+    return extra
+
+
+def _experts(names: list[str]) -> str:
+    """Names of one expert's tensors each as experts of layers; nothing where others are among them."""
+    matches = [_EXPERT.search(name) for name in names]
+    if not all(matches):
+        return ""
+    layers: dict[str, list[str]] = {}
+    for match in matches:
+        if match and match[2] not in layers.setdefault(match[1], []):
+            layers[match[1]].append(match[2])
+    return some(
+        f"expert{'s' if len(experts) > 1 else ''} {some(sorted(experts, key=int), 8)} of layer {layer}"
+        for layer, experts in layers.items()
+    )
 
 
 def _is_harmless(name: str, config: ModelConfig) -> bool:
@@ -117,7 +172,8 @@ def _is_harmless(name: str, config: ModelConfig) -> bool:
     return name.endswith("rotary_emb.inv_freq") or (config.tie_word_embeddings and name == "lm_head.weight")
 
 
-def _some(names: Iterable[str], limit: int = 4) -> str:
+def some(names: Iterable[str], limit: int = 4) -> str:
+    """The first few of these in the words of a message."""
     listed = list(names)
     rest = f" and {len(listed) - limit} more" if len(listed) > limit else ""
     return ", ".join(listed[:limit]) + rest

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from moesaic import families
-from moesaic.config import ModelConfig
+from moesaic.config import AttentionConfig, ModelConfig
 from moesaic.errors import CheckpointError, ConfigError, MissingDependencyError
 from moesaic.hub.safetensors_header import TensorHeader
 from moesaic.models.weight_map import Piece, WeightMap
@@ -127,6 +127,7 @@ class GgufFile:
         values = np.array(values, dtype=np.float32).reshape(self.tensors[name].shape)
         if ARCHITECTURES[self.metadata["general.architecture"]].permutes_heads:
             attention = self.config.layers[0].attention
+            assert isinstance(attention, AttentionConfig), "no architecture listed here has another"
             if ".attn_q." in name:
                 return _half_split(values, attention.num_heads)
             if ".attn_k." in name:

@@ -47,7 +47,7 @@ def locate(path_or_preset: str | os.PathLike[str]) -> Place:
 def _nowhere(name: str) -> CheckpointError:
     presets = sorted(families.presets())
     near = difflib.get_close_matches(Path(name).name.lower(), presets, n=3, cutoff=0.5)
-    hint = f"; nearest presets: {', '.join(near)}" if near else f"; presets: {', '.join(presets)}"
+    hint = f"; nearest presets: {', '.join(near)}" if near else "; `moesaic count --all` lists the presets"
     return CheckpointError(f"{name!r} is no path on this machine and no preset (nothing is downloaded){hint}")
 
 

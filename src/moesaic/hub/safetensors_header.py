@@ -18,37 +18,43 @@ ITEM_BYTES = {
 
 
 class TensorHeader(NamedTuple):
-    """One tensor of a file: its dtype in the file's own spelling, its shape, and the file."""
+    """One tensor of a file: its dtype in the file's own spelling, its shape, the file, and its first byte there."""
 
     dtype: str
     shape: tuple[int, ...]
     file: Path
+    offset: int = 0
+
+    @property
+    def num_bytes(self) -> int:
+        return ITEM_BYTES[self.dtype] * math.prod(self.shape)
 
 
 def read_header(path: Path) -> dict[str, TensorHeader]:
     """Every tensor of a file. Raises CheckpointError when the file is cut short or is no safetensors file."""
     file_bytes = path.stat().st_size
     with path.open("rb") as file:
-        start = file.read(8)
-        header_bytes = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
-        if len(start) == 8 and header_bytes > file_bytes - 8:
+        prefix = file.read(8)
+        header_bytes = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
+        if len(prefix) == 8 and header_bytes > file_bytes - 8:
             raise _damaged(path, f"its header should take {header_bytes:,} bytes and the file has {file_bytes:,}")
         text = file.read(header_bytes)
     try:
         entries = json.loads(text)
-        tensors = {name: _tensor(path, entry) for name, entry in entries.items() if name != "__metadata__"}
+        start = 8 + header_bytes
+        tensors = {name: _tensor(path, start, entry) for name, entry in entries.items() if name != "__metadata__"}
         ends = [entry["data_offsets"][1] for name, entry in entries.items() if name != "__metadata__"]
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise _damaged(path, "its header is not what a safetensors file starts with") from error
-    needed = 8 + header_bytes + max(ends, default=0)
+    needed = start + max(ends, default=0)
     if needed > file_bytes:
         raise _damaged(path, f"its tensors end at byte {needed:,} and the file has {file_bytes:,}")
     return tensors
 
 
-def _tensor(path: Path, entry: dict[str, Any]) -> TensorHeader:
-    header = TensorHeader(entry["dtype"], tuple(int(size) for size in entry["shape"]), path)
+def _tensor(path: Path, start: int, entry: dict[str, Any]) -> TensorHeader:
     begin, end = entry["data_offsets"]
+    header = TensorHeader(entry["dtype"], tuple(int(size) for size in entry["shape"]), path, start + begin)
     item = ITEM_BYTES.get(header.dtype)
     if item is not None and end - begin != item * math.prod(header.shape):
         raise ValueError("offsets disagree with the shape")

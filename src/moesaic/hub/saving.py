@@ -1,11 +1,12 @@
 """Weights out: the map that loads a family's files, read backwards."""
 
 import json
+import math
 import os
 import re
-from collections.abc import Iterator
+from functools import reduce
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -13,14 +14,12 @@ from torch import Tensor
 from moesaic import families
 from moesaic.config import ModelConfig
 from moesaic.hub import checkpoint
-from moesaic.hub.loading import DTYPES
 from moesaic.hub.safetensors_header import header_bytes
 from moesaic.hub.staging import replaced_folder
+from moesaic.hub.stored import SPELLINGS
 from moesaic.models.decoder import Decoder
+from moesaic.models.weight_map import Index, file_shapes
 
-_SPELLINGS = {dtype: name for name, dtype in DTYPES.items()} | {
-    torch.int64: "I64", torch.int32: "I32", torch.uint8: "U8", torch.bool: "BOOL",
-}  # fmt: skip
 _WEIGHT_FILE = re.compile(r"model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json")
 
 
@@ -30,15 +29,45 @@ class SavesItself(Protocol):
     def save(self, folder: Path, /) -> Any: ...
 
 
+class _HasBytes(Protocol):
+    @property
+    def num_bytes(self) -> int: ...
+
+
+T = TypeVar("T", bound=_HasBytes)
+
+
+class _Part(NamedTuple):
+    """Where a view of one of the model's tensors stands in a tensor of a file."""
+
+    at: Index
+    values: Tensor
+
+
 class _FileTensor(NamedTuple):
-    """A tensor as the file will hold it: a view of the model's, so nothing is copied before it is written."""
+    """A tensor as the file will hold it: views of the model's, so nothing is copied before it is written."""
 
     name: str
-    values: Tensor
+    shape: tuple[int, ...]
+    parts: list[_Part]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """One that holds all its parts."""
+        return reduce(torch.promote_types, (part.values.dtype for part in self.parts))
 
     @property
     def num_bytes(self) -> int:
-        return self.values.numel() * self.values.element_size()
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def values(self) -> Tensor:
+        """The whole of it, contiguous, on the CPU."""
+        if len(self.parts) == 1:
+            return self.parts[0].values.detach().to("cpu").contiguous()
+        whole = torch.empty(self.shape, dtype=self.dtype)
+        for part in self.parts:
+            whole[part.at] = part.values.detach().to("cpu", self.dtype)
+        return whole
 
 
 def save(
@@ -71,21 +100,20 @@ def write_checkpoint(model: Decoder, folder: Path, *, max_shard_bytes: int = 5_0
     dtype = str(model.embedding.weight.dtype).removeprefix("torch.")
     # transformers 5 reads `dtype`, other readers `torch_dtype`.
     write_json(folder / checkpoint.CONFIG, described | {"dtype": dtype, "torch_dtype": dtype})
-    write_json(folder / checkpoint.GENERATION, _generation(config, described))
-    shards = _shards(list(_file_tensors(model)), max_shard_bytes)
-    if len(shards) == 1:
-        _write_safetensors(folder / checkpoint.SINGLE, shards[0])
-        return
+    write_json(folder / checkpoint.GENERATION, generation_fields(config, described))
+    shards = in_shards(_file_tensors(model), max_shard_bytes)
     index: dict[str, str] = {}
-    for number, shard in enumerate(shards, 1):
-        name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+    for name, shard in zip(shard_names(len(shards)), shards, strict=True):
         _write_safetensors(folder / name, shard)
         index |= {tensor.name: name for tensor in shard}
+    if len(shards) == 1:
+        return
     total = sum(tensor.num_bytes for shard in shards for tensor in shard)
     write_json(folder / checkpoint.INDEX, {"metadata": {"total_size": total}, "weight_map": index})
 
 
-def _generation(config: ModelConfig, described: dict[str, Any]) -> dict[str, Any]:
+def generation_fields(config: ModelConfig, described: dict[str, Any]) -> dict[str, Any]:
+    """What a generation_config.json repeats of a config.json."""
     ids = ("bos_token_id", "eos_token_id", "pad_token_id")
     return {"_from_model_config": True} | {name: described[name] for name in ids if described[name] is not None}
 
@@ -95,17 +123,21 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
-def _file_tensors(model: Decoder) -> Iterator[_FileTensor]:
+def _file_tensors(model: Decoder) -> list[_FileTensor]:
     state = model.state_dict()
     weight_map = families.family(model.config.family).weight_map(model.config)
+    shapes = file_shapes(model.config.tensors(), weight_map)
+    tensors = {name: _FileTensor(name, shape, []) for name, shape in shapes.items()}
     for spec in model.config.tensors():
         for piece in weight_map[spec.name]:
-            yield _FileTensor(piece.name, state[spec.name][piece.index])
+            values = state[spec.name][piece.index]
+            tensors[piece.name].parts.append(_Part(piece.file_index, values.mT if piece.transposed else values))
+    return list(tensors.values())
 
 
-def _shards(tensors: list[_FileTensor], max_shard_bytes: int) -> list[list[_FileTensor]]:
+def in_shards(tensors: list[T], max_shard_bytes: int) -> list[list[T]]:
     """Consecutive tensors up to `max_shard_bytes`; a larger tensor has a shard of its own."""
-    shards: list[list[_FileTensor]] = [[]]
+    shards: list[list[T]] = [[]]
     used = 0
     for tensor in tensors:
         if shards[-1] and used + tensor.num_bytes > max_shard_bytes:
@@ -116,9 +148,18 @@ def _shards(tensors: list[_FileTensor], max_shard_bytes: int) -> list[list[_File
     return shards
 
 
+def shard_names(count: int) -> list[str]:
+    """The files of so many shards."""
+    if count == 1:
+        return [checkpoint.SINGLE]
+    return [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
+
+
 def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     """Any named tensors as one safetensors file, streamed. Raises OSError when the disk says no."""
-    _write_safetensors(path, [_FileTensor(name, values) for name, values in tensors.items()])
+    _write_safetensors(
+        path, [_FileTensor(name, tuple(each.shape), [_Part((), each)]) for name, each in tensors.items()]
+    )
 
 
 def _write_safetensors(path: Path, tensors: list[_FileTensor]) -> None:
@@ -126,10 +167,9 @@ def _write_safetensors(path: Path, tensors: list[_FileTensor]) -> None:
 
     Wide types come first, so that every tensor starts on a multiple of its item size.
     """
-    tensors = sorted(tensors, key=lambda tensor: -tensor.values.element_size())
-    described = {each.name: (_SPELLINGS[each.values.dtype], tuple(each.values.shape)) for each in tensors}
+    tensors = sorted(tensors, key=lambda tensor: -tensor.dtype.itemsize)
+    described = {each.name: (SPELLINGS[each.dtype], each.shape) for each in tensors}
     with path.open("wb") as file:
         file.write(header_bytes(described))
         for tensor in tensors:
-            values = tensor.values.detach().to("cpu").contiguous()
-            file.write(values.reshape(-1).view(torch.uint8).numpy().data)
+            file.write(tensor.values().reshape(-1).view(torch.uint8).numpy().data)

@@ -172,6 +172,29 @@ def _causal_scores(q_BSHA: Tensor, k_BSGA: Tensor, v_BSGA: Tensor) -> tuple[Tens
     return (q @ k.mT / q.shape[-1] ** 0.5).masked_fill(later, float("-inf")), (q, k, v)
 
 
+def attention_with_sinks(
+    q_BHSA: Tensor,
+    k_BGNA: Tensor,
+    v_BGNA: Tensor,
+    sinks_H: Tensor,
+    *,
+    visible: Tensor | None = None,
+    causal: bool = False,
+    scale: float | None = None,
+) -> Tensor:
+    """softmax of [scale q k^T, sink], without the sink's probability, times v, [B, H, S, A]; see kernels/attention."""
+    shared = q_BHSA.shape[1] // k_BGNA.shape[1]
+    q, k, v = _wide(q_BHSA), _wide(k_BGNA).repeat_interleave(shared, 1), _wide(v_BGNA).repeat_interleave(shared, 1)
+    scores_BHSN = q @ k.mT * (q.shape[-1] ** -0.5 if scale is None else scale)
+    if causal:
+        visible = torch.ones(scores_BHSN.shape[-2:], dtype=torch.bool, device=q.device).tril()
+    if visible is not None:
+        scores_BHSN = scores_BHSN.masked_fill(~visible, float("-inf"))
+    sinks_BHS1 = sinks_H.to(q.dtype)[:, None, None].expand(*scores_BHSN.shape[:-1], 1)
+    p_BHSN = torch.cat([scores_BHSN, sinks_BHS1], dim=-1).softmax(-1)[..., :-1]
+    return (p_BHSN @ v).to(q_BHSA.dtype)
+
+
 def rotate(x_BSHA: Tensor, cos: Tensor, sin: Tensor, sign: float = 1.0) -> Tensor:
     """(x1 cos - x2 sin, x2 cos + x1 sin) of each head's halves x1, x2; cos and sin are [B or 1, S, 1, A].
 

@@ -64,10 +64,10 @@ class Segments(NamedTuple):
         ]
 
     def paste(self, bundles: Sequence[Tensor], like_BHSA: Tensor) -> Tensor:
-        """The way back, without the padding."""
-        batch, heads, length, head_dim = like_BHSA.shape
+        """The way back, without the padding; as wide as the bundles are."""
+        batch, heads, length, _ = like_BHSA.shape
         flat_TF: Any = _Paste.apply(torch.cat([_by_token(bundle) for bundle in bundles]), self.places_T)
-        return flat_TF.view(batch, length, heads, head_dim).transpose(1, 2)
+        return flat_TF.view(batch, length, heads, -1).transpose(1, 2)
 
 
 def segments(documents_BS: Tensor) -> Segments:

@@ -4,17 +4,21 @@ B batch, G key/value heads, N slots, A head dim. A slot is a place in the sequen
 a batch are written in step, and `valid_BN` says which slots hold a token.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from moesaic.config import AttentionConfig, ModelConfig, StateSpec
+from moesaic.config import AttentionConfig, LayerConfig, LongRopeConfig, MlaConfig, ModelConfig, StateSpec
 from moesaic.errors import GenerationError
 
 
 class Past(NamedTuple):
-    """Keys and values [B, G, N, A] that a query may look at; the first of them stands in slot `first_slot`."""
+    """Keys and values [B, G, N, A] that a query may look at; the first of them stands in slot `first_slot`.
+
+    Latent attention keeps its latents as keys [B, 1, N, Z]; its turned keys, index keys beside them, as values.
+    """
 
     keys: Tensor
     values: Tensor
@@ -28,11 +32,20 @@ class LayerState(Protocol):
 
 
 class FullState:
-    """Keeps every token, in tensors reserved for `max_length` slots."""
+    """Keeps every token, in tensors reserved for as many slots as `shape` [B, G, N, A] has.
 
-    def __init__(self, shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device | str) -> None:
+    value_dim: of the values, where they are not as wide as keys.
+    """
+
+    def __init__(
+        self,
+        shape: tuple[int, int, int, int],
+        dtype: torch.dtype,
+        device: torch.device | str,
+        value_dim: int | None = None,
+    ) -> None:
         self.keys = torch.empty(shape, dtype=dtype, device=device)
-        self.values = torch.empty(shape, dtype=dtype, device=device)
+        self.values = torch.empty((*shape[:3], value_dim or shape[3]), dtype=dtype, device=device)
         self.length = 0
 
     def append(self, keys_BGSA: Tensor, values_BGSA: Tensor) -> Past:
@@ -63,11 +76,15 @@ class WindowState:
         self.keys, self.values = keys[:, :, -self.window :], values[:, :, -self.window :]
         return Past(keys, values, self.length - keys.shape[2])
 
+    def clear(self) -> None:
+        self.keys, self.values, self.length = self.keys[:, :, :0], self.values[:, :, :0], 0
+
 
 class KeyValueCache:
     """What every layer of a model keeps of a batch of sequences.
 
-    Raises GenerationError when more than `max_length` slots are written.
+    layers: others than the model's own, such as those of `config.mtp`, which see other tokens at each step.
+    Raises GenerationError when more than `max_length` slots are written, or more than it `takes`.
     """
 
     def __init__(
@@ -78,14 +95,32 @@ class KeyValueCache:
         max_length: int,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
+        layers: Sequence[LayerConfig] | None = None,
     ) -> None:
         self.max_length = max_length
         self.length = 0
         self.valid_BN = torch.zeros(batch_size, max_length, dtype=torch.bool, device=device)
+        layers = config.layers if layers is None else layers
         self.states = [
-            _layer_state(layer.attention, spec, batch_size, max_length, dtype, device)
-            for layer, spec in zip(config.layers, config.states(), strict=True)
+            _layer_state(layer.attention, layer.attention.state(), batch_size, max_length, dtype, device)
+            for layer in layers
         ]
+        scalings = {layer.attention.rope.scaling for layer in layers if layer.attention.rope is not None}
+        self._turning_points = sorted({each.original_length for each in scalings if isinstance(each, LongRopeConfig)})
+
+    def takes(self, num_tokens: int | Tensor) -> bool:
+        """Whether so many more tokens (of each sequence, [B, 1] where they differ) can stand beside those kept.
+
+        They cannot where they take a text past the length from which on LongRoPE turns its first tokens otherwise:
+        then the whole text must be written anew, after `rollback(0)`.
+        """
+        if not self._turning_points:
+            return True
+        seen_B1 = self.valid_BN[:, : self.length].sum(1, keepdim=True)
+        return not any(
+            bool(((seen_B1 > 0) & (seen_B1 <= point) & (seen_B1 + num_tokens > point)).any())
+            for point in self._turning_points
+        )
 
     def begin(self, mask_BS: Tensor) -> Tensor:
         """Reserve the next S slots, of which `mask_BS` hold tokens; returns the new tokens' positions [B, S]."""
@@ -94,30 +129,50 @@ class KeyValueCache:
             raise GenerationError(
                 f"{end} tokens do not fit a cache of {self.max_length}; shorten the prompt or ask for fewer new tokens"
             )
+        if not self.takes(mask_BS.sum(1, keepdim=True)):
+            raise GenerationError(
+                f"a text grows past {self._turning_points[0]} tokens, and longer ones are turned otherwise from their "
+                "first token on (LongRopeConfig); roll the cache back to 0 and write the whole text"
+            )
         self.valid_BN[:, self.length : end] = mask_BS
         seen_B1 = self.valid_BN[:, : self.length].sum(1, keepdim=True)
         self.length = end
         return (seen_B1 + mask_BS.long().cumsum(1) - 1).clamp(min=0)
 
     def rollback(self, length: int) -> None:
-        """Forget all slots from `length` on. Raises GenerationError when a layer cannot: a window has forgotten."""
-        states = [state for state in self.states if isinstance(state, FullState)]
-        if len(states) < len(self.states):
+        """Forget all slots from `length` on.
+
+        Raises GenerationError when a layer cannot, other than to 0: a window has forgotten, or what stays was turned
+        as part of a longer text (LongRoPE).
+        """
+        seen_B, kept_B = (self.valid_BN[:, :end].sum(1) for end in (self.length, length))
+        if length and any(bool(((kept_B <= end) & (end < seen_B)).any()) for end in self._turning_points):
+            raise GenerationError(
+                f"a cache of texts longer than {self._turning_points[0]} tokens cannot be rolled back to that; "
+                "start a new one"
+            )
+        if length and any(isinstance(state, WindowState) for state in self.states):
             raise GenerationError("a cache with windowed layers cannot be rolled back; start a new one")
-        for state in states:
-            state.rollback(length)
+        for state in self.states:
+            if isinstance(state, FullState):
+                state.rollback(length)
+            else:
+                state.clear()
         self.length = length
         self.valid_BN[:, length:] = False
 
 
 def _layer_state(
-    attention: AttentionConfig,
+    attention: AttentionConfig | MlaConfig,
     spec: StateSpec,
     batch_size: int,
     max_length: int,
     dtype: torch.dtype,
     device: torch.device | str,
 ) -> FullState | WindowState:
+    if isinstance(attention, MlaConfig):
+        beside = spec.elements_per_token - attention.latent_rank
+        return FullState((batch_size, 1, max_length, attention.latent_rank), dtype, device, beside)
     shape = (batch_size, attention.num_key_value_heads, max_length, attention.head_dim)
     if spec.window is None:
         return FullState(shape, dtype, device)

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from moesaic.config import MlpConfig
-from moesaic.kernels.activations import GATED_ACTIVATIONS
+from moesaic.kernels.activations import gated_activation
 
 
 class Mlp(nn.Module):
@@ -16,7 +16,7 @@ class Mlp(nn.Module):
         self.gate_proj = nn.Linear(hidden_size, inner, bias=config.bias)
         self.up_proj = nn.Linear(hidden_size, inner, bias=config.bias)
         self.down_proj = nn.Linear(inner, hidden_size, bias=config.bias)
-        self.activation = GATED_ACTIVATIONS[config.activation]
+        self.activation = gated_activation(config.activation)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(self.activation(torch.cat([self.gate_proj(x), self.up_proj(x)], dim=-1)))

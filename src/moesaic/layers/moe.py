@@ -33,6 +33,7 @@ class MoeLayer(nn.Module):
         self.router = RouterLayer(config.router, hidden_size)
         self.experts = GroupedExperts(config, hidden_size)
         self.shared_experts = Mlp(config.shared, hidden_size) if config.shared else None
+        self.shared_gate = nn.Linear(hidden_size, 1, bias=False) if config.shared_gate else None
 
     def forward(self, x_BSD: Tensor, facts: TokenFacts | None = None, tape: RoutingTape | None = None) -> Tensor:
         """y_BSD. Tokens that `facts` masks reach no routed expert. `tape` hears the decision or dictates it."""
@@ -42,7 +43,7 @@ class MoeLayer(nn.Module):
             tape.hear(self.layer, decision)
         y_TD = self._experts(x_TD, decision)
         if self.shared_experts is not None:
-            y_TD = y_TD + _times(self.shared_experts(x_TD), decision.shared_weight_T)
+            y_TD = y_TD + self._shared(self.shared_experts, x_TD, decision.shared_weight_T)
         return y_TD.view_as(x_BSD)
 
     def _decide(self, x_TD: Tensor, facts: TokenFacts, tape: RoutingTape | None) -> RoutingDecision:
@@ -70,12 +71,13 @@ class MoeLayer(nn.Module):
             return padded.compute(self.experts, x_TD, decision.rows, decision.slots)
         return self.experts.compute(x_TD, decision.rows)
 
-
-def _times(shared_TD: Tensor, extra_weight_T: Tensor | None) -> Tensor:
-    """The shared expert's output, and once more as much as overflowed to it."""
-    if extra_weight_T is None:
-        return shared_TD
-    return (shared_TD * (1 + extra_weight_T)[:, None]).to(shared_TD.dtype)
+    def _shared(self, experts: Mlp, x_TD: Tensor, extra_weight_T: Tensor | None) -> Tensor:
+        """The shared expert's output, times its gate, and once more as much as overflowed to it."""
+        shared_TD = experts(x_TD)
+        weight_T1 = 1 if self.shared_gate is None else self.shared_gate(x_TD).sigmoid()
+        if extra_weight_T is not None:
+            weight_T1 = weight_T1 + extra_weight_T[:, None]
+        return shared_TD if isinstance(weight_T1, int) else (shared_TD * weight_T1).to(shared_TD.dtype)
 
 
 @contextmanager

@@ -22,13 +22,14 @@ BATCH_NORM_MOMENTUM = 0.1
 class RouterLayer(nn.Module):
     """A router with its tensors, of which it has those that `config.tensors` names.
 
-    Learned: `weight` [E, D], and noisy top-k's `noise_weight` [E, D]. Reached by no gradient, and never narrower than
-    fp32: `selection_bias` [E]; the hash `table` [V, K], int32; `penalty_coefficient` [1] of ReLU routing;
+    Learned: `weight` [E, D], noisy top-k's `noise_weight` [E, D], and `bias` [E]. Reached by no gradient, and never
+    narrower than fp32: `selection_bias` [E]; the hash `table` [V, K], int32; `penalty_coefficient` [1] of ReLU routing;
     `running_mean` and `running_var` [E] of logits that are normalised.
     """
 
     weight: Tensor | None
     noise_weight: Tensor | None
+    bias: Tensor | None
     selection_bias: Tensor | None
     table: Tensor | None
     penalty_coefficient: Tensor | None
@@ -40,7 +41,7 @@ class RouterLayer(nn.Module):
         self.config = config
         self.choose = ROUTERS[config.name]
         specs = {spec.name.removeprefix("router."): spec for spec in config.tensors("router", hidden_size)}
-        for name in ("weight", "noise_weight"):
+        for name in ("weight", "noise_weight", "bias"):
             self.register_parameter(name, nn.Parameter(torch.empty(specs[name].shape)) if name in specs else None)
         for name in ("selection_bias", "table", "penalty_coefficient", "running_mean", "running_var"):
             self.register_buffer(name, _started(specs[name]) if name in specs else None)
@@ -79,7 +80,7 @@ class RouterLayer(nn.Module):
             x_TD = x_TD * torch.empty_like(x_TD).uniform_(1 - config.jitter, 1 + config.jitter)
         logits_TE = x_TD.new_zeros(len(x_TD), config.num_choices)
         if self.weight is not None:
-            logits_TE = linear(x_TD, self.weight.to(wide))
+            logits_TE = linear(x_TD, self.weight.to(wide), None if self.bias is None else self.bias.to(wide))
         if config.batch_norm:
             logits_TE = self._normalized(logits_TE, facts.mask_T, first_time)
         noise_weight = self.noise_weight if self.training else None

@@ -8,27 +8,38 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from moesaic.config import LayerConfig, MlpConfig, ModelConfig, MoeConfig, SoftMoeConfig
+from moesaic.config import (
+    AttentionConfig,
+    LayerConfig,
+    MlaConfig,
+    MlpConfig,
+    ModelConfig,
+    MoeConfig,
+    SoftMoeConfig,
+)
 from moesaic.errors import ConfigError
 from moesaic.layers.attention import Attention, Sight
 from moesaic.layers.documents import has_several, number_documents, row_numbers
 from moesaic.layers.kv_cache import KeyValueCache, LayerState
+from moesaic.layers.mla import LatentAttention
 from moesaic.layers.mlp import Mlp
 from moesaic.layers.moe import MoeLayer
-from moesaic.layers.norm import RmsNorm
+from moesaic.layers.norm import norm
 from moesaic.layers.soft_moe import SoftMoeLayer
 from moesaic.models.init import initialize
+from moesaic.models.mtp import PredictionLayer
 from moesaic.routing import RoutingTape, Rows, TokenFacts
 
 
 class DecoderLayer(nn.Module):
-    """x + attention(norm(x)), then x + feed_forward(norm(x))."""
+    """x + attention(norm(x)), then x + feed_forward(norm(x)); what is added may have a multiplier."""
 
     def __init__(self, config: LayerConfig, hidden_size: int, layer: int) -> None:
         super().__init__()
-        self.attention_norm = RmsNorm(config.norm, hidden_size)
-        self.attention = Attention(config.attention, hidden_size)
-        self.feed_forward_norm = RmsNorm(config.norm, hidden_size)
+        self.residual_multiplier = config.residual_multiplier
+        self.attention_norm = norm(config.norm, hidden_size)
+        self.attention = _attention(config.attention, hidden_size, layer)
+        self.feed_forward_norm = norm(config.norm, hidden_size)
         self.feed_forward = _feed_forward(config.feed_forward, hidden_size, layer)
 
     def forward(
@@ -40,13 +51,23 @@ class DecoderLayer(nn.Module):
         tape: RoutingTape | None,
     ) -> Tensor:
         """x_BSD for the next layer. Writes to `state` when one is handed in; `tape` hears an MoE layer's routing."""
-        x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), sight, state)
-        normed_BSD = self.feed_forward_norm(x_BSD)
+        attended_BSD = self.attention(self.attention_norm(x_BSD), sight, state)
+        x_BSD = torch.add(x_BSD, attended_BSD, alpha=self.residual_multiplier)
+        fed_BSD = self._feed(self.feed_forward_norm(x_BSD), facts, tape)
+        return torch.add(x_BSD, fed_BSD, alpha=self.residual_multiplier)
+
+    def _feed(self, normed_BSD: Tensor, facts: TokenFacts, tape: RoutingTape | None) -> Tensor:
         if isinstance(self.feed_forward, MoeLayer):
-            return x_BSD + self.feed_forward(normed_BSD, facts, tape)
+            return self.feed_forward(normed_BSD, facts, tape)
         if isinstance(self.feed_forward, SoftMoeLayer):
-            return x_BSD + self.feed_forward(normed_BSD, facts)
-        return x_BSD + self.feed_forward(normed_BSD)
+            return self.feed_forward(normed_BSD, facts)
+        return self.feed_forward(normed_BSD)
+
+
+def _attention(config: AttentionConfig | MlaConfig, hidden_size: int, layer: int) -> Attention | LatentAttention:
+    if isinstance(config, MlaConfig):
+        return LatentAttention(config, hidden_size, layer)
+    return Attention(config, hidden_size)
 
 
 def _feed_forward(
@@ -84,8 +105,14 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(
             DecoderLayer(layer, config.hidden_size, index) for index, layer in enumerate(config.layers)
         )
-        self.final_norm = RmsNorm(config.decoder.final_norm, config.hidden_size)
-        self.head = None if config.tie_word_embeddings else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.final_norm = norm(config.decoder.final_norm, config.hidden_size)
+        self.head = None
+        if not config.tie_word_embeddings:
+            self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=config.head_bias)
+        self.mtp = nn.ModuleList(
+            PredictionLayer(DecoderLayer(layer, config.hidden_size, index), layer.norm, config.hidden_size)
+            for index, layer in enumerate(config.mtp, len(config.layers))
+        )
 
     def initialize(self, seed: int = 0) -> Self:
         """Draw all weights anew (see models/init.py)."""
@@ -107,20 +134,61 @@ class Decoder(nn.Module):
         documents_BS = None if document_ids_BS is None else number_documents(document_ids_BS)
         sight = _sight(token_ids_BS, mask_BS, cache, documents_BS)
         facts = _facts(token_ids_BS, mask_BS, documents_BS, tape)
-        x_BSD = self.embedding(token_ids_BS)
+        x_BSD = self._embedded(token_ids_BS)
         for index, layer in enumerate(self.layers):
             state = cache.states[index] if cache else None
             x_BSD = layer(x_BSD, sight, state, facts, tape)
-        return self.final_norm(x_BSD)
+        return self._before_head(self.final_norm(x_BSD))
+
+    def _embedded(self, token_ids_BS: Tensor) -> Tensor:
+        x_BSD, multiplier = self.embedding(token_ids_BS), self.config.embedding_multiplier
+        return x_BSD if multiplier == 1 else x_BSD * multiplier
+
+    def _before_head(self, x_BSD: Tensor) -> Tensor:
+        """Divided as the logits are to be: whoever multiplies by the head need not know of it."""
+        return x_BSD if self.config.logits_divisor == 1 else x_BSD / self.config.logits_divisor
+
+    def hidden_ahead(
+        self,
+        hidden_BSD: Tensor,
+        next_token_ids_BS: Tensor,
+        mask_BS: Tensor | None = None,
+        *,
+        depth: int = 1,
+        cache: KeyValueCache | None = None,
+        tape: RoutingTape | None = None,
+    ) -> Tensor:
+        """h^k_BSD of `mtp` layer k = `depth`, whose `logits` predict token i + k + 1 at place i.
+
+        hidden_BSD: h^(k-1), what `hidden` (or this, one depth less) returned for places i. next_token_ids_BS: the
+        tokens i + k. mask_BS: true where both are there. cache: of this layer, made with `layers=config.mtp[k-1:k]`.
+        Raises ConfigError for a depth that the model has no layer for, and for wrong shapes.
+        """
+        if not 1 <= depth <= len(self.mtp):
+            raise ConfigError(f"depth={depth}; this model has {len(self.mtp)} layers that predict further tokens")
+        if hidden_BSD.shape[:2] != next_token_ids_BS.shape:
+            shapes = f"{tuple(next_token_ids_BS.shape)} for hidden states of {tuple(hidden_BSD.shape)}"
+            raise ConfigError(f"next token ids of shape {shapes}; give one for each")
+        self._check(next_token_ids_BS, mask_BS, None, cache)
+        mask_BS = mask_BS.bool() if mask_BS is not None else None
+        sight, facts = _sight(next_token_ids_BS, mask_BS, cache, None), _facts(next_token_ids_BS, mask_BS, None, tape)
+        state = cache.states[0] if cache else None
+        ahead_BSD = self.mtp[depth - 1](hidden_BSD, self._embedded(next_token_ids_BS), sight, state, facts, tape)
+        return self._before_head(ahead_BSD)
 
     @property
     def head_weight(self) -> Tensor:
         """The head's matrix [V, D]: the embedding's own where they are tied."""
         return self.embedding.weight if self.head is None else self.head.weight
 
+    @property
+    def head_bias(self) -> Tensor | None:
+        """What the head adds to the logits [V], if anything."""
+        return None if self.head is None else self.head.bias
+
     def logits(self, x_BSD: Tensor) -> Tensor:
         """The head: logits_BSV from what `hidden` returned."""
-        return torch.nn.functional.linear(x_BSD, self.head_weight)
+        return torch.nn.functional.linear(x_BSD, self.head_weight, self.head_bias)
 
     def forward(
         self,

@@ -97,6 +97,11 @@ class RecurrentModel(nn.Module):
         """The head's matrix [V, D]."""
         return self.head.weight
 
+    @property
+    def head_bias(self) -> Tensor | None:
+        """What the head adds to the logits: nothing."""
+        return None
+
     def hidden(self, token_ids_BS: Tensor, mask_BS: Tensor | None = None, *, tape: RoutingTape | None = None) -> Tensor:
         """x_BSD before the head. Arguments as in `forward`."""
         _check(token_ids_BS, mask_BS)

@@ -37,42 +37,51 @@ class _LinearCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x_TD: Tensor, weight_VD: Tensor, targets_T: Tensor) -> Tensor:
+    def forward(ctx: Any, x_TD: Tensor, weight_VD: Tensor, targets_T: Tensor, bias_V: Tensor | None) -> Tensor:
         ctx.weight, ctx.num_targets = weight_VD, max(1, int((targets_T >= 0).sum()))
         wants_grad = any(ctx.needs_input_grad)
         num_rows = _rows_at_once(len(x_TD), x_TD.shape[1], len(weight_VD))
         logits_NV = x_TD.new_empty(num_rows, len(weight_VD))
         wide_type = torch.promote_types(x_TD.dtype, torch.float32)
         dx_TD = torch.empty_like(x_TD) if wants_grad else None
-        dw_VD = None
+        dw_VD, db_V = None, None
         loss = x_TD.new_zeros((), dtype=wide_type)
         for start in range(0, len(x_TD), num_rows):
             x_ND, targets_N = x_TD[start : start + num_rows], targets_T[start : start + num_rows]
             logits = logits_NV[: len(x_ND)]
-            torch.mm(x_ND, weight_VD.T, out=logits)
+            if bias_V is None:
+                torch.mm(x_ND, weight_VD.T, out=logits)
+            else:
+                torch.addmm(bias_V, x_ND, weight_VD.T, out=logits)
             loss += ops.cross_entropy_(logits, targets_N).sum()
             if dx_TD is not None:
                 torch.mm(logits, weight_VD, out=dx_TD[start : start + num_rows])
                 dw_VD = logits.T @ x_ND if dw_VD is None else _plus_product(dw_VD.to(wide_type), logits.T, x_ND)
-        ctx.save_for_backward(dx_TD, dw_VD)
+                if bias_V is not None:
+                    part_V = logits.sum(0, dtype=wide_type)
+                    db_V = part_V if db_V is None else db_V + part_V
+        ctx.save_for_backward(dx_TD, dw_VD, db_V)
+        ctx.bias_type = None if bias_V is None else bias_V.dtype
         return loss / ctx.num_targets
 
     @staticmethod
     @once_differentiable
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]  as the decorator types it
         ctx: Any, *d_loss: Tensor
-    ) -> tuple[Tensor | None, Tensor | None, None]:
-        dx_TD, dw_VD = ctx.saved_tensors
+    ) -> tuple[Tensor | None, Tensor | None, None, Tensor | None]:
+        dx_TD, dw_VD, db_V = ctx.saved_tensors
         scale = d_loss[0] / ctx.num_targets
         if dw_VD is None:  # no tokens at all
-            return torch.zeros_like(dx_TD), torch.zeros_like(ctx.weight), None
+            no_bias = None if ctx.bias_type is None else ctx.weight.new_zeros(len(ctx.weight), dtype=ctx.bias_type)
+            return torch.zeros_like(dx_TD), torch.zeros_like(ctx.weight), None, no_bias
         dx_TD = (dx_TD * scale).to(dx_TD.dtype) if ctx.needs_input_grad[0] else None
+        db_V = (db_V * scale).to(ctx.bias_type) if ctx.needs_input_grad[3] else None
         if not ctx.needs_input_grad[1]:
-            return dx_TD, None, None
+            return dx_TD, None, None, db_V
         if has_buffer(ctx.weight):
             add_gradient(ctx.weight, dw_VD, scale)
-            return dx_TD, None, None
-        return dx_TD, (dw_VD * scale).to(ctx.weight.dtype), None
+            return dx_TD, None, None, db_V
+        return dx_TD, (dw_VD * scale).to(ctx.weight.dtype), None, db_V
 
 
 def _rows_at_once(num_tokens: int, hidden_size: int, vocab_size: int) -> int:
@@ -91,12 +100,12 @@ def _plus_product(total_VD: Tensor, left_VN: Tensor, right_ND: Tensor) -> Tensor
     return total_VD
 
 
-def linear_cross_entropy(x_TD: Tensor, weight_VD: Tensor, targets_T: Tensor) -> Tensor:
-    """The mean cross-entropy of x @ weight.T over the targets that are not negative, in nats, in fp32 or wider.
+def linear_cross_entropy(x_TD: Tensor, weight_VD: Tensor, targets_T: Tensor, bias_V: Tensor | None = None) -> Tensor:
+    """The mean cross-entropy of x @ weight.T + bias over the targets that are not negative, in nats, in fp32 or wider.
 
     As torch.nn.functional.cross_entropy gives it; without any target it is 0, with zero gradients.
     """
-    return _LinearCrossEntropy.apply(x_TD, weight_VD, targets_T)  # pyright: ignore[reportReturnType]
+    return _LinearCrossEntropy.apply(x_TD, weight_VD, targets_T, bias_V)  # pyright: ignore[reportReturnType]
 
 
 class Losses(NamedTuple):
@@ -133,7 +142,8 @@ def losses(
     counts: of the step that this batch is a part of; it is added to them. None: the batch is the whole step.
     """
     hidden_BSD = (hidden or model.hidden)(inputs_BS, mask_BS, tape=tape, document_ids_BS=document_ids_BS)
-    cross_entropy = linear_cross_entropy(hidden_BSD.flatten(0, 1), model.head_weight, targets_BS.flatten())
+    x_TD, targets_T = hidden_BSD.flatten(0, 1), targets_BS.flatten()
+    cross_entropy = linear_cross_entropy(x_TD, model.head_weight, targets_T, model.head_bias)
     counts = counts or StepCounts()
     counts.add(tape.decisions)
     penalty, balance = torch.zeros_like(cross_entropy), {}

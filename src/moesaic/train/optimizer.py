@@ -117,7 +117,7 @@ def written_in_place(model: Decoder) -> list[torch.nn.Parameter]:
 
 def _rule(model: Decoder, weight: Weight, settings: TrainSettings) -> Rule:
     """Muon for the matrices of layers; AdamW for the rest. Matrices decay; norms, biases and embeddings do not."""
-    is_matrix = weight.master.dim() >= 2 and weight.role != "embedding"
+    is_matrix = weight.master.dim() >= 2 and weight.role != "embedding" and not weight.name.endswith("_bias")
     weight_decay = settings.weight_decay if is_matrix else 0.0
     if settings.optimizer == "muon" and is_matrix and weight.role not in ("head", "router"):
         return Muon(

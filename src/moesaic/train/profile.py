@@ -18,9 +18,10 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from moesaic.errors import ConfigError, RunFolderError
 from moesaic.experts.grouped import GroupedExperts
 from moesaic.layers.attention import Attention
+from moesaic.layers.mla import LatentAttention
 from moesaic.layers.mlp import Mlp
 from moesaic.layers.moe import MoeLayer, RouterLayer
-from moesaic.layers.norm import RmsNorm
+from moesaic.layers.norm import LayerNorm, RmsNorm
 from moesaic.models.decoder import DecoderLayer
 from moesaic.train.loop import Trainer
 from moesaic.train.phases import STEP, PhaseTime, Span, annotation, phase_times, spans
@@ -34,7 +35,9 @@ _OUTER: dict[type[nn.Module], str] = {DecoderLayer: "residual", MoeLayer: "moe, 
 _INNER: dict[type[nn.Module], str] = {
     nn.Embedding: "embedding",
     RmsNorm: "norm",
+    LayerNorm: "norm",
     Attention: "attention",
+    LatentAttention: "attention",
     RouterLayer: "router",
     GroupedExperts: "experts",
     Mlp: "mlp",
