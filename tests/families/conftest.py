@@ -354,6 +354,14 @@ CASES: dict[str, dict[str, Any]] = {
         "head_dim": 14,
         "rope_theta": 1e6,
     },
+    "qwen3_moe/one head of keys, all experts": {
+        "num_experts": 3,
+        "num_experts_per_tok": 3,
+        "moe_intermediate_size": 7,
+        "num_key_value_heads": 1,
+        "head_dim": 12,
+        "rms_norm_eps": 1e-3,
+    },
     "qwen3_moe/top 1, heads as wide as hidden": {
         "num_experts": 5,
         "num_experts_per_tok": 1,

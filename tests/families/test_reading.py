@@ -148,7 +148,10 @@ def test_end_tokens_may_be_one_or_many(eos: Any, read: tuple[int, ...]) -> None:
         (GPT_OSS | {"layer_types": ["full_attention"]}, "layer_types=.*for each of 2 layers"),
         (GPT_OSS | {"layer_types": ["full_attention", "linear_attention"]}, "give full_attention or sliding_attention"),
         (GPT_OSS | {"hidden_act": "gelu"}, "hidden_act='gelu' is not supported"),
-        (LLAMA | {"model_type": "qwen2", "num_key_value_heads": 2, "max_window_layers": -1}, "max_window_layers=-1; it"),
+        (
+            LLAMA | {"model_type": "qwen2", "num_key_value_heads": 2, "max_window_layers": -1},
+            "max_window_layers=-1; it",
+        ),
         (
             QWEN | {"model_type": "qwen3", "use_sliding_window": True, "layer_types": ["chunked_attention"] * 2},
             "layer_types=.*give full_attention or sliding_attention for each of 2 layers",
@@ -163,7 +166,10 @@ def test_end_tokens_may_be_one_or_many(eos: Any, read: tuple[int, ...]) -> None:
         (ERNIE | {"moe_layer_start_index": "1"}, "moe_layer_start_index='1'; it must be the index of a layer"),
         (ERNIE | {"use_bias": True}, "head_bias with tie_word_embeddings"),
         (PHI | {"num_experts_per_tok": 3}, "num_experts_per_tok=3 is not supported; known: 2"),
-        (PHI | {"rope_scaling": {"type": "longrope", "short_factor": [1.0]}}, "without long_factor, short_mscale, long"),
+        (
+            PHI | {"rope_scaling": {"type": "longrope", "short_factor": [1.0]}},
+            "without long_factor, short_mscale, long",
+        ),
         (DBRX | {"attn_config": None}, "attn_config=None; every dbrx model states it, as a table of fields"),
         (DBRX | {"rope_parameters": {"rope_theta": 1e4}}, "rope_theta=500000.0 but rope_parameters says 10000.0"),
         (DBRX | {"ffn_config": {"ffn_act_fn": {"name": "gelu"}}}, "ffn_act_fn=.*gelu.* is not supported; known: silu"),
