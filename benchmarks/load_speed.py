@@ -55,8 +55,8 @@ def make(folder: Path, num_bytes: int) -> None:
     """A Qwen3-MoE checkpoint of about so many bytes in bf16, a tensor per expert as released ones have them."""
     raw = {
         "model_type": "qwen3_moe", "vocab_size": 32000, "hidden_size": 2048, "moe_intermediate_size": 768,
-        "head_dim": 128, "num_attention_heads": 16, "num_key_value_heads": 4, "num_experts": 32, "num_experts_per_tok": 4,
-        "num_hidden_layers": 1, "max_position_embeddings": 4096,
+        "head_dim": 128, "num_attention_heads": 16, "num_key_value_heads": 4, "num_experts": 32,
+        "num_experts_per_tok": 4, "num_hidden_layers": 1, "max_position_embeddings": 4096,
     }  # fmt: skip
     one, two = (families.from_hf(raw | {"num_hidden_layers": count}).total for count in (1, 2))
     raw["num_hidden_layers"] = max(1, round((num_bytes / 2 - one) / (two - one)) + 1)
