@@ -11,7 +11,7 @@ import pytest
 import moesaic
 
 SIGNATURES = {
-    "load": "(path_or_preset, *, dtype=None, device='cpu')",
+    "load": "(path_or_preset, *, dtype=None, device='cpu', allow_extra=False)",
     "save": "(model, folder, *, tokenizer=None, max_shard_bytes=5000000000)",
     "route": "(model, token_ids_BS, mask_BS=None)",
 }

@@ -161,7 +161,8 @@ def test_a_gate_weighs_the_shared_expert(overflow):
     y = layer(x, tape=tape)
     decision = tape.decisions[0]
     extra_T = decision.shared_weight_T if overflow else torch.zeros(TOKENS, dtype=torch.float64)
-    assert (extra_T > 0).any() == overflow
+    assert extra_T is not None and (extra_T > 0).any() == overflow
+    assert layer.shared_gate is not None and layer.shared_experts is not None
     gate_T1 = 1 / (1 + (-x[0] @ layer.shared_gate.weight.T).exp())
     shared = layer.shared_experts(x[0]) * (gate_T1 + extra_T[:, None])
     assert torch.allclose(y[0], layer.experts.compute(x[0], decision.rows) + shared)

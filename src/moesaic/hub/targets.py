@@ -19,6 +19,8 @@ from moesaic.models.weight_map import WeightMap, file_shapes
 
 PLAIN = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _PACKED_ROLES = ("attention", "mlp", "experts", "shared_experts")
+# Read as plain tensors by those who run these models: the indexer's head weights, and what joins a further token's parts.
+_NEVER_PACKED = (".indexer.head_weights.weight", ".projection.weight")
 _FIXED = {"float32": torch.float32, "int32": torch.int32}
 
 
@@ -92,7 +94,8 @@ class Plan:
         if self.dtype in PLAIN:
             return Plain(PLAIN[self.dtype])
         is_matrix = len(shape) == 2 and min(shape) > 1 and name.endswith(".weight")
-        if self.dtype == "fp8" and is_matrix and spec.role in _PACKED_ROLES:
+        may_pack = spec.role in _PACKED_ROLES and not spec.name.endswith(_NEVER_PACKED)
+        if self.dtype == "fp8" and is_matrix and may_pack:
             return Fp8()
         if self.dtype == "mxfp4" and spec.role == "experts" and len(shape) == 3 and parts[0].piece.transposed:
             return Mxfp4()
