@@ -48,7 +48,7 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     "config contradicts weights": (lambda f: edit(f / "config.json", num_hidden_layers=3), "that its configuration"),
     "unknown model_type": (
         lambda f: edit(f / "config.json", model_type="gpt5"),
-        "unknown model_type 'gpt5'. Known: llama, mixtral, moesaic, qwen3, qwen3_moe",
+        "unknown model_type 'gpt5'. Known: dbrx, deepseek_v2,",
     ),
     "top_k above num_experts": (
         lambda f: edit(f / "config.json", num_experts_per_tok=9),
@@ -168,7 +168,7 @@ def test_a_corpus_that_is_no_text(moesaic, train, corpus, tmp_path, damage):
     ("change", "words"),
     [
         ("model.num_experts_per_tok=9", "top_k=9 is more than num_experts=5; use 1 to 5"),
-        ("model.model_type=gpt5", "unknown model_type 'gpt5'. Known: llama, mixtral, moesaic, qwen3, qwen3_moe"),
+        ("model.model_type=gpt5", "unknown model_type 'gpt5'. Known: dbrx, deepseek_v2,"),
     ],
 )
 def test_a_recipe_that_cannot_be_leaves_the_folder_to_the_right_one(train, tmp_path, change, words):

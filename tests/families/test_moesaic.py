@@ -105,6 +105,7 @@ def test_layers_may_differ() -> None:
     assert isinstance(second.feed_forward, MoeConfig) and isinstance(third.feed_forward, MoeConfig)
     assert second.feed_forward.capacity == CapacityConfig(factor=1.25) and third.feed_forward.capacity is None
     assert (second.feed_forward.router.name, third.feed_forward.router.name) == ("softmax_topk", "hash")
+    assert isinstance(second.attention, AttentionConfig) and isinstance(third.attention, AttentionConfig)
     assert (second.attention.window, third.attention.window) == (None, 5)
 
 

@@ -120,7 +120,8 @@ def test_packing_is_theirs() -> None:
         quantization_config = Settings()
 
     weight = torch.randn(256, 384, generator=torch.Generator().manual_seed(1))
-    expected = theirs.Fp8Quantize(Quantizer()).convert({"w.weight": weight})
+    quantize: Any = theirs.Fp8Quantize(Quantizer())
+    expected = quantize.convert({"w.weight": weight})
     packed = fp8.pack(weight)
     assert torch.allclose(packed.scales, expected["w.weight_scale_inv"], rtol=1e-6, atol=0)
     # They multiply by the reciprocal, so a few values fall on the other side of a border.

@@ -86,8 +86,9 @@ def test_a_sink_far_below_all_scores_changes_nothing():
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_scores_may_have_a_scale_of_their_own(dtype, causal):
     inputs = _inputs(dtype)
+    query, keys, values = (each.double() for each in inputs)
     exact = torch.nn.functional.scaled_dot_product_attention(
-        *(each.double() for each in inputs), is_causal=causal, scale=0.3, enable_gqa=True
+        query, keys, values, is_causal=causal, scale=0.3, enable_gqa=True
     )
     seen = attention(*inputs, causal=causal, scale=0.3).double()
     assert (seen - exact).abs().max() <= (1e-5 if dtype == torch.float32 else 2e-2) * exact.abs().max()

@@ -19,7 +19,7 @@ from moesaic.models.weight_map import WeightMap, file_shapes
 
 PLAIN = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _PACKED_ROLES = ("attention", "mlp", "experts", "shared_experts")
-# Read as plain tensors by those who run these models: the indexer's head weights, and what joins a further token's parts.
+# Read as plain tensors by other programs: the indexer's head weights, and what joins the parts of a further token.
 _NEVER_PACKED = (".indexer.head_weights.weight", ".projection.weight")
 _FIXED = {"float32": torch.float32, "int32": torch.int32}
 
