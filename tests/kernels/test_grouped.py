@@ -225,6 +225,26 @@ def test_experts_with_many_rows_may_go_to_the_library(
     assert "torch.mm" in native.describe()
 
 
+def test_large_gradients_of_many_rows_may_go_to_the_library(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "_LIBRARY_ROWS", {})
+    monkeypatch.setattr(native, "_LIBRARY_GRAD_ROWS", {isa: 7})
+    monkeypatch.setattr(native, "_LARGE_MATRIX", 18 * 33)
+    calls: list[object] = []
+    plain = torch.mm
+    monkeypatch.setattr(torch, "mm", lambda *args, **kwargs: calls.append(args) or plain(*args, **kwargs))
+    offsets = offsets_of([3, 0, 12])
+    for inputs, used in ((33, 1), (32, 0)):
+        x_RI, dy_RO = rand(15, inputs), rand(15, 18, seed=1)
+        calls.clear()
+        dw_EOI = native.grouped_linear_weight_grad(dy_RO, x_RI, offsets)
+        assert len(calls) == used
+        check_product(reference.grouped_linear_weight_grad, dy_RO, x_RI, offsets, dw_EOI, 12)
+        sum_EOI = dw_EOI.clone()
+        native.add_grouped_linear_weight_grad(dy_RO, x_RI, offsets, sum_EOI, True)
+        torch.testing.assert_close(sum_EOI, 2 * dw_EOI)
+    assert "gradients of large weights native to 7 rows, then torch.mm" in native.describe()
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [

@@ -1,7 +1,8 @@
 """The compiled kernels under the names and signatures of reference.py. Importing this fails where they were not built.
 
 What they do not take (other dtypes than fp32 and bf16, tensors that are not on the CPU) goes to the reference.
-Results are bit-equal for any number of threads. `MOESAIC_ISA` forces a lower instruction set than the best.
+Results are bit-equal for any number of threads, but for those of torch.mm (see `describe`). `MOESAIC_ISA` forces a
+lower instruction set than the best.
 """
 
 import os
@@ -64,10 +65,13 @@ def _describe_classes() -> str:
     """Who multiplies an expert's rows, by dtype and number of rows: "fp32 native, bf16 native to 64 rows, then ..."."""
     names = {torch.float32: "fp32", torch.bfloat16: "bf16"}
     limits = {name: _own_rows(dtype) for dtype, name in names.items()}
-    return ", ".join(
+    products = [
         f"{name} native" if rows == _NEVER else f"{name} native to {rows} rows, then torch.mm"
         for name, rows in limits.items()
-    )
+    ]
+    if (of_weights := _LIBRARY_GRAD_ROWS.get(_native.isa(), _NEVER)) < limits["fp32"]:
+        products.append(f"fp32 gradients of large weights native to {of_weights} rows, then torch.mm")
+    return ", ".join(products)
 
 
 def _threads() -> int:
@@ -149,6 +153,11 @@ _FEW_ROWS = {torch.float32: 16, torch.bfloat16: 4}
 _LIBRARY_ROWS = {("portable", torch.float32): 16, ("neon", torch.float32): 16, ("neon", torch.bfloat16): 4}
 _NEVER = 2**62
 
+# The same of fp32 gradients of weights, for matrices of so many elements: at 512 rows ours takes 1.1 to 1.3 times as
+# long as torch.mm, at 256 about as long, and of smaller matrices less at any number of rows.
+_LIBRARY_GRAD_ROWS = {"avx512": 256, "avx512_bf16": 256, "amx": 256}
+_LARGE_MATRIX = 1 << 18
+
 # A tensor of more bytes always gets new pages from the system: glibc keeps smaller blocks for reuse
 # (DEFAULT_MMAP_THRESHOLD_MAX).
 _REUSED_BYTES = 32 << 20
@@ -157,6 +166,14 @@ _REUSED_BYTES = 32 << 20
 def _own_rows(dtype: torch.dtype) -> int:
     """Rows an expert up to which its products are computed here; torch.mm takes those with more."""
     return _LIBRARY_ROWS.get((_native.isa(), dtype), _NEVER)
+
+
+def _own_rows_of_grad(dw_EOI: Tensor, dtype: torch.dtype) -> int:
+    """The same for the gradient of its weights, from rows of this dtype."""
+    if dw_EOI.dtype != dtype:
+        return _NEVER  # torch.mm would round in between
+    large = dtype == torch.float32 and dw_EOI.shape[1] * dw_EOI.shape[2] >= _LARGE_MATRIX
+    return min(_own_rows(dtype), _LIBRARY_GRAD_ROWS.get(_native.isa(), _NEVER) if large else _NEVER)
 
 
 def _left_over(offsets: Tensor, own_rows: int) -> list[tuple[int, int, int]]:
@@ -231,7 +248,7 @@ def _weight_grad(
     dy_RO: Tensor, x_RI: Tensor, offsets: Tensor, dw_EOI: Tensor, *, fresh: bool = False, accumulate: bool = False
 ) -> None:
     inputs = (dy_RO.contiguous(), x_RI.contiguous(), offsets.contiguous())
-    own_rows = _own_rows(x_RI.dtype) if dw_EOI.dtype == x_RI.dtype else _NEVER  # torch.mm would round in between
+    own_rows = _own_rows_of_grad(dw_EOI, x_RI.dtype)
     _native.grouped_linear_weight_grad(*map(_array, inputs), _array(dw_EOI), fresh, accumulate, own_rows, _threads())
     for expert, start, end in _left_over(offsets, own_rows):
         if accumulate:
