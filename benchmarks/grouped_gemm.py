@@ -10,8 +10,8 @@ matrices, so that its weights stay in cache. Ours sums the weights' gradients in
 does falls on each; medians of GFLOP/s are printed, and ratios to dense within the same turns.
 
 `--classes` instead times each product against torch.mm for every expert, in more layers and over rows an expert: the
-source of kernels/native.py's _LIBRARY_ROWS and _LIBRARY_GRAD_ROWS. dW goes into new memory, whose pages cost both more than the product where
-it is large, and into memory that is kept, as the trainer does.
+source of the size classes in kernels/native.py. dW goes into new memory, whose pages cost both more than the product
+where it is large, and into memory that is kept, as the trainer does.
 """
 
 import argparse
