@@ -93,14 +93,15 @@ class Results:
         return cls(folder / "results.jsonl")
 
     def read(self) -> list[Result]:
-        """All whole lines. Raises DataError for one that is no result."""
+        """All whole lines, of two runs of the same cell the later. Raises DataError for one that is no result."""
         if not self.place.exists():
             return []
         lines = self.place.read_text(encoding="utf-8").split("\n")
         try:
-            return [json.loads(line) for line in lines[:-1] if line]  # the last one is empty, or was cut off
+            found = [json.loads(line) for line in lines[:-1] if line]  # the last one is empty, or was cut off
         except ValueError as error:
             raise DataError(f"{self.place} has a line that is no JSON ({error}); correct or delete it") from error
+        return list({(result["cell"], result["seed"]): result for result in found}.values())
 
     def add(self, result: Result) -> None:
         """Append one, and have it on disk. Two runs may share a file."""
