@@ -80,6 +80,7 @@ def turn(source: Path, folder: Path, layout: str, dtype: str) -> dict[str, Any]:
 
 
 def main() -> None:
+    """Make a checkpoint, convert it there and back, and print the peaks."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", default="16GB", help="of the checkpoint that is made (%(default)s)")
     parser.add_argument("--dtype", default="", help="of the files with a tensor per expert (bf16, as made)")

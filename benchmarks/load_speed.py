@@ -116,6 +116,7 @@ def measure(folder: Path, turns: int, is_cold: bool) -> dict[str, Any]:
 
 
 def main() -> None:
+    """Make a checkpoint, or take one, read it in turns, and print the ratio."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", default="8GB", help="of the checkpoint that is made (%(default)s)")
     parser.add_argument("--folder", type=Path, help="measure this checkpoint instead")

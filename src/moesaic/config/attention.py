@@ -103,6 +103,7 @@ class AttentionConfig:
         require(self.clip is None or self.clip > 0, f"clip={self.clip} in AttentionConfig; it must be above 0")
 
     def tensors(self, prefix: str, hidden_size: int) -> Iterator[TensorSpec]:
+        """Projections, biases, norms and sinks of one layer, in the order of its state_dict."""
         query_size = self.num_heads * self.head_dim
         key_value_size = self.num_key_value_heads * self.head_dim
         if self.sinks:

@@ -68,6 +68,7 @@ class MoeConfig:
         return self.router.num_experts
 
     def tensors(self, prefix: str, hidden_size: int) -> Iterator[TensorSpec]:
+        """The router, the stacked experts and the shared expert, in the order of the state_dict."""
         num_experts, top_k = self.num_experts, self.router.top_k
         yield from self.router.tensors(f"{prefix}.router", hidden_size)
         for name, shape in (

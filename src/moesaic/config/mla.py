@@ -64,6 +64,7 @@ class MlaConfig:
         return self.head_dim**-0.5 * correction
 
     def tensors(self, prefix: str, hidden_size: int) -> Iterator[TensorSpec]:
+        """Projections down to the latents and up from them, norms and indexer, in the order of the state_dict."""
         if self.query_rank is None:
             yield TensorSpec(f"{prefix}.q_proj.weight", (self.num_heads * self.head_dim, hidden_size), "attention")
         else:

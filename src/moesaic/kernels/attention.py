@@ -148,6 +148,7 @@ class _WideBackward(torch.autograd.Function):
         causal: bool,
         scale: float | None,
     ) -> Tensor:
+        """out [B, H, S, A] in bf16; what backward needs is kept."""
         out, log_sum = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             q, k, v, 0.0, causal, attn_mask=_additive(visible, q.dtype), scale=scale
         )

@@ -38,6 +38,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x_TD: Tensor, weight_VD: Tensor, targets_T: Tensor, bias_V: Tensor | None) -> Tensor:
+        """The mean loss of the targets that are not negative; its gradients are computed here, too."""
         ctx.weight, ctx.num_targets = weight_VD, max(1, int((targets_T >= 0).sum()))
         wants_grad = any(ctx.needs_input_grad)
         num_rows = _rows_at_once(len(x_TD), x_TD.shape[1], len(weight_VD))
