@@ -39,6 +39,10 @@ std::vector<const Kernels *> available() {
         __builtin_cpu_supports("avx512dq"))
         tables.push_back(&avx512::kernels);
     else return tables;
+#if defined(MOESAIC_HAS_VNNI)
+    if (!__builtin_cpu_supports("avx512vnni")) return tables;
+    tables.push_back(&avx512_vnni::kernels);
+#endif
 #if defined(MOESAIC_HAS_BF16)
     if (!__builtin_cpu_supports("avx512bf16")) return tables;
     tables.push_back(&avx512_bf16::kernels);

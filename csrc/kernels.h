@@ -4,6 +4,8 @@
 
 #include <cstdint>
 
+#include "packed.h"
+
 namespace moesaic {
 
 // The upper half of a float; arithmetic happens in float.
@@ -85,6 +87,8 @@ struct Kernels {
     Typed<float> f32;
     Typed<bf16> b16;
     void (*adamw)(const AdamTensors &tensors, const AdamStep &step, int64_t size, int threads);
+    void (*packed_linear)(const float *x, const uint8_t *weights, float *y, const PackedShape &shape,
+                          const int64_t *offsets, int64_t num_experts, int threads);
 
     const Typed<float> &of(const float *) const { return f32; }
     const Typed<bf16> &of(const bf16 *) const { return b16; }
@@ -101,6 +105,9 @@ namespace avx2 {
 extern const Kernels kernels;
 }
 namespace avx512 {
+extern const Kernels kernels;
+}
+namespace avx512_vnni {
 extern const Kernels kernels;
 }
 namespace avx512_bf16 {

@@ -19,6 +19,7 @@ from torch.utils.dlpack import to_dlpack  # pyright: ignore[reportPrivateImportU
 from moesaic.errors import ConfigError
 from moesaic.kernels import reference
 from moesaic.kernels.adam import AdamStep
+from moesaic.kernels.blocks import PackedMatrices
 
 _FLOATS = (torch.float32, torch.bfloat16)
 
@@ -155,7 +156,7 @@ _NEVER = 2**62
 
 # The same of fp32 gradients of weights, for matrices of so many elements: at 512 rows ours takes 1.1 to 1.3 times as
 # long as torch.mm, at 256 about as long, and of smaller matrices less at any number of rows.
-_LIBRARY_GRAD_ROWS = {"avx512": 256, "avx512_bf16": 256, "amx": 256}
+_LIBRARY_GRAD_ROWS = {"avx512": 256, "avx512_vnni": 256, "avx512_bf16": 256, "amx": 256}
 _LARGE_MATRIX = 1 << 18
 
 # A tensor of more bytes always gets new pages from the system: glibc keeps smaller blocks for reuse
@@ -194,6 +195,18 @@ def grouped_linear(x_RI: Tensor, weight_EOI: Tensor, offsets: Tensor) -> Tensor:
     _native.grouped_linear(*map(_array, inputs), _array(y_RO), _FEW_ROWS[x_RI.dtype], own_rows, _threads())
     for expert, start, end in _left_over(offsets, own_rows):
         torch.mm(x_RI[start:end], weight_EOI[expert].T, out=y_RO[start:end])
+    return y_RO
+
+
+def packed_linear(x_RI: Tensor, packed: PackedMatrices, offsets: Tensor) -> Tensor:
+    """See reference.packed_linear."""
+    if x_RI.dtype != torch.float32 or not _takes(x_RI) or not packed.data.is_cpu:
+        return reference.packed_linear(x_RI, packed, offsets)
+    shape = packed.shape
+    y_RO = torch.empty(len(x_RI), shape.outputs)
+    inputs = (x_RI.contiguous(), packed.data.contiguous(), offsets.contiguous())
+    settings = (shape.format, shape.group, shape.paired, _threads())
+    _native.packed_linear(*map(_array, inputs), _array(y_RO), *settings)
     return y_RO
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from moesaic.kernels.adam import AdamStep
+from moesaic.kernels.blocks import PackedMatrices, unpack, whole_numbers
 
 
 def select_topk(scores_TE: Tensor, top_k: int) -> Tensor:
@@ -183,16 +184,21 @@ def attention_with_sinks(
     scale: float | None = None,
 ) -> Tensor:
     """softmax of [scale q k^T, sink], without the sink's probability, times v, [B, H, S, A]; see kernels/attention."""
-    shared = q_BHSA.shape[1] // k_BGNA.shape[1]
-    q, k, v = _wide(q_BHSA), _wide(k_BGNA).repeat_interleave(shared, 1), _wide(v_BGNA).repeat_interleave(shared, 1)
-    scores_BHSN = q @ k.mT * (q.shape[-1] ** -0.5 if scale is None else scale)
+    num_queries = q_BHSA.shape[2]
+    q, k, v = _wide(q_BHSA), _wide(k_BGNA), _wide(v_BGNA)
+
+    def times(x_BHSX: Tensor, y_BGXY: Tensor) -> Tensor:  # the heads of a group in a row: nothing is copied for them
+        together = x_BHSX.unflatten(1, (y_BGXY.shape[1], -1)).flatten(2, 3) @ y_BGXY
+        return together.unflatten(2, (-1, num_queries)).flatten(1, 2)
+
+    scores_BHSN = times(q, k.mT) * (q.shape[-1] ** -0.5 if scale is None else scale)
     if causal:
         visible = torch.ones(scores_BHSN.shape[-2:], dtype=torch.bool, device=q.device).tril()
     if visible is not None:
         scores_BHSN = scores_BHSN.masked_fill(~visible, float("-inf"))
     sinks_BHS1 = sinks_H.to(q.dtype)[:, None, None].expand(*scores_BHSN.shape[:-1], 1)
     p_BHSN = torch.cat([scores_BHSN, sinks_BHS1], dim=-1).softmax(-1)[..., :-1]
-    return (p_BHSN @ v).to(q_BHSA.dtype)
+    return times(p_BHSN, v).to(q_BHSA.dtype)
 
 
 def rotate(x_BSHA: Tensor, cos: Tensor, sin: Tensor, sign: float = 1.0) -> Tensor:
@@ -250,6 +256,42 @@ def adamw_(
         rounded.copy_(weight)
     if average is not None:
         average.lerp_(weight, step.newest)
+
+
+def packed_linear(x_RI: Tensor, packed: PackedMatrices, offsets: Tensor) -> Tensor:
+    """y_RO in fp32: each expert's rows (fp32) times its own packed matrix.
+
+    bf16 weights multiply rows rounded to bf16, whole numbers (int8, int4, mxfp4) rows rounded to 8 bits; both are
+    summed in fp32, whole numbers exactly within a group. A row with a number that is not finite becomes NaN.
+    """
+    shape = packed.shape
+    if shape.format in ("fp32", "bf16", "fp8"):
+        rows = x_RI.bfloat16().float() if shape.format == "bf16" else x_RI
+        return grouped_linear(rows, unpack(packed), offsets)
+    numbers_EOI, scales_EOG = whole_numbers(packed)
+    bytes_RI, scales_RG = rounded_rows(x_RI, shape.scale_group)
+    y_RO = x_RI.new_empty(len(x_RI), shape.outputs)
+    for expert, (start, end) in enumerate(_spans(offsets)):
+        total = x_RI.new_zeros(end - start, shape.outputs)
+        for group, first in enumerate(range(0, shape.inputs, shape.scale_group)):
+            inputs = slice(first, first + shape.scale_group)
+            exact = bytes_RI[start:end, inputs].double() @ numbers_EOI[expert, :, inputs].double().T
+            total += exact.float() * (scales_EOG[expert, :, group] * scales_RG[start:end, group, None])
+        y_RO[start:end] = total
+    return y_RO
+
+
+def rounded_rows(x_RI: Tensor, group: int) -> tuple[Tensor, Tensor]:
+    """Rows as int8 [R, I] and a scale for each `group` of inputs [R, G]: the largest magnitude becomes 127.
+
+    Rounded to the nearest, ties to even. The scale of a group with a number that is not finite is NaN.
+    """
+    padded = torch.nn.functional.pad(x_RI, (0, -x_RI.shape[1] % group)).unflatten(1, (-1, group))
+    largest = padded.abs().amax(-1)
+    inverse = torch.where(largest > 0, 127.0 / largest, 0.0)
+    values = (padded * inverse[..., None]).round().clamp(-127, 127).nan_to_num(0.0).to(torch.int8)
+    scales = largest / 127.0 + (padded * 0.0).sum(-1)
+    return values.flatten(1)[:, : x_RI.shape[1]], scales
 
 
 def _spans(offsets: Tensor) -> list[tuple[int, int]]:

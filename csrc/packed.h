@@ -1,0 +1,78 @@
+// Weights packed for reading once, in order: a matrix [outputs, inputs] is cut into strips of 32 outputs, a strip into
+// blocks of inputs, and a block holds its scales and then its numbers as the kernels load them.
+//
+//   format   block    scales                   numbers of 32 outputs (bytes)
+//   f32      1        -                        [32] floats
+//   b16      2        -                        [32][2] bf16
+//   fp8      128      2 floats, 64 bytes       [128][32] e4m3; one scale for each half of the strip
+//   int8     group    32 fp16                  [group / 4][32][4] q + 128
+//   int4     group    32 fp16                  [group / 8][32][4] q + 8, inputs 8j + i in the low and 8j + 4 + i in the
+//                                              high half of a byte
+//   mxfp4    64       2 x 32 exponents         2 x [4][32][4] codes, halves of a byte as in int4
+//
+// paired: the first 16 outputs of a strip are of the matrix's first half (gate), the others of its second (up).
+// What lies past the last output or input is zero.
+#pragma once
+
+#include <cstdint>
+
+namespace moesaic {
+
+enum class Format { f32, b16, fp8, int8, int4, mxfp4 };
+
+constexpr int64_t strip_outputs = 32;
+
+struct PackedShape {
+    Format format;
+    int64_t outputs, inputs;
+    int64_t group;  // inputs that share a scale (int8, int4)
+    bool paired;
+
+    int64_t block() const {
+        switch (format) {
+            case Format::f32: return 1;
+            case Format::b16: return 2;
+            case Format::fp8: return 128;
+            case Format::mxfp4: return 64;
+            default: return group;
+        }
+    }
+    // Inputs for which rows have one scale; 0 where rows are not quantized.
+    int64_t row_group() const {
+        switch (format) {
+            case Format::int8:
+            case Format::int4: return group;
+            case Format::mxfp4: return 32;
+            default: return 0;
+        }
+    }
+    int64_t blocks() const { return (inputs + block() - 1) / block(); }
+    int64_t padded_inputs() const { return blocks() * block(); }
+    int64_t block_bytes() const {
+        switch (format) {
+            case Format::f32:
+            case Format::b16: return 128;
+            case Format::fp8: return 64 + 128 * strip_outputs;
+            case Format::int8: return 64 + group * strip_outputs;
+            case Format::int4: return 64 + group * strip_outputs / 2;
+            default: return 64 + 64 * strip_outputs / 2;
+        }
+    }
+    int64_t strips() const {
+        return paired ? (outputs / 2 + strip_outputs / 2 - 1) / (strip_outputs / 2)
+                      : (outputs + strip_outputs - 1) / strip_outputs;
+    }
+    int64_t strip_bytes() const { return blocks() * block_bytes(); }
+    int64_t bytes() const { return strips() * strip_bytes(); }
+};
+
+// Rows to be multiplied, each `padded_inputs` long: floats (f32, fp8), bf16 (b16), or bytes with a scale and a sum of
+// the bytes for every group.
+struct PackedRows {
+    int64_t rows;
+    void *values;
+    float *scales;
+    int32_t *sums;
+};
+
+}  // namespace moesaic

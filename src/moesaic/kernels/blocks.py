@@ -1,0 +1,195 @@
+"""Weights packed for reading once, in order: what csrc/packed.h lays out, made and undone in plain torch.
+
+E experts, O outputs, I inputs, G groups of inputs that share a scale, S strips of 32 outputs, N blocks of a strip.
+"""
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from moesaic.checks import require
+
+Format = Literal["fp32", "bf16", "fp8", "int8", "int4", "mxfp4"]
+FORMATS: tuple[Format, ...] = get_args(Format)
+GROUPS = (32, 64, 128)
+STRIP = 32
+FP8_BLOCK, MXFP4_GROUP = 128, 32
+# e2m1: one bit of sign, two of exponent, one of mantissa.
+E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackedShape:
+    """One matrix [outputs, inputs] in a format.
+
+    group: inputs that share a scale, in int8 and int4. paired: the matrix holds gate and then up, [2F, inputs], and a
+    strip holds 16 outputs of each, so that whoever multiplies has both at hand.
+    Raises ConfigError for an unknown format or group, and for paired outputs of an odd number.
+    """
+
+    format: Format
+    outputs: int
+    inputs: int
+    group: int = 32
+    paired: bool = False
+
+    def __post_init__(self) -> None:
+        require(self.format in FORMATS, f"weight format {self.format!r}; known: {', '.join(FORMATS)}")
+        require(self.group in GROUPS, f"group={self.group}; use one of {', '.join(map(str, GROUPS))}")
+        require(not self.paired or self.outputs % 2 == 0, f"{self.outputs} outputs cannot be gate and up, equally many")
+
+    @property
+    def block(self) -> int:
+        """Inputs of a block."""
+        fixed = {"fp32": 1, "bf16": 2, "fp8": FP8_BLOCK, "mxfp4": 2 * MXFP4_GROUP}
+        return fixed.get(self.format, self.group)
+
+    @property
+    def scale_group(self) -> int:
+        """Inputs that share a scale; 0 where there are none."""
+        fixed = {"fp32": 0, "bf16": 0, "fp8": FP8_BLOCK, "mxfp4": MXFP4_GROUP}
+        return fixed.get(self.format, self.group)
+
+    @property
+    def num_blocks(self) -> int:
+        return -(-self.inputs // self.block)
+
+    @property
+    def num_strips(self) -> int:
+        return -(-(self.outputs // 2) // (STRIP // 2)) if self.paired else -(-self.outputs // STRIP)
+
+
+class PackedMatrices(NamedTuple):
+    """E matrices of one shape; data uint8 [E, bytes of one]."""
+
+    data: Tensor
+    shape: PackedShape
+
+    @property
+    def bits_per_weight(self) -> float:
+        """What is read for a weight, scales and padding included."""
+        return 8 * self.data.shape[1] / (self.shape.outputs * self.shape.inputs)
+
+
+def pack_floats(weight_EOI: Tensor, format_: Literal["fp32", "bf16"], *, paired: bool = False) -> PackedMatrices:
+    """Weights as they are, or rounded to bf16."""
+    shape = PackedShape(format=format_, outputs=weight_EOI.shape[1], inputs=weight_EOI.shape[2], paired=paired)
+    dtype = torch.float32 if format_ == "fp32" else torch.bfloat16
+    in_strips = _in_strips(weight_EOI.to(dtype), shape)
+    blocks = in_strips.unflatten(-1, (-1, shape.block)).transpose(2, 3)  # [E, S, N, 32, block]
+    return PackedMatrices(_bytes_of(blocks).flatten(1), shape)
+
+
+def pack_ints(
+    values_EOI: Tensor, scales_EOG: Tensor, bits: Literal[4, 8], *, group: int, paired: bool = False
+) -> PackedMatrices:
+    """Whole numbers (int8, of `bits` bits) times a scale, rounded to fp16, for each `group` of inputs."""
+    outputs, inputs = values_EOI.shape[1:]
+    shape = PackedShape(
+        format="int8" if bits == 8 else "int4", outputs=outputs, inputs=inputs, group=group, paired=paired
+    )
+    offset = 1 << (bits - 1)
+    unsigned = (_in_strips(values_EOI.short(), shape) + offset).to(torch.uint8)
+    scales = _bytes_of(_in_strips(scales_EOG.half(), shape, group).transpose(2, 3))  # [E, S, N, 64]
+    if bits == 8:
+        numbers = unsigned.unflatten(-1, (shape.num_blocks, -1, 4)).permute(0, 1, 3, 4, 2, 5)
+    else:
+        numbers = _halves(unsigned.unflatten(-1, (shape.num_blocks, -1, 2, 4)))
+    return _joined(scales, numbers, shape)
+
+
+def pack_mxfp4(codes_EOI: Tensor, exponents_EOG: Tensor, *, paired: bool = False) -> PackedMatrices:
+    """Codes of e2m1 (0 to 15) times 2^(exponent - 127) for each 32 inputs."""
+    shape = PackedShape(format="mxfp4", outputs=codes_EOI.shape[1], inputs=codes_EOI.shape[2], paired=paired)
+    codes = _in_strips(codes_EOI, shape).unflatten(-1, (shape.num_blocks, -1, 2, 4))
+    exponents = _in_strips(exponents_EOG, shape, MXFP4_GROUP).unflatten(-1, (shape.num_blocks, 2))
+    return _joined(exponents.permute(0, 1, 3, 4, 2).flatten(-2), _halves(codes), shape)
+
+
+def pack_fp8(values_EOI: Tensor, scales_EOG: Tensor, *, paired: bool = False) -> PackedMatrices:
+    """float8_e4m3fn times an fp32 scale for each 128 inputs, the same for 16 outputs in a row (of 128 in all)."""
+    shape = PackedShape(format="fp8", outputs=values_EOI.shape[1], inputs=values_EOI.shape[2], paired=paired)
+    numbers = _in_strips(values_EOI.view(torch.uint8), shape).unflatten(-1, (shape.num_blocks, -1))
+    by_half = _in_strips(scales_EOG, shape, FP8_BLOCK).unflatten(2, (2, -1)).amax(3)  # padding has no scale
+    header = pad(_bytes_of(by_half.transpose(2, 3).contiguous()), (0, 64 - 8))
+    return _joined(header, numbers.permute(0, 1, 3, 4, 2), shape)
+
+
+def unpack(packed: PackedMatrices) -> Tensor:
+    """The weights [E, O, I] that the packed numbers stand for, exactly, in fp32."""
+    data, shape = packed
+    blocks = data.unflatten(1, (shape.num_strips, shape.num_blocks, -1))
+    if shape.format in ("fp32", "bf16"):
+        dtype = torch.float32 if shape.format == "fp32" else torch.bfloat16
+        values = blocks.contiguous().view(dtype).unflatten(-1, (STRIP, shape.block)).transpose(2, 3).flatten(-2).float()
+        return _out_of_strips(values, shape)
+    values, scales = _numbers(blocks, shape)  # [E, S, 32, inputs], [E, S, 32, groups]
+    scaled = values.unflatten(-1, (-1, shape.scale_group)) * scales[..., None]
+    return _out_of_strips(scaled.flatten(-2), shape)
+
+
+def whole_numbers(packed: PackedMatrices) -> tuple[Tensor, Tensor]:
+    """What unpacked weights are the product of: numbers [E, O, I] and scales [E, O, G], both fp32."""
+    data, shape = packed
+    blocks = data.unflatten(1, (shape.num_strips, shape.num_blocks, -1))
+    values, scales = _numbers(blocks, shape)
+    return _out_of_strips(values, shape), _out_of_strips(scales, shape, shape.scale_group)
+
+
+def _numbers(blocks: Tensor, shape: PackedShape) -> tuple[Tensor, Tensor]:
+    head, body = blocks[..., :64], blocks[..., 64:]
+    if shape.format == "fp8":
+        values = body.unflatten(-1, (shape.block, STRIP)).contiguous().view(torch.float8_e4m3fn).float()
+        scales = head[..., :8].contiguous().view(torch.float32).repeat_interleave(STRIP // 2, dim=-1)
+        return values.permute(0, 1, 4, 2, 3).flatten(-2), scales.transpose(2, 3)
+    if shape.format == "mxfp4":
+        exponents = head.unflatten(-1, (2, STRIP)).contiguous().view(torch.float8_e8m0fnu).float()
+        return E2M1[_whole(body, shape).long()], exponents.permute(0, 1, 4, 2, 3).flatten(-2)
+    scales = head.contiguous().view(torch.float16).float().transpose(2, 3)
+    if shape.format == "int4":
+        return _whole(body, shape).float() - 8, scales
+    quads = body.unflatten(-1, (-1, STRIP, 4)).permute(0, 1, 4, 2, 3, 5)
+    return quads.flatten(3).float() - 128, scales
+
+
+def _halves(numbers: Tensor) -> Tensor:
+    """[E, S, 32, N, n, 2, 4] of four bits as [E, S, N, n, 32, 4] bytes: the first four in the low half."""
+    low, high = numbers.unbind(-2)
+    return (low | high << 4).permute(0, 1, 3, 4, 2, 5)
+
+
+def _whole(body: Tensor, shape: PackedShape) -> Tensor:
+    """The inverse of `_halves`, [E, S, 32, inputs]."""
+    both = body.unflatten(-1, (-1, STRIP, 4)).permute(0, 1, 4, 2, 3, 5)
+    return torch.stack((both & 15, both >> 4), dim=-2).flatten(3)
+
+
+def _joined(head: Tensor, numbers: Tensor, shape: PackedShape) -> PackedMatrices:
+    """Blocks of 64 bytes of scales [E, S, N, 64] and then their numbers [E, S, N, ...]."""
+    return PackedMatrices(torch.cat((head, numbers.flatten(3)), dim=-1).flatten(1), shape)
+
+
+def _bytes_of(x: Tensor) -> Tensor:
+    """The bytes of the last dimension, or of the last two."""
+    return x.contiguous().view(torch.uint8)
+
+
+def _in_strips(x_EOI: Tensor, shape: PackedShape, unit: int = 1) -> Tensor:
+    """[E, S, 32, inputs / unit], zeros in the padding."""
+    padded_inputs = shape.num_blocks * shape.block // unit
+    parts = x_EOI.chunk(2, dim=1) if shape.paired else (x_EOI,)
+    width = STRIP // len(parts)
+    padded = (pad(part, (0, padded_inputs - part.shape[2], 0, -part.shape[1] % width)) for part in parts)
+    return torch.cat([part.unflatten(1, (-1, width)) for part in padded], dim=2)
+
+
+def _out_of_strips(x: Tensor, shape: PackedShape, unit: int = 1) -> Tensor:
+    """The inverse, without the padding."""
+    inputs = -(-shape.inputs // unit)
+    if not shape.paired:
+        return x.flatten(1, 2)[:, : shape.outputs, :inputs]
+    gate, up = (part.flatten(1, 2)[:, : shape.outputs // 2] for part in x.chunk(2, dim=2))
+    return torch.cat((gate, up), dim=1)[..., :inputs]

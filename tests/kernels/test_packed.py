@@ -1,0 +1,161 @@
+"""Packed weights: the layout against its inverse, the compiled product against its definition.
+
+R rows sorted by expert, E experts, I inputs, O outputs, G groups of inputs that share a scale.
+"""
+
+from collections.abc import Iterator
+from functools import cache
+
+import pytest
+import torch
+from torch import Tensor
+
+from moesaic.errors import ConfigError
+from moesaic.kernels import blocks, reference
+from moesaic.kernels.blocks import PackedMatrices, PackedShape
+
+native = pytest.importorskip("moesaic.kernels.native", reason="the kernels were not built: no C++ compiler")
+_native = native._native
+
+KINDS = ["fp32", "bf16", "fp8", "mxfp4", *(f"int{bits}/{group}" for bits in (8, 4) for group in blocks.GROUPS)]
+# outputs, inputs, paired: one, primes, whole strips and blocks, one more and one less
+SIZES = [
+    (1, 1, False),
+    (33, 129, False),
+    (64, 128, False),
+    (97, 31, False),
+    (2, 127, True),
+    (62, 65, True),
+    (32, 64, True),
+]
+COUNTS = [[0, 0, 0], [0, 1, 0], [1, 0, 3], [13, 2, 6], [0, 0, 25]]
+
+
+@pytest.fixture(params=_native.available_isas())
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    before = _native.isa()
+    assert _native.use_isa(request.param)
+    yield request.param
+    _native.use_isa(before)
+
+
+@cache
+def packed_and_weights(kind: str, outputs: int, inputs: int, paired: bool) -> tuple[PackedMatrices, Tensor]:
+    """Three random matrices, and the values that they stand for, computed without the layout."""
+    generator = torch.Generator().manual_seed(outputs + inputs)
+    shape = (3, outputs, inputs)
+    weight = torch.randn(shape, generator=generator)
+    name, _, group = kind.partition("/")
+    if name in ("fp32", "bf16"):
+        dtype = torch.float32 if name == "fp32" else torch.bfloat16
+        return blocks.pack_floats(weight, name, paired=paired), weight.to(dtype).float()
+    size = {"fp8": 128, "mxfp4": 32}.get(name) or int(group)
+    num_groups = -(-inputs // size)
+    if name == "fp8":
+        values = weight.to(torch.float8_e4m3fn)
+        values.view(torch.uint8)[0, 0, : min(inputs, 8)] = torch.arange(
+            min(inputs, 8), dtype=torch.uint8
+        )  # below normal
+        scales = (torch.rand(3, 1, num_groups, generator=generator) + 0.5).expand(3, outputs, num_groups)
+        return blocks.pack_fp8(values, scales, paired=paired), _scaled(values.float(), scales, size)
+    if name == "mxfp4":
+        codes = torch.randint(16, shape, generator=generator, dtype=torch.uint8)
+        exponents = torch.randint(120, 131, (3, outputs, num_groups), generator=generator, dtype=torch.uint8)
+        values = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])[codes.long() & 7] * torch.where(codes > 7, -1.0, 1.0)
+        return blocks.pack_mxfp4(codes, exponents, paired=paired), _scaled(
+            values, 2.0 ** (exponents.float() - 127), size
+        )
+    bits = 8 if name == "int8" else 4
+    most = 2 ** (bits - 1)
+    numbers = torch.randint(-most + (bits == 8), most, shape, generator=generator, dtype=torch.int8)
+    scales = (torch.rand(3, outputs, num_groups, generator=generator) + 0.1).half().float()
+    return blocks.pack_ints(numbers, scales, bits, group=size, paired=paired), _scaled(numbers.float(), scales, size)
+
+
+def _scaled(values: Tensor, scales_EOG: Tensor, group: int) -> Tensor:
+    return values * scales_EOG.repeat_interleave(group, dim=-1)[..., : values.shape[-1]]
+
+
+def rows(counts: list[int], inputs: int) -> tuple[Tensor, Tensor]:
+    """Rows whose memory starts one element past an aligned address, and their offsets."""
+    total = sum(counts)
+    x = torch.randn(total * inputs + 1, generator=torch.Generator().manual_seed(total))[1:].view(total, inputs)
+    return x, torch.tensor([0, *torch.tensor(counts).cumsum(0).tolist()])
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_unpacking_gives_the_weights_to_the_bit(kind: str, size: tuple[int, int, bool]) -> None:
+    packed, weights = packed_and_weights(kind, *size)
+    assert torch.equal(blocks.unpack(packed), weights)
+    shape = packed.shape
+    assert packed.data.shape == (3, _native.packed_bytes(shape.format, *size[:2], shape.group, shape.paired))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_product_is_its_definition(kind: str, isa: str) -> None:
+    for size in SIZES:
+        packed, weights = packed_and_weights(kind, *size)
+        for counts in COUNTS:
+            x_RI, offsets = rows(counts, size[1])
+            got, wanted = native.packed_linear(x_RI, packed, offsets), reference.packed_linear(x_RI, packed, offsets)
+            # Terms are the same but for the order of fp32 sums: of as many as there are inputs or groups.
+            terms = reference.grouped_linear(x_RI.abs(), weights.abs(), offsets)
+            assert bool(((got - wanted).abs() <= 2e-6 * terms + 1e-30).all()), (size, counts)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_eight_bits_for_rows_cost_what_rounding_costs(kind: str) -> None:
+    """Each input is off by half a step of its group at most: 1/254 of the largest."""
+    packed, weights = packed_and_weights(kind, 33, 129, False)
+    x_RI, offsets = rows([13, 2, 6], 129)
+    wanted = reference.grouped_linear(x_RI, weights, offsets)
+    step = 0.0 if kind in ("fp32", "fp8") else 2**-8
+    bound = reference.grouped_linear(x_RI.abs().amax(1, keepdim=True).expand_as(x_RI), weights.abs(), offsets) * step
+    assert bool(((native.packed_linear(x_RI, packed, offsets) - wanted).abs() <= bound + 1e-3).all())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_row_has_the_same_bits_alone_and_in_company(kind: str, isa: str) -> None:
+    packed, _ = packed_and_weights(kind, 97, 129 if kind == "fp8" else 31, False)
+    x_RI, offsets = rows([13, 2, 6], packed.shape.inputs)
+    before = torch.get_num_threads()
+    together = native.packed_linear(x_RI, packed, offsets)
+    try:
+        torch.set_num_threads(3)
+        assert torch.equal(native.packed_linear(x_RI, packed, offsets), together)
+    finally:
+        torch.set_num_threads(before)
+    for row in (0, 5, 12, 13, 20):
+        expert = int(torch.searchsorted(offsets, row, right=True)) - 1
+        alone = (torch.arange(4) > expert).long()
+        assert torch.equal(native.packed_linear(x_RI[row : row + 1], packed, alone), together[row : row + 1])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("poison", [float("nan"), float("inf"), float("-inf")])
+def test_what_is_not_finite_shows(kind: str, poison: float, isa: str) -> None:
+    packed, _ = packed_and_weights(kind, 33, 129, False)
+    x_RI, offsets = rows([3, 2, 1], 129)
+    x_RI[1, 77] = poison
+    y_RO = native.packed_linear(x_RI, packed, offsets)
+    finite = y_RO.isfinite().all(1).tolist()
+    assert finite == [True, False, True, True, True, True]
+    if kind not in ("fp32", "bf16", "fp8"):
+        assert y_RO[1].isnan().all()
+
+
+def test_what_cannot_be_packed_is_refused() -> None:
+    with pytest.raises(ConfigError, match="weight format 'int3'; known: fp32, bf16, fp8, int8, int4, mxfp4"):
+        PackedShape(format="int3", outputs=1, inputs=1)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ConfigError, match="group=48; use one of 32, 64, 128"):
+        PackedShape(format="int4", outputs=1, inputs=1, group=48)
+    with pytest.raises(ConfigError, match="3 outputs cannot be gate and up"):
+        PackedShape(format="int4", outputs=3, inputs=1, paired=True)
+
+
+def test_bits_per_weight() -> None:
+    def bits(kind: str) -> float:
+        return packed_and_weights(kind, 64, 128, False)[0].bits_per_weight
+
+    assert bits("int4/32") == 4.5 and bits("int8/128") == 8.125 and bits("bf16") == 16 and bits("mxfp4") == 4.25
