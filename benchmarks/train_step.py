@@ -26,6 +26,7 @@ from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
 import moesaic
 from moesaic.data.loader import Batch
+from moesaic.models.build import decoder_only
 from moesaic.models.decoder import Decoder
 from moesaic.telemetry.recorder import LoadRecorder
 from moesaic.train.memory import peak_memory_bytes
@@ -73,7 +74,7 @@ def transformers_model() -> transformers.PreTrainedModel:
 def same_weights(theirs: transformers.PreTrainedModel) -> Decoder:
     with tempfile.TemporaryDirectory() as folder:
         theirs.save_pretrained(folder)
-        return moesaic.load(folder)
+        return decoder_only(moesaic.load(folder), "this measurement")
 
 
 def transformers_step(name: str) -> Step:

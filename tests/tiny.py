@@ -1,14 +1,20 @@
 """Tiny models with unequal odd sizes, so that no transposition hides in a square."""
 
+import dataclasses
+
 import torch
 
 from moesaic.config import (
     AttentionConfig,
+    CompressedAttentionConfig,
+    CompressionConfig,
+    EntryIndexerConfig,
     LayerConfig,
     MlpConfig,
     ModelConfig,
     MoeConfig,
     NormConfig,
+    RopeConfig,
     RouterConfig,
     StackConfig,
 )
@@ -49,6 +55,26 @@ def tiny_config(
         tie_word_embeddings=tied,
         eos_token_ids=eos_token_ids,
     )
+
+
+def compressed_config(indexer: EntryIndexerConfig | None = None) -> ModelConfig:
+    """A layer that sees the last tokens alone, one with an entry for every 2 tokens that overlap, one for every 5."""
+    plain = tiny_config(windows=(3, 3, 3))
+    attention = CompressedAttentionConfig(
+        num_heads=6,
+        head_dim=10,
+        query_rank=9,
+        window=3,
+        output_groups=3,
+        output_rank=7,
+        rope=RopeConfig(layout="interleaved", rotary_dim=4),
+    )
+    overlapping = CompressionConfig(ratio=2, overlap=True, indexer=indexer)
+    layers = tuple(
+        dataclasses.replace(layer, attention=dataclasses.replace(attention, compression=compression))
+        for layer, compression in zip(plain.layers, (None, overlapping, CompressionConfig(ratio=5)), strict=True)
+    )
+    return dataclasses.replace(plain, decoder=StackConfig(layers=layers))
 
 
 def lively(config: ModelConfig, seed: int = 0) -> Decoder:

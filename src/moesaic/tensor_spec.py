@@ -1,10 +1,10 @@
 """What a model's tensors are, before they exist."""
 
 import math
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
-Role = Literal["embedding", "attention", "norm", "router", "experts", "shared_experts", "mlp", "head"]
-ROLES: tuple[Role, ...] = ("embedding", "attention", "norm", "router", "experts", "shared_experts", "mlp", "head")
+Role = Literal["embedding", "attention", "norm", "residual", "router", "experts", "shared_experts", "mlp", "head"]
+ROLES: tuple[Role, ...] = get_args(Role)
 
 
 class TensorSpec(NamedTuple):
@@ -13,7 +13,7 @@ class TensorSpec(NamedTuple):
     `top_k_of` is (k, E) for expert tensors, of which k out of E slices along dim 0 are used for a token.
     `is_parameter` is false for buffers that no gradient reaches (selection biases); they are saved but not counted.
     `dtype` is that of a tensor which never takes the model's. `start` is the value that a new one is filled with; None
-    where it is drawn, or follows from its role.
+    where it is drawn, or follows from its role. `gain` multiplies the standard deviation of what is drawn.
     """
 
     name: str
@@ -23,6 +23,7 @@ class TensorSpec(NamedTuple):
     is_parameter: bool = True
     dtype: Literal["float32", "int32"] | None = None
     start: float | None = None
+    gain: float = 1.0
 
     @property
     def numel(self) -> int:

@@ -1,6 +1,7 @@
 """`moesaic convert`."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -63,6 +64,19 @@ def test_extra_tensors_are_named(moesaic, moe_folder, tmp_path):
     assert (ran.exit_code, ran.err.count("\n")) == (2, 1) and "model.more" in ran.err and "--allow-extra" in ran.err
     ran = moesaic("convert", tmp_path / "in", tmp_path / "out", "--allow-extra")
     assert ran.exit_code == 0 and "left out 1 tensors: model.more" in ran.err
+
+
+def test_licences_go_with_what_is_made_of_a_model(moesaic, dense_folder, tmp_path):
+    shutil.copytree(dense_folder, tmp_path / "in")
+    others = ("LICENSE", "NOTICE", "USE_POLICY.md", "README.md", "chat_template.jinja")
+    for name in others:
+        (tmp_path / "in" / name).write_text(f"{name} of the model")
+    for number, options in enumerate((["--dtype", "bf16"], ["--upcycle", "2x4"])):
+        out = tmp_path / f"{number}"
+        assert moesaic("convert", tmp_path / "in", out, *options).exit_code == 0
+        assert all((out / name).read_text() == f"{name} of the model" for name in others)
+        assert hub.read_config(out).eos_token_ids == hub.read_config(dense_folder).eos_token_ids
+    assert hub.read_config(tmp_path / "1").family == "mixtral"
 
 
 def test_upcycling_keeps_the_function(moesaic, dense_folder, tmp_path):

@@ -1,6 +1,7 @@
 """`moesaic count`."""
 
 import json
+import re
 from itertools import cycle
 from xml.etree import ElementTree
 
@@ -74,6 +75,26 @@ def test_published_figures_stand_beside(moesaic):
     assert PUBLISHED.keys() & families.presets().keys() and _counted.PRESETS.keys() & PUBLISHED.keys()
 
 
+def test_layers_that_predict_further_tokens_are_counted_apart(moesaic):
+    config = families.find_preset("deepseek-v3")
+    document = moesaic("count", "deepseek-v3", "--json").json
+    assert (document["mtp_total"], document["mtp_active"]) == (config.mtp_total, config.mtp_active)
+    assert document["mtp_total"] > document["mtp_active"] > 0 and document["total"] == config.total
+    out = moesaic("count", "deepseek-v3").out
+    assert f"{config.mtp_total:,}" in out and f"{config.mtp_active:,}" in out
+    assert moesaic("count", "kimi-k2", "--json").json["mtp_total"] == 0 and "mtp" not in moesaic("count", "kimi-k2").out
+
+
+def test_sizes_that_nothing_confirmed_are_marked(moesaic, tmp_path):
+    ran = moesaic("count", "granite-4.0-h-tiny")
+    assert ran.out.startswith("granite-4.0-h-tiny (unverified) (") and "unverified: sizes from memory" in ran.err
+    assert moesaic("count", "granite-4.0-h-tiny", "--json").json["verified"] is False
+    ran = moesaic("count", "--all", "--plot", tmp_path / "field.svg")
+    assert "granite-4.0-h-tiny (unverified)" in ran.out and "unverified: " in ran.err
+    assert "granite-4.0-h-tiny (unverified): 6.94G" in (tmp_path / "field.svg").read_text()
+    assert "unverified" not in str(moesaic("count", "mixtral-8x7b"))
+
+
 def test_the_field_is_drawn(moesaic, tmp_path):
     ran = moesaic("count", "--all", "--plot", tmp_path / "field.svg")
     assert ran.exit_code == 0 and f"drawn: {tmp_path / 'field.svg'}" in ran.err
@@ -111,6 +132,10 @@ TINY = {
         "moe_shared_expert_intermediate_size": 22, "n_shared_experts": 1, "vocab_size": 131, "conv_kernel": 4,
     },
 }  # fmt: skip
+TINY["nemotron_h listed"] = {
+    **{name: value for name, value in TINY["nemotron_h"].items() if name != "hybrid_override_pattern"},
+    "layers_block_type": ["mamba", "moe", "attention", "moe", "mamba"],
+}
 TINY["nemotron_h latent"] = TINY["nemotron_h"] | {"moe_latent_size": 20}
 TINY["qwen3_5_moe_text"] = TINY["qwen3_next"]
 
@@ -143,6 +168,39 @@ BILLIONS = {
 def test_counted_releases(moesaic, name):
     counts = moesaic("count", name, "--json").json
     assert tuple(round(counts[key] / 1e9, 3) for key in ("total", "active_all", "active_gemm")) == BILLIONS[name]
+
+
+NEMOTRON = TINY["nemotron_h"] | {"model_type": "nemotron_h"}
+SEER = {"model_type": "seer", "vision_config": {"hidden_size": 8}, "audio_config": None, "tie_word_embeddings": True}
+
+
+@pytest.mark.parametrize("case", ["qwen2_moe", "qwen3_next"])
+def test_of_models_for_more_than_text_the_text_part_is_counted(moesaic, tmp_path, case):
+    text = {**TINY["qwen3_next"], "intermediate_size": 30, "max_position_embeddings": 64, "model_type": case}
+    (tmp_path / "text.json").write_text(json.dumps(text | {"tie_word_embeddings": True}))
+    packed = {"quantization_config": {"quant_method": "awq"}}
+    (tmp_path / "config.json").write_text(json.dumps(SEER | {"text_config": text | packed}))
+    ran = moesaic("count", tmp_path, "--json")
+    assert ran.json | {"model": ""} == moesaic("count", tmp_path / "text.json", "--json").json | {"model": ""}
+    said = f"only the text part (text_config, {case}) is read; left out: vision_config"
+    assert ran.err == f"moesaic: {tmp_path / 'config.json'}: {said}\n"
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"model_type": "seer", "text_config": {"model_type": "reader"}}, "'reader', and neither is known"),
+        ({"model_type": "granitemoehybrid"}, "no vocab_size"),
+        (TINY["granitemoehybrid"] | {"model_type": "granitemoehybrid", "layer_types": ["conv"]}, "'conv'.*mamba, att"),
+        (NEMOTRON | {"hybrid_override_pattern": "MX"}, "'X'.*attention, mlp, moe"),
+        (NEMOTRON | {"hybrid_override_pattern": None}, "is None; it must list"),
+    ],
+)
+def test_what_cannot_be_counted_is_one_line(moesaic, tmp_path, fields, message):
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    ran = moesaic("count", tmp_path)
+    assert (ran.exit_code, ran.out, ran.err.count("\n")) == (2, "", 1)
+    assert ran.err.startswith(f"moesaic: error: {tmp_path / 'config.json'}: ") and re.search(message, ran.err)
 
 
 def test_every_preset_and_dtype():

@@ -17,11 +17,22 @@ WRITING = [
     "--top-p P",
     "--seed N",
     "--dtype {fp32,bf16}",
+    "--bits {4,8}",
+    "--experts-bits {4,8}",
     "--json",
 ]
 OPTIONS = {
     "demo": ["--minutes M", "--out FOLDER", "--seed N", "--corpus FOLDER", "--json"],
-    "pack": ["CORPUS", "--out FOLDER", "--tokenizer FOLDER", "--vocab-size N", "--workers N", "--json"],
+    "pack": [
+        "CORPUS",
+        "--out FOLDER",
+        "--tokenizer FOLDER",
+        "--vocab-size N",
+        "--sentinels N",
+        "--workers N",
+        "--json",
+    ],
+    "align": ["LANGUAGE=FILE", "--out FILE", "--unit {paragraph,sentence}", "--json"],
     "train": [
         "--out FOLDER",
         "--size SIZE",
@@ -35,7 +46,7 @@ OPTIONS = {
         "--print-recipe",
         "--json",
     ],
-    "generate": ["MODEL", "--prompt TEXT", "--prompt-file FILE", *WRITING],
+    "generate": ["MODEL", "--prompt TEXT", "--prompt-file FILE", "--target-prefix TEXT", *WRITING],
     "chat": ["[MODEL]", "--prompt TEXT", "--system TEXT", *WRITING],
     "trace": [
         "MODEL",

@@ -17,3 +17,22 @@ batch_size = 2
 sequence_length = 16
 evaluate_tokens = 64
 """
+
+ENCODER_DECODER = """
+vocab_size = 380
+[model]
+model_type = "switch_transformers"
+d_model = 24
+d_kv = 6
+d_ff = 12
+num_heads = 2
+num_layers = 2
+num_sparse_encoder_layers = 1
+num_sparse_decoder_layers = 1
+num_experts = 5
+[train]
+steps = 2
+batch_size = 2
+sequence_length = 32
+evaluate_tokens = 64
+"""

@@ -76,7 +76,7 @@ IMPOSSIBLE = [
     ({"jitter": -0.1}, "jitter=-0.1 in RouterConfig; it must be at least 0 and below 1"),
     (
         {"name": "hash", "settings": HASH, "batch_norm": True},
-        'jitter, batch_norm or bias with hash weight="uniform", which learns no router; leave them out',
+        'jitter, batch_norm, bias or fp32_weight with hash weight="uniform", which learns nothing; leave them out',
     ),
     (
         {"name": "topk_softmax", "renormalize": False},

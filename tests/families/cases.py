@@ -57,6 +57,29 @@ YARN: dict[str, Any] = {
     "mscale_all_dim": 1.0,
 }
 
+# Of DeepSeek-V4: all three kinds of attention, a layer that chooses by a table and two that learn to.
+COMPRESSED: dict[str, Any] = {
+    "num_key_value_heads": 1,
+    "head_dim": 14,
+    "q_lora_rank": 17,
+    "qk_rope_head_dim": 6,
+    "o_groups": 3,
+    "o_lora_rank": 5,
+    "sliding_window": 4,
+    "layer_types": ["sliding_attention", "compressed_sparse_attention", "heavily_compressed_attention"],
+    "compress_rates": {"compressed_sparse_attention": 2, "heavily_compressed_attention": 3},
+    "index_n_heads": 9,
+    "index_head_dim": 10,
+    "index_topk": 2,
+    "num_hash_layers": 1,
+    "n_routed_experts": 7,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 11,
+    "intermediate_size": 11,
+    "hc_mult": 3,
+    "num_nextn_predict_layers": 0,
+}
+
 LONGROPE: dict[str, Any] = {
     "rope_type": "longrope",
     "rope_theta": 1e4,
@@ -301,6 +324,13 @@ CASES: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": True,
     },
     "mixtral/top 1": {"num_local_experts": 5, "num_experts_per_tok": 1, "num_key_value_heads": 6, "rope_theta": 1e4},
+    "mixtral/all experts, one head of keys, wide heads": {
+        "num_local_experts": 3,
+        "num_experts_per_tok": 3,
+        "num_key_value_heads": 1,
+        "head_dim": 14,
+        "rms_norm_eps": 1e-3,
+    },
     "qwen3/tied": {"head_dim": 10, "tie_word_embeddings": True},
     "qwen3/window, biases": {
         "head_dim": 14,
@@ -504,6 +534,14 @@ CASES: dict[str, dict[str, Any]] = {
         "attention_multiplier": 0.015625,
         "rms_norm_eps": 1e-3,
     },
+    "granitemoe/all experts, three heads of keys": {
+        "num_local_experts": 3,
+        "num_experts_per_tok": 3,
+        "num_key_value_heads": 3,
+        "intermediate_size": 11,
+        "attention_multiplier": 0.25,
+        "logits_scaling": 3.0,
+    },
     "granitemoeshared/every multiplier, tied": {
         "num_local_experts": 9,
         "num_experts_per_tok": 4,
@@ -680,9 +718,58 @@ CASES: dict[str, dict[str, Any]] = {
         "num_experts_per_tok": 1,
         "rope_parameters": YARN,
     },
+    "deepseek_v4/all kinds of attention, scaled positions": {
+        **COMPRESSED,
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "factor": 4.0,
+            "original_max_position_embeddings": 16,
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+        },
+    },
+    "deepseek_v4/as Pro begins, clamped, two streams, tied": {
+        **COMPRESSED,
+        "layer_types": ["heavily_compressed_attention", "compressed_sparse_attention", "sliding_attention"],
+        "swiglu_limit": 0.3,
+        "num_hash_layers": 2,
+        "hc_mult": 2,
+        "hc_sinkhorn_iters": 3,
+        "index_topk": 3,
+        "num_experts_per_tok": 3,
+        "tie_word_embeddings": True,
+    },
+    "deepseek_v4/no tables, four streams, one head, every entry": {
+        **COMPRESSED,
+        "layer_types": ["compressed_sparse_attention", "compressed_sparse_attention", "heavily_compressed_attention"],
+        "compress_rates": {"compressed_sparse_attention": 3, "heavily_compressed_attention": 4},
+        "num_attention_heads": 1,
+        "o_groups": 1,
+        "num_hash_layers": 0,
+        "hc_mult": 4,
+        "hc_eps": 1e-3,
+        "index_topk": 64,
+        "scoring_func": "sigmoid",
+        "routed_scaling_factor": 2.5,
+    },
+    "deepseek_v4/tables alone, one expert, whole heads turn": {
+        **COMPRESSED,
+        "qk_rope_head_dim": 10,
+        "head_dim": 10,
+        "num_hash_layers": 3,
+        "hc_mult": 2,
+        "index_topk": 1,
+        "num_experts_per_tok": 1,
+        "rope_theta": 1e3,
+        "compress_rope_theta": 500.0,
+        "rms_norm_eps": 1e-4,
+    },
 }
 # Cases in which transformers' logits of a row change with the padding beside it, and why.
-ALONE = {"llama4_text/temperature": "the positions that temperature grows with count padding on the left"}
+ALONE = {
+    "llama4_text/temperature": "the positions that temperature grows with count padding on the left",
+    **{case: "its compressors know no padding" for case in CASES if case.startswith("deepseek_v4/")},
+}
 
 OUR_CASES: dict[str, dict[str, Any]] = {
     "moesaic/hash first, groups, shared, a dense layer": {
@@ -735,6 +822,12 @@ OUR_CASES: dict[str, dict[str, Any]] = {
         "use_qk_norm": True,
         "num_nextn_predict_layers": 1,
         "rms_norm_eps": 1e-6,
+    },
+    "deepseek_v4/two further tokens, the second of entries": {
+        **COMPRESSED,
+        "layer_types": None,
+        "compress_ratios": [0, 2, 3, 0, 2],
+        "num_nextn_predict_layers": 2,
     },
     "deepseek_v32/a further token": {**INDEXED, "index_topk": 4, "num_nextn_predict_layers": 1},
     "deepseek_v3/a further token, tied": {

@@ -12,11 +12,14 @@ import pytest
 import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.models.nllb_moe import modeling_nllb_moe as their_nllb
 
 from moesaic import families
 from moesaic.hub import save
 from moesaic.models.decoder import Decoder
 from tests.families.cases import ALONE, CASES, COMMON, OUR_CASES
+from tests.families.encoder_decoder_cases import CASES as ENCODER_DECODERS
+from tests.families.encoder_decoder_oracle import experts_as_chosen
 
 
 class Oracle(NamedTuple):
@@ -44,6 +47,8 @@ def tiny_model(family: str, fields: dict[str, Any]) -> Any:
         for name, buffer in model.named_buffers():
             if name.endswith("e_score_correction_bias"):
                 buffer.normal_(0.0, 0.1)
+            if name.endswith("tid2eid"):
+                buffer.copy_(torch.rand(len(buffer), config.n_routed_experts).argsort(1)[:, : buffer.shape[1]])
     return model
 
 
@@ -90,6 +95,12 @@ def folder(request: pytest.FixtureRequest, made: Callable[[str], Oracle]) -> Pat
     return made(request.param).folder
 
 
+@pytest.fixture
+def nllb_as_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers' NLLB experts compute what they were chosen for (see `experts_as_chosen`)."""
+    monkeypatch.setattr(their_nllb.NllbMoeExperts, "forward", experts_as_chosen)
+
+
 @pytest.fixture(scope="session")
 def families_in_cases() -> set[str]:
-    return {name.partition("/")[0] for name in CASES | OUR_CASES}
+    return {name.partition("/")[0] for name in (*CASES, *OUR_CASES, *ENCODER_DECODERS)}

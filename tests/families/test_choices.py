@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from moesaic.hub import load
-from moesaic.models.decoder import Decoder
+from moesaic.models.base import LanguageModel
 from moesaic.routing import RoutingDecision, RoutingTape
 
 NEAR_TIE = 1e-6
@@ -66,7 +66,7 @@ def test_every_layer_chooses_the_same_experts(oracle: Any, record_property: Call
     assert near_ties <= 1, "one token of 68 may stand between two experts; more are no accident"
 
 
-def _ranked(model: Decoder, layer: int, decision: RoutingDecision) -> Tensor:
+def _ranked(model: LanguageModel, layer: int, decision: RoutingDecision) -> Tensor:
     """What the choice is made by; groups may leave out some of the best, whose near-ties are not looked for."""
     ranked_TE = decision.scores_TE if decision.ranked_TE is None else decision.ranked_TE
     bias_E = model.state_dict().get(f"layers.{layer}.feed_forward.router.selection_bias")

@@ -134,6 +134,15 @@ def test_flops_grow_with_the_context_up_to_what_an_indexer_chooses() -> None:
     assert sparse.flops_per_token(100) - sparse.flops_per_token() == 4 * (2 * 6 * (15 + 7) * 4 + 2 * 3 * (8 + 1) * 100)
 
 
+@pytest.mark.parametrize("pattern", ["FFFF", "FSSS", "FSFS"])
+def test_layers_that_take_a_choice_attend_to_the_chosen_and_choose_nothing(pattern: str) -> None:
+    config = families.from_hf(DSA | {"index_topk_pattern": pattern})
+    attending, choosing = 2 * 6 * (15 + 7), 2 * 3 * (8 + 1)
+    for length in (3, 100):
+        scores = config.flops_per_token(length) - config.flops_per_token()
+        assert scores == 4 * attending * min(length, 4) + pattern.count("F") * choosing * length
+
+
 @pytest.mark.parametrize(
     ("raw", "message"),
     [

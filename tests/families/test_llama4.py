@@ -54,9 +54,12 @@ def test_the_text_part_of_a_multimodal_model(tmp_path: Path, capsys: pytest.Capt
     assert (ours(ids_BS) - expected).abs().max() <= 1e-5 * expected.abs().max()
 
     save(ours, tmp_path / "ours")
-    assert read_config(tmp_path / "ours") == read_config(tmp_path / "theirs")
     assert torch.equal(load(tmp_path / "ours")(ids_BS), ours(ids_BS))
+    read = read_config(tmp_path / "ours")
     assert not capsys.readouterr().err
+    assert read == read_config(tmp_path / "theirs")
+    said = "config.json: only the text part (text_config, llama4_text) is read; left out: vision_config\n"
+    assert capsys.readouterr().err == f"moesaic: {tmp_path / 'theirs'}/{said}"
 
 
 def test_the_configuration_of_the_text_part_is_read() -> None:

@@ -1,5 +1,6 @@
 """Our own family: every model of our parts is written and read, a mistake is one line, and it lives a whole life."""
 
+import dataclasses
 import itertools
 import json
 from pathlib import Path
@@ -155,6 +156,15 @@ def test_a_shared_expert_with_another_activation_cannot_be_written() -> None:
     )
     with pytest.raises(ConfigError, match="cannot be written as moesaic"):
         families.to_hf(model)
+
+
+def test_another_familys_activation_cannot_be_written() -> None:
+    config = dataclasses.replace(families.find_preset("gpt-oss-20b"), family="moesaic")
+    with pytest.raises(ConfigError) as caught:
+        families.to_hf(config)
+    said = str(caught.value)
+    assert said.startswith("this model cannot be written as moesaic: hidden_act=ClampedSwiglu(limit=7.0")
+    assert said.endswith("known: silu; choose another family or change the model")
 
 
 norms = st.sampled_from([NormConfig(), NormConfig(eps=1e-5), NormConfig(eps=3e-4)])

@@ -19,6 +19,7 @@ from moesaic.config import MoeConfig
 from moesaic.errors import CheckpointError, ConfigError
 from moesaic.hub import load, read_config, save
 from moesaic.layers.kv_cache import KeyValueCache
+from moesaic.models.build import decoder_only
 from moesaic.models.decoder import Decoder
 from moesaic.routing import RoutingTape
 
@@ -52,7 +53,7 @@ def ahead(model: Decoder, ids_BS: Tensor) -> list[Tensor]:
 @torch.no_grad()
 def test_the_equations(folder: Path) -> None:
     """arXiv:2412.19437, eq. 21-23, in the released order of M: the embedding first."""
-    model, ids_BS = load(folder), token_ids()
+    model, ids_BS = decoder_only(load(folder), "mtp"), token_ids()
     state, hidden = model.state_dict(), ahead(model, ids_BS)
 
     def rms(x: Tensor, name: str) -> Tensor:
@@ -81,7 +82,7 @@ def test_the_equations(folder: Path) -> None:
 
 @torch.no_grad()
 def test_transformers_reads_them_and_gets_the_same(folder: Path) -> None:
-    model, ids_BS = load(folder), token_ids()
+    model, ids_BS = decoder_only(load(folder), "mtp"), token_ids()
     hidden = ahead(model, ids_BS)
     main: Any = AutoModelForCausalLM.from_pretrained(
         folder, attn_implementation="eager", experts_implementation="eager"
@@ -103,7 +104,7 @@ def test_transformers_reads_them_and_gets_the_same(folder: Path) -> None:
 @torch.no_grad()
 @pytest.mark.parametrize("chunks", [[1] * 10, [4, 1, 5]])
 def test_their_cache_changes_nothing(folder: Path, chunks: list[int]) -> None:
-    model, ids_BS = load(folder), token_ids(length=10 + len(read_config(folder).mtp))
+    model, ids_BS = decoder_only(load(folder), "mtp"), token_ids(length=10 + len(read_config(folder).mtp))
     hidden = ahead(model, ids_BS)
     for depth in range(1, len(hidden)):
         layers = model.config.mtp[depth - 1 : depth]
@@ -115,7 +116,7 @@ def test_their_cache_changes_nothing(folder: Path, chunks: list[int]) -> None:
 
 @torch.no_grad()
 def test_padding_changes_nothing_for_them(folder: Path) -> None:
-    model, ids_BS = load(folder), token_ids()
+    model, ids_BS = decoder_only(load(folder), "mtp"), token_ids()
     hidden = ahead(model, ids_BS)
     padded = torch.cat([torch.full((2, 3), 7), ids_BS], dim=1)
     mask = torch.cat([torch.zeros(2, 3), torch.ones_like(ids_BS)], dim=1).bool()
@@ -127,7 +128,7 @@ def test_padding_changes_nothing_for_them(folder: Path) -> None:
 
 @torch.no_grad()
 def test_a_tape_hears_them_after_the_last_layer(folder: Path) -> None:
-    model, tape = load(folder), RoutingTape()
+    model, tape = decoder_only(load(folder), "mtp"), RoutingTape()
     hidden = model.hidden(token_ids(), tape=tape)
     model.hidden_ahead(hidden[:, :-1], token_ids()[:, 1:], tape=tape)
     assert list(tape.decisions) == [*model.config.moe_layers, 3]
@@ -184,7 +185,7 @@ def test_they_are_counted_beside(folder: Path) -> None:
 
 
 def test_what_does_not_fit_is_one_line(folder: Path) -> None:
-    model = load(folder)
+    model = decoder_only(load(folder), "mtp")
     hidden = model.hidden(token_ids())
     with pytest.raises(ConfigError, match=r"depth=3; this model has \d layers that predict further tokens"):
         model.hidden_ahead(hidden, token_ids(), depth=3)

@@ -11,6 +11,7 @@ from moesaic.engine.generate import generate
 from moesaic.errors import GenerationError
 from moesaic.hub import load
 from moesaic.layers.kv_cache import KeyValueCache
+from moesaic.models.build import decoder_only
 from moesaic.models.decoder import Decoder
 
 CASE = "phimoe/as released"
@@ -25,7 +26,7 @@ def oracle(made: Any) -> Any:
 
 @pytest.fixture
 def model(oracle: Any) -> Decoder:
-    return load(oracle.folder)
+    return decoder_only(load(oracle.folder), "this test")
 
 
 def ids(length: int, batch: int = 1) -> Tensor:

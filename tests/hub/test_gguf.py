@@ -1,5 +1,6 @@
 """GGUF in: figures, tensors and the head order that llama.cpp's converter changes."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,10 @@ from moesaic.hub.gguf import GgufFile, read_metadata
 from moesaic.hub.streaming import convert
 from moesaic.models.decoder import Decoder
 
-ARCHITECTURES = {"llama": "llama", "mixtral": "llama", "qwen3": "qwen3", "qwen3_moe": "qwen3moe"}
+ARCHITECTURES = {
+    "llama": "llama", "mixtral": "llama", "qwen2": "qwen2", "qwen2_moe": "qwen2moe", "qwen3": "qwen3",
+    "qwen3_moe": "qwen3moe",
+}  # fmt: skip
 TINY: dict[str, Any] = {
     "vocab_size": 40,
     "hidden_size": 32,
@@ -39,6 +43,13 @@ SPARSE = {
         "moe_intermediate_size": 6,
         "norm_topk_prob": True,
         "mlp_only_layers": [0],
+    },
+    "qwen2_moe": {
+        "num_experts": 5,
+        "num_experts_per_tok": 3,
+        "moe_intermediate_size": 6,
+        "shared_expert_intermediate_size": 14,
+        "norm_topk_prob": False,
     },
 }
 
@@ -85,6 +96,8 @@ NAMES = {
     "attention.k_proj": "attn_k", "attention.v_proj": "attn_v", "attention.o_proj": "attn_output",
     "attention.q_norm": "attn_q_norm", "attention.k_norm": "attn_k_norm", "feed_forward.gate_proj": "ffn_gate",
     "feed_forward.up_proj": "ffn_up", "feed_forward.down_proj": "ffn_down", "feed_forward.router": "ffn_gate_inp",
+    "feed_forward.shared_experts.gate_proj": "ffn_gate_shexp", "feed_forward.shared_experts.up_proj": "ffn_up_shexp",
+    "feed_forward.shared_experts.down_proj": "ffn_down_shexp", "feed_forward.shared_gate": "ffn_gate_inp_shexp",
 }  # fmt: skip
 
 
@@ -103,7 +116,7 @@ def named(name: str, values: np.ndarray, hf: dict[str, Any], permute: bool) -> l
     if permute and inner in heads:
         values = interleaved(values, hf[heads[inner]])
     module, kind = inner.rsplit(".", 1)
-    return [(f"{prefix}{NAMES[module]}.{kind}", values)]
+    return [(f"{prefix}{NAMES[module]}.{kind}", values.squeeze())]  # as its converter squeezes matrices of one row
 
 
 def tiny(family: str, **more: Any) -> Decoder:
@@ -120,6 +133,40 @@ def test_figures_and_tensors_come_back(tmp_path: Path, family: str, tied: bool) 
     assert loaded.config == model.config == read_config(tmp_path / "m.gguf")
     for name, tensor in model.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], tensor), name
+
+
+@pytest.mark.parametrize("family", ARCHITECTURES)
+def test_names_are_those_of_the_gguf_package(tmp_path: Path, family: str) -> None:
+    """Its own map of released names to GGUF's, and ours of both: the same tensors."""
+    write(tmp_path / "m.gguf", family, tiny(family, mlp_only_layers=[]))
+    file = GgufFile(tmp_path / "m.gguf")
+    released, stored = families.family(family).weight_map(file.config), file.weight_map()
+    (architecture,) = (key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == ARCHITECTURES[family])
+    theirs = gguf.get_tensor_name_map(architecture, len(file.config.layers))
+    for ours, pieces in released.items():
+        joined = {re.sub(r"experts\.\d+\.", "experts.", piece.name) for piece in pieces}
+        names = {theirs.get_name(name, try_suffixes=(".weight", ".bias")) for name in joined}
+        assert names == {piece.name for piece in stored[ours]}, ours
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["qwen2", "qwen2_moe", "qwen3_moe"])
+def test_transformers_reads_the_same_model(tmp_path: Path, family: str) -> None:
+    pytest.importorskip("accelerate", reason="transformers reads GGUF files only with accelerate installed")
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    model = tiny(family, mlp_only_layers=[])
+    for parameter in model.parameters():
+        parameter.normal_(0.0, 0.3)
+    write(tmp_path / "m.gguf", family, model)
+    described = AutoConfig.for_model(**families.to_hf(model.config))  # its reading of the header lacks some widths
+    theirs = AutoModelForCausalLM.from_pretrained(
+        tmp_path, gguf_file="m.gguf", config=described, dtype=torch.float32, experts_implementation="eager"
+    ).eval()
+    ids = torch.tensor([[3, 17, 9, 4, 8, 30]])
+    expected = theirs(ids).logits
+    assert expected.abs().max() > 0.1
+    assert (load(tmp_path / "m.gguf")(ids) - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
@@ -169,7 +216,9 @@ def test_an_unknown_architecture_lists_the_known(tmp_path: Path) -> None:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    with pytest.raises(ConfigError, match="architecture 'gemma3' is not supported; known: llama, qwen3, qwen3moe"):
+    with pytest.raises(
+        ConfigError, match="architecture 'gemma3' is not supported; known: llama, qwen2, qwen2moe, qwen3"
+    ):
         read_config(tmp_path / "m.gguf")
 
 

@@ -86,7 +86,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "quantized tensor": (
         lambda f: edit_tensors(f, lambda tensors: tensors.update({ROUTER: torch.zeros(3, 24).to(torch.float8_e4m3fn)})),
-        f"{ROUTER} in .* is of type F8_E4M3; known: F64, F32, F16, BF16",
+        f"{ROUTER} in .* is of type F8_E4M3, and config.json does not say how it is packed; put",
     ),
     "config with more experts": (
         lambda f: edit(f / "config.json", num_local_experts=4),

@@ -5,13 +5,14 @@ from moesaic.errors import ConfigError, GenerationError
 from moesaic.layers.kv_cache import KeyValueCache
 from moesaic.models.decoder import Decoder, route
 from moesaic.routing import RoutingTape
-from tests.tiny import lively, tiny_config
+from tests.tiny import compressed_config, lively, tiny_config
 
 CONFIGS = {
     "plain": tiny_config(),
     "windows": tiny_config(windows=(3, None, 5)),
     "sigmoid, bias, shared": tiny_config(router="sigmoid_topk", selection_bias=True, shared=True),
     "tied": tiny_config(tied=True),
+    "compressed": compressed_config(),
 }
 
 

@@ -29,7 +29,7 @@ def test_micro_batches_and_ranks_add_up_layer_by_layer():
     assert counts.of("running", 0).tolist() == [3, 3, 0] and counts.of("running", 4).tolist() == [0, 0, 6]
     counts.add({0: decision([[0], [1]], [True, False]), 4: decision([[2], [1]], [True, False])})
     assert counts.of("running", 0).tolist() == [6, 3, 0] and counts.of("step", 4).tolist() == [0, 0, 9]
-    assert counts.num_tokens == 9
+    assert counts.num_tokens == {0: 9, 4: 9}
 
 
 def test_a_first_pass_knows_the_whole_step():
@@ -41,4 +41,4 @@ def test_a_first_pass_knows_the_whole_step():
 def test_a_dense_model_counts_nothing():
     counts = StepCounts(Three())
     counts.add({})
-    assert counts.so_far == {} and counts.num_tokens == 0
+    assert counts.so_far == {} and counts.num_tokens == {}

@@ -175,9 +175,9 @@ def test_the_first_pass_foresees_what_noisy_routers_will_choose(name, recompute,
     seen = {}
     first_pass = Stepper._first_pass
 
-    def keep(self, micro_batches):
+    def keep(self, step, micro_batches):
         before = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
-        seen["counts"], seconds = first_pass(self, micro_batches)
+        seen["counts"], seconds = first_pass(self, step, micro_batches)
         assert all(torch.equal(buffer, before[name]) for name, buffer in self.model.named_buffers())
         return seen["counts"], seconds
 

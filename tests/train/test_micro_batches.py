@@ -46,14 +46,14 @@ def test_without_padding_there_is_no_mask():
 def test_shares_are_of_what_counts():
     parts = [batch(1), padded(16)]
     parts[0].targets_BS[:, 0] = IGNORED
-    assert shares_of(parts, ALONE) == [Share(60 / 108, 64 / 112), Share(48 / 108, 48 / 112)]
-    assert shares_of([padded(16)], Two([(52, 16)])) == [Share(0.48, 0.75)]
+    assert shares_of(parts, ALONE) == [Share(60 / 108, 64 / 112, 0, 112), Share(48 / 108, 48 / 112, 0, 112)]
+    assert shares_of([padded(16)], Two([(52, 16, 0)])) == [Share(0.48, 0.75, 0, 64)]
 
 
 def test_nothing_but_padding_is_no_share():
     empty = batch(0)
     empty.document_ids_BS[:] = -1
-    assert shares_of([empty], ALONE) == [Share(0.0, 0.0)]
+    assert shares_of([empty], ALONE) == [Share(0.0, 0.0, 0.0, 0)]
 
 
 def test_ranks_with_other_numbers_of_micro_batches_are_refused():

@@ -98,6 +98,7 @@ def test_toml_with_overrides_and_back(tmp_path):
         ('train.balance_losses=[["switch", [[0, 1], [5, -2]]]]', "has the value -2.0"),
         ('train.balance_losses="switch"', "it must be a list of [a text, a number or a list of [a whole number, a"),
         ("train.selection_bias_rate=[[9, 1], [3, 1]]", "train.selection_bias_rate has points at steps [9, 3]"),
+        ("train.mtp_coefficient=-0.1", "train.mtp_coefficient has the value -0.1; use 0 or more"),
         ("data.weights=equal", "it must be one of 'proportional', 'uniform' or a table of names and a number"),
         ("data.weights={prose=-1}", "data.weights: 'prose' has -1.0; use 0 or more"),
         ("data.weights={prose=0}", "gives no domain anything"),
@@ -163,6 +164,7 @@ def recipes(draw):
             (name, draw(scheduled)) for name in draw(st.sets(st.sampled_from(["switch", "router_z"])))
         ),
         selection_bias_rate=draw(scheduled),
+        mtp_coefficient=draw(scheduled),
         betas=draw(st.tuples(st.floats(0, 0.99), st.floats(0, 0.99))),
         precision=draw(st.sampled_from(["fp32", "bf16"])),
         compile=draw(st.booleans()),

@@ -11,6 +11,7 @@ from moesaic import families
 from moesaic.errors import ConfigError, MissingDependencyError
 from moesaic.hub import load, read_config, save
 from moesaic.hub.embedded import embedded_gguf
+from moesaic.models.build import decoder_only
 from moesaic.models.decoder import Decoder, route
 from moesaic.tune.upcycle import function_difference, read_record, smollm2_moe, upcycle
 
@@ -79,7 +80,7 @@ def test_it_is_saved_as_mixtral(tmp_path: Path) -> None:
     source = dense()
     save(upcycle(source), tmp_path / "moe")
     assert read_config(tmp_path / "moe").family == "mixtral"
-    assert function_difference(source, load(tmp_path / "moe"), TOKEN_IDS) <= 1e-5
+    assert function_difference(source, decoder_only(load(tmp_path / "moe"), "this test"), TOKEN_IDS) <= 1e-5
 
 
 @pytest.mark.parametrize(
@@ -104,7 +105,7 @@ def test_what_cannot_be_cut_is_one_line(fields: dict[str, Any], cut: dict[str, i
 @pytest.mark.slow
 def test_smollm2_becomes_an_moe_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     try:
-        source = load(embedded_gguf())
+        source = decoder_only(load(embedded_gguf()), "this test")
     except MissingDependencyError as error:
         pytest.skip(str(error))
     monkeypatch.setenv("MOESAIC_CACHE", str(tmp_path))
@@ -115,5 +116,6 @@ def test_smollm2_becomes_an_moe_once(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert model.config == families.find_preset("smollm2-moe")
     assert abs(model.config.active_all / source.config.active_all - 1) < 0.01
     token_ids = torch.randint(49152, (1, 100), generator=torch.Generator().manual_seed(1))
-    assert function_difference(source, moesaic.load("smollm2-moe"), token_ids) <= 1e-5
+    again = decoder_only(moesaic.load("smollm2-moe"), "this test")
+    assert function_difference(source, again, token_ids) <= 1e-5
     assert (folder / "model.safetensors").stat().st_mtime_ns == made

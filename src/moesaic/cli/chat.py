@@ -9,7 +9,15 @@ from typing import NamedTuple
 
 from moesaic.cli import output
 from moesaic.cli.conversation import Conversation
-from moesaic.cli.text import Opened, add_text_arguments, check_sampling, decode_utf8, keep_quiet, open_model
+from moesaic.cli.text import (
+    Opened,
+    add_text_arguments,
+    check_sampling,
+    decode_utf8,
+    keep_quiet,
+    open_model,
+    pack_weights,
+)
 from moesaic.errors import ConfigError, GenerationError
 
 HELP = "/reset starts over, /system TEXT starts over with a system message, /exit or Ctrl-D leaves"
@@ -59,7 +67,8 @@ def run(args: argparse.Namespace) -> int:
 
 def _choose(args: argparse.Namespace) -> _Chosen:
     if args.model is not None:
-        return _Chosen(open_model(args.model, args.dtype), args.model, "")
+        opened = open_model(args.model, args.dtype, decoder_for="chat")
+        return _Chosen(pack_weights(opened, args), args.model, "")
     from moesaic.tune.upcycle import read_record, smollm2_moe
 
     with output.progress("finding the default model (made at first use)"):
@@ -68,7 +77,7 @@ def _choose(args: argparse.Namespace) -> _Chosen:
     origin = (
         f"; an MoE made from the dense SmolLM2-135M-Instruct, whose logits differ by {difference:.1e} of their scale"
     )
-    return _Chosen(open_model(str(folder), args.dtype), "smollm2-moe", origin)
+    return _Chosen(pack_weights(open_model(str(folder), args.dtype), args), "smollm2-moe", origin)
 
 
 def _answer_once(conversation: Conversation, args: argparse.Namespace, name: str) -> int:

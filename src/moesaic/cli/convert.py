@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from moesaic.cli import output
 from moesaic.cli.text import DTYPES, open_model, open_tokenizer
 from moesaic.errors import CheckpointError, ConfigError, RunFolderError
-from moesaic.hub.checkpoint import some
+from moesaic.hub.checkpoint import CONFIG, some
 from moesaic.hub.layouts import LAYOUTS
 from moesaic.hub.quantization import FORMATS
 
@@ -32,7 +32,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype",
         choices=FORMATS,
-        help="number format of the weights (as read if not given); fp8 in blocks of 128 x 128, mxfp4 for gpt-oss",
+        help="number format of the weights (as read if not given); fp8 in blocks of 128 x 128, mxfp4 for gpt-oss "
+        "and DeepSeek-V4",
     )
     parser.add_argument(
         "--layout", choices=LAYOUTS, help="a tensor per expert, or stacked as in transformers 5 (as read if not given)"
@@ -117,15 +118,22 @@ def _upcycle(args: argparse.Namespace, upcycling: Upcycling, max_shard_bytes: in
     if args.dtype not in (None, *DTYPES):
         raise ConfigError(f"--dtype {args.dtype} does not go with --upcycle; convert once more afterwards")
     from moesaic import hub
+    from moesaic.hub.resolve import weights_place
+    from moesaic.hub.sources import open_source
+    from moesaic.hub.streaming import copy_others
+    from moesaic.models.build import decoder_only
     from moesaic.tune.upcycle import upcycle
 
     config = hub.read_config(args.model)
+    config.check_decoder_only("upcycling")
     with output.progress(f"reading {args.model} ({output.number(config.total)} parameters)"):
         model, tokenizer = open_model(args.model, args.dtype)
     with output.progress(f"upcycling to {upcycling.copies * upcycling.shards} experts"):
-        model = upcycle(model, copies=upcycling.copies, shards=upcycling.shards, top_k=upcycling.shards)
+        dense = decoder_only(model, "upcycling")
+        model = upcycle(dense, copies=upcycling.copies, shards=upcycling.shards, top_k=upcycling.shards)
     with output.progress(f"writing {args.folder}"):
         hub.save(model, args.folder, tokenizer=tokenizer, max_shard_bytes=max_shard_bytes)
+        copy_others(open_source(weights_place(args.model)), Path(args.folder), apart=(CONFIG,))
     return {"folder": str(args.folder), "total": model.config.total, "active_all": model.config.active_all}
 
 

@@ -8,10 +8,11 @@ from moesaic import families, hub
 from moesaic.cli import field_plot, output
 from moesaic.config import LayerConfig, ModelConfig, MoeConfig
 from moesaic.errors import ConfigError
-from moesaic.families import _counted
-from moesaic.families._counted import CountedModel
+from moesaic.families import _counted, _multimodal
+from moesaic.families._counted import NOT_YET, CountedModel
 from moesaic.families._published import PUBLISHED
-from moesaic.hub.checkpoint import CONFIG, read_json
+from moesaic.hub.checkpoint import CONFIG, read_json, tell_left_out
+from moesaic.hub.quantization import FIELD
 from moesaic.tensor_spec import ROLES
 
 BYTES_PER_PARAMETER = {"fp32": 4, "bf16": 2, "fp16": 2, "fp8": 1, "int8": 1, "int4": 0.5}
@@ -20,9 +21,12 @@ RULES = {
     "active_gemm": "multiplied for one token: chosen experts and all the rest, without an embedding that is looked up",
     "active_all": "active_gemm and the looked-up embedding",
     "sparsity": "1 - active_all / total: the share of parameters that a token leaves alone",
+    "mtp_total": "of layers that predict further tokens, in none of the counts above",
+    "mtp_active": "those of mtp_total that one token uses",
 }
 COUNTS = ("total", "active_gemm", "active_all")
-NOT_YET = "counted from its configuration; its state-space or linear attention layers do not run yet"
+MTP_COUNTS = ("mtp_total", "mtp_active")
+UNVERIFIED = "sizes from memory of the model card: not compared with the released files"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -66,9 +70,24 @@ def read(path_or_preset: str) -> ModelConfig | CountedModel:
     if path_or_preset in _counted.PRESETS and not path.exists():
         return _counted.count(_counted.PRESETS[path_or_preset].config)
     path = path / CONFIG if path.is_dir() else path
-    if path.suffix == ".json" and path.is_file() and _counted.knows(raw := read_json(path)):
+    if path.suffix != ".json" or not path.is_file():
+        return hub.read_config(path_or_preset)
+    try:
+        model = _described(read_json(path))
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
+    tell_left_out(path)
+    return model
+
+
+def _described(raw: dict[str, Any]) -> ModelConfig | CountedModel:
+    """A config.json, be it of files that cannot be read: what packs weights, or names them, changes no count."""
+    if _counted.knows(raw):
         return _counted.count(raw)
-    return hub.read_config(path_or_preset)
+    if _multimodal.has_text_part(raw) and not families.knows(raw.get("model_type")):
+        text = _multimodal.text_part(raw)
+        raw = text if families.knows(text.get("model_type")) else raw
+    return families.from_hf({name: value for name, value in raw.items() if name != FIELD})
 
 
 def describe(
@@ -77,7 +96,7 @@ def describe(
     """Everything `count` knows of a model, JSON-ready. Bytes and FLOPs are those of one token and one sequence.
 
     `sparsity` is the share of all parameters that one token leaves alone, 1 - active_all/total. `published` is what the
-    makers state, None where a name is no preset's.
+    makers state, None where a name is no preset's. `verified` is false for sizes that nothing has confirmed.
     """
     preset = (families.presets() | _counted.PRESETS).get(name)
     published = PUBLISHED.get(name)
@@ -89,7 +108,9 @@ def describe(
         "active_gemm": model.active_gemm,
         "active_all": model.active_all,
         "sparsity": round(1 - model.active_all / model.total, 6),
+        **{key: getattr(model, key) if isinstance(model, ModelConfig) else 0 for key in MTP_COUNTS},
         "rules": RULES,
+        "verified": preset is None or preset.is_verified,
         "published": published and published._asdict(),
         "licence": preset and preset.licence,
         "source": preset and preset.source,
@@ -106,6 +127,7 @@ def _costs(config: ModelConfig, context: int | None, dtype: str) -> dict[str, An
     state_element_bytes = 4 if dtype == "fp32" else 2  # weights of 8 and 4 bits still keep their states in 16
     return {
         "layers": len(config.layers),
+        "encoder_layers": len(config.encoder.layers) if config.encoder else 0,
         "moe_layers": len(config.moe_layers),
         "experts": sorted({_experts(layer) for layer in config.layers} - {""}),
         "context": num_tokens,
@@ -119,6 +141,7 @@ def _shape_of(model: CountedModel) -> dict[str, Any]:
     """What is known without running it."""
     return {
         "layers": model.num_layers,
+        "encoder_layers": 0,
         "moe_layers": model.moe_layers,
         "experts": [model.experts] if model.experts else [],
     }
@@ -139,9 +162,11 @@ def _experts(layer: LayerConfig) -> str:
 
 
 def _print_one(document: dict[str, Any]) -> None:
-    title = f"{document['model']} ({document['family']}), {_shape(document)}"
-    counts = [[key, output.number(document[key]), f"{document[key]:,}", RULES[key]] for key in COUNTS]
+    title = f"{_name(document)} ({document['family']}), {_shape(document)}"
+    counts = [_count_row(document, key) for key in COUNTS]
     counts.append(["sparsity", f"{document['sparsity']:.1%}", "", RULES["sparsity"]])
+    if document["mtp_total"]:
+        counts += [_count_row(document, key) for key in MTP_COUNTS]
     output.table(["count", "parameters", "exactly", "rule"], counts, title)
     output.write("\n")
     output.table(["role", "parameters", "active", "share"], _role_rows(document))
@@ -152,8 +177,18 @@ def _print_one(document: dict[str, Any]) -> None:
         output.write(f"\npublished: {published['total']} in total{active} (makers follow no common rule)\n")
     if document["licence"]:
         output.write(f"\nlicence {document['licence']}; source {document['source']}\n")
+    if not document["verified"]:
+        output.talk(f"unverified: {UNVERIFIED}")
     if not document["runs"]:
         output.talk(f"{document['model']} is {NOT_YET}")
+
+
+def _name(document: dict[str, Any]) -> str:
+    return document["model"] if document["verified"] else f"{document['model']} (unverified)"
+
+
+def _count_row(document: dict[str, Any], key: str) -> list[str]:
+    return [key, output.number(document[key]), f"{document[key]:,}", RULES[key]]
 
 
 def _cost_rows(document: dict[str, Any]) -> list[list[str]]:
@@ -161,16 +196,22 @@ def _cost_rows(document: dict[str, Any]) -> list[list[str]]:
     if not document["runs"]:
         return rows
     tokens = f"{document['context']:,} tokens"
+    one, another = "one token", "a token that sees"
+    if document["encoder_layers"]:
+        tokens = f"{tokens} read and as many written"
+        one, another = "one read and one written token", "one read and one written token that see"
     return [
         *rows,
-        ["state (keys and values) of one token", output.size(document["state_bytes_per_token"])],
+        [f"state (keys and values) of {one}", output.size(document["state_bytes_per_token"])],
         [f"state of {tokens}", output.size(document["state_bytes"])],
-        [f"FLOPs of a token that sees {tokens}", output.number(document["flops_per_token"])],
+        [f"FLOPs of {another} {tokens}", output.number(document["flops_per_token"])],
     ]
 
 
 def _shape(document: dict[str, Any]) -> str:
     layers = f"{document['layers']} layers"
+    if encoding := document["encoder_layers"]:
+        layers = f"{encoding} layers that read and {document['layers'] - encoding} that write"
     if not document["moe_layers"]:
         return f"{layers}, dense"
     return f"{layers}, {document['moe_layers']} of them MoE, {' and '.join(document['experts'])} experts a token"
@@ -197,6 +238,7 @@ def _count_all(args: argparse.Namespace) -> int:
     columns = ["model", *COUNTS, "published", "sparsity", "experts a token", f"weights ({args.dtype})"]
     output.table([*columns, "state of a token", "licence"], rows)
     output.talk(f"without a state of a token: {NOT_YET}")
+    output.talk(f"unverified: {UNVERIFIED}")
     output.next_command(f"moesaic count {documents[0]['model']}")
     return 0
 
@@ -204,7 +246,7 @@ def _count_all(args: argparse.Namespace) -> int:
 def _row(document: dict[str, Any]) -> list[str]:
     published = document["published"]
     return [
-        document["model"],
+        _name(document),
         *(output.number(document[key]) for key in COUNTS),
         " / ".join(part for part in published.values() if part) if published else "-",
         f"{document['sparsity']:.1%}",
@@ -216,7 +258,8 @@ def _row(document: dict[str, Any]) -> list[str]:
 
 
 def _plot(path: Path, documents: list[dict[str, Any]]) -> None:
-    keys = ("model", "family", "total", "active_gemm", "runs")
-    picture = field_plot.draw([field_plot.Model(*(document[key] for key in keys)) for document in documents])
+    keys = ("family", "total", "active_gemm", "runs")
+    models = [field_plot.Model(_name(document), *(document[key] for key in keys)) for document in documents]
+    picture = field_plot.draw(models)
     path.write_text(picture, encoding="utf-8")
     output.talk(f"drawn: {path}")

@@ -1,4 +1,4 @@
-"""`moesaic generate`: continues a prompt, text to stdout as it comes."""
+"""`moesaic generate`: continues a prompt, or writes the target of a source, text to stdout as it comes."""
 
 import argparse
 import sys
@@ -12,6 +12,7 @@ from moesaic.cli.text import (
     decode_utf8,
     keep_quiet,
     open_model,
+    pack_weights,
     write_on,
 )
 from moesaic.errors import ConfigError, GenerationError
@@ -26,16 +27,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     source.add_argument(
         "--prompt-file", metavar="FILE", help="a UTF-8 file with the text; one last line end is dropped"
     )
+    parser.add_argument(
+        "--target-prefix",
+        metavar="TEXT",
+        help="what the target begins with, for a model with an encoder: the token of a language, say",
+    )
     add_text_arguments(parser, max_new_tokens=128, temperature=0.0)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Continue a prompt and say how fast. Returns the exit code."""
+    """Continue a prompt, or write its target, and say how fast. Returns the exit code."""
     check_sampling(args)
     prompt = _read_prompt(args)
-    opened = open_model(args.model, args.dtype)
-    prompt_ids = opened.tokenizer.encode(prompt, add_special_tokens=True) or _start_ids(opened)
-    written = write_on(opened, prompt_ids, args, emit=keep_quiet if args.json else output.write)
+    opened = pack_weights(open_model(args.model, args.dtype), args)
+    prefix = _target_prefix(opened, args.target_prefix)
+    prompt_ids = _source_ids(opened, prompt) if opened.model.config.encoder else _prompt_ids(opened, prompt)
+    emit = keep_quiet if args.json else output.write
+    written = write_on(opened, prompt_ids, args, emit, target_prefix=prefix)
     if args.json:
         output.print_json({"model": args.model, "prompt": prompt, "prompt_token_ids": prompt_ids, **written.to_dict()})
     else:
@@ -56,6 +64,24 @@ def _read_prompt(args: argparse.Namespace) -> str:
 
 def _without_line_end(data: bytes, source: str) -> str:
     return decode_utf8(data, source).removesuffix("\n").removesuffix("\r")
+
+
+def _prompt_ids(opened: Opened, prompt: str) -> list[int]:
+    return opened.tokenizer.encode(prompt, add_special_tokens=True) or _start_ids(opened)
+
+
+def _source_ids(opened: Opened, prompt: str) -> list[int]:
+    """The tokens of a source, with the token that ends it, whether or not the tokenizer puts it there."""
+    ids, ends = opened.tokenizer.encode(prompt, add_special_tokens=True), opened.model.config.eos_token_ids
+    return ids if not ends or (ids and ids[-1] in ends) else [*ids, ends[0]]
+
+
+def _target_prefix(opened: Opened, text: str | None) -> list[int]:
+    if text is None:
+        return []
+    if opened.model.config.encoder is None:
+        raise ConfigError("--target-prefix with a model that has no encoder; put that text at the end of the prompt")
+    return opened.tokenizer.encode(text)
 
 
 def _start_ids(opened: Opened) -> list[int]:

@@ -20,6 +20,7 @@ from moesaic.registry import unknown_name
 VERBS = {
     "demo": "train a small MoE and its dense twins on real text, and compare them",
     "pack": "turn text into token shards that training maps into memory",
+    "align": "turn translations of one text into pairs to learn translating from",
     "train": "train a model, or a sweep of models, from a recipe",
     "generate": "continue a prompt",
     "chat": "talk to a model",

@@ -34,6 +34,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         help=f"tokens of the tokenizer that is trained (default: {VOCAB_SIZE})",
     )
+    parser.add_argument(
+        "--sentinels",
+        metavar="N",
+        type=int,
+        default=0,
+        help="special tokens at the end of the new vocabulary, for span corruption (T5 has 100; default: none)",
+    )
     parser.add_argument("--workers", metavar="N", type=int, help="processes that tokenize (default: one a processor)")
     parser.add_argument("--json", action="store_true", help="print the result as one JSON document")
 
@@ -45,7 +52,8 @@ def run(args: argparse.Namespace) -> int:
     started = time.perf_counter()
     _check(args)
     corpus = read_corpus(args.corpus)
-    tokenizer = make_tokenizer(corpus, args.vocab_size or VOCAB_SIZE, args.tokenizer)
+    vocab_size = args.vocab_size or VOCAB_SIZE
+    tokenizer = make_tokenizer(corpus, vocab_size, args.tokenizer, num_sentinels=args.sentinels)
     pack_with_progress(corpus, tokenizer, args.out, args.workers)
     _show(Index.read(args.out), args.out, time.perf_counter() - started, args.json)
     output.next_command(f"moesaic train --corpus {args.out} --out runs/first")
@@ -55,8 +63,12 @@ def run(args: argparse.Namespace) -> int:
 def _check(args: argparse.Namespace) -> None:
     if args.workers is not None and args.workers < 1:
         raise ConfigError(f"--workers {args.workers}; give 1 or more")
+    if args.sentinels < 0:
+        raise ConfigError(f"--sentinels {args.sentinels}; give 0 or more")
     if args.tokenizer is None:
         return
+    if args.sentinels:
+        raise ConfigError("--tokenizer has its vocabulary and --sentinels asks for a new one; give one of the two")
     if args.vocab_size is not None:
         raise ConfigError("--tokenizer has its vocabulary and --vocab-size asks for a new one; give one of the two")
     if not (args.tokenizer / "tokenizer.json").exists():

@@ -13,6 +13,7 @@ from moesaic.errors import MoesaicError, RunFolderError
 from moesaic.train.interrupt import Interrupted
 
 if TYPE_CHECKING:
+    from moesaic.train.recipe import Recipe
     from moesaic.train.resume import RunFolder
     from moesaic.train.sweep import Point, RunResult, Sweep
 
@@ -44,12 +45,12 @@ def run_sweep(args: argparse.Namespace, source: Source) -> int:
 
 
 class _PointTrainer:
-    """Trains a point; the text is gathered once for each size of vocabulary."""
+    """Trains a point; the text is gathered once for each size of vocabulary and each task."""
 
     def __init__(self, args: argparse.Namespace, source: Source, folder: "RunFolder", corpus: Path | None) -> None:
         self.args, self.source, self.folder, self.corpus = args, source, folder, corpus
-        self._texts: dict[int, Text] = {}
-        self._text(source.recipe().vocab_size)  # text that cannot be used is the whole sweep's failure, not a point's
+        self._texts: dict[tuple[int, str], Text] = {}
+        self._text(source.recipe())  # text that cannot be used is the whole sweep's failure, not a point's
 
     def remember(self) -> None:
         """Write what the sweep was started with, for --resume."""
@@ -64,19 +65,21 @@ class _PointTrainer:
     def __call__(self, point: "Point") -> "RunResult":
         from moesaic.train.resume import RunFolder
 
-        text = self._text(self.source.recipe(point.changes).vocab_size)
+        text = self._text(self.source.recipe(point.changes))
         recipe = self.source.recipe(point.changes, text_facts(text))
         with RunFolder.claim(self.folder.path / point.name) as folder:
             return train_run(recipe, text, folder, self.args, self.corpus).result
 
-    def _text(self, vocab_size: int) -> Text:
-        if vocab_size not in self._texts:
-            place = self.folder.path / f"tokenizer-{vocab_size}"
-            text = gather_text(self.corpus, vocab_size, place)
+    def _text(self, recipe: "Recipe") -> Text:
+        vocab_size, task = recipe.vocab_size, recipe.data.task
+        if (vocab_size, task) not in self._texts:
+            name = "-".join(("tokenizer", str(vocab_size), *([] if task == "causal" else [task])))
+            place = self.folder.path / name
+            text = gather_text(self.corpus, vocab_size, place, task=task)
             if not (place / "tokenizer.json").exists():
                 text.tokenizer.save(place)
-            self._texts[vocab_size] = text
-        return self._texts[vocab_size]
+            self._texts[vocab_size, task] = text
+        return self._texts[vocab_size, task]
 
 
 def _done(sweep: "Sweep") -> int:

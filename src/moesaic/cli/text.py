@@ -3,7 +3,7 @@
 import argparse
 import importlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from moesaic.cli.stream import TextStream
@@ -14,7 +14,7 @@ if TYPE_CHECKING:  # at run time torch comes in only once a model is opened
 
     from moesaic.data.tokenizer import Tokenizer
     from moesaic.layers.kv_cache import KeyValueCache
-    from moesaic.models.decoder import Decoder
+    from moesaic.models.build import Model
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 
@@ -22,7 +22,7 @@ DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 class Opened(NamedTuple):
     """A model that can read and write text."""
 
-    model: "Decoder"
+    model: "Model"
     tokenizer: "Tokenizer"
 
 
@@ -75,7 +75,22 @@ def add_text_arguments(parser: argparse.ArgumentParser, *, max_new_tokens: int, 
     parser.add_argument("--top-p", type=float, metavar="P", help="choose among the likeliest that add up to P")
     parser.add_argument("--seed", type=int, metavar="N", help="the same seed gives the same text")
     parser.add_argument("--dtype", choices=list(DTYPES), help="compute in this format (the checkpoint's if not given)")
+    parser.add_argument("--bits", type=int, choices=(4, 8), help="round the weights to 4 or 8 bits once they are read")
+    parser.add_argument("--experts-bits", type=int, choices=(4, 8), help="those of routed experts (as --bits)")
     parser.add_argument("--json", action="store_true", help="print one JSON document instead of the text as it comes")
+
+
+def pack_weights(opened: Opened, args: argparse.Namespace) -> Opened:
+    """The model with its weights in as many bits as --bits and --experts-bits say, which a line on stderr sums up."""
+    if args.bits is None:
+        if args.experts_bits is not None:
+            raise ConfigError("--experts-bits without --bits, which says how many the other weights get; give both")
+        return opened
+    from moesaic.cli import output
+    from moesaic.quantize.apply import pack_weights, summary
+
+    output.talk(summary(pack_weights(opened.model, args.bits, experts_bits=args.experts_bits)))
+    return opened
 
 
 def torch_dtype(name: str | None) -> "torch.dtype | None":
@@ -97,12 +112,14 @@ def keep_quiet(_text: str) -> None:
     """Emit nothing: for --json, which prints the text once it is whole."""
 
 
-def open_model(path_or_preset: str, dtype: str | None) -> Opened:
-    """The model and the tokenizer of a checkpoint."""
+def open_model(path_or_preset: str, dtype: str | None, *, decoder_for: str | None = None) -> Opened:
+    """The model and the tokenizer of a checkpoint. decoder_for: what has no use for a model with an encoder."""
     from moesaic import hub
     from moesaic.hub.resolve import locate
 
     locate(path_or_preset)  # a mistyped name is answered before seconds go into importing torch
+    if decoder_for is not None:
+        hub.read_config(path_or_preset).check_decoder_only(decoder_for)
     importlib.import_module("moesaic.tune.upcycle")  # makes known the preset whose weights it makes
     tokenizer = open_tokenizer(path_or_preset)
     return Opened(hub.load(path_or_preset, dtype=torch_dtype(dtype)), tokenizer)
@@ -136,12 +153,17 @@ def write_on(
     args: argparse.Namespace,
     emit: Callable[[str], None],
     cache: "KeyValueCache | None" = None,
+    target_prefix: Sequence[int] = (),
 ) -> Written:
-    """Continue a prompt as the options say; `emit` gets the text piece by piece, without the end-of-sequence token."""
+    """Continue a prompt as the options say; `emit` gets the text piece by piece, without the end-of-sequence token.
+
+    Where the model has an encoder, the prompt is a source, and what is written is its target after `target_prefix`.
+    """
     from moesaic.engine.generate import generate
 
     stops = opened.model.config.eos_token_ids
-    stream = TextStream(opened.tokenizer.decode, emit, prompt_ids)
+    before = prompt_ids if opened.model.config.encoder is None else list(target_prefix)
+    stream = TextStream(opened.tokenizer.decode, emit, before)
     token_ids: list[int] = []
     times_s = [time.perf_counter()]
 
@@ -161,6 +183,7 @@ def write_on(
         seed=args.seed,
         on_token=hear,
         cache=cache,
+        target_prefix=target_prefix,
     )
     text = stream.close()
     first_s = times_s[1] if token_ids else time.perf_counter()

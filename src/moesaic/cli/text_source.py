@@ -15,16 +15,18 @@ from moesaic.hub.embedded import cache_folder
 if TYPE_CHECKING:
     from moesaic.data.corpus import Corpus
     from moesaic.data.packed import Packed
+    from moesaic.data.pairs import PairCorpus
     from moesaic.data.tokenizer import Tokenizer
+    from moesaic.data.translation import Pairs
 
 
 class Text(NamedTuple):
-    """A corpus ready to train on; `source` says in words where it is from."""
+    """A corpus ready to train on; `source` says in words where it is from. packed: pairs, for translation."""
 
     source: str
     num_bytes: int
     tokenizer: "Tokenizer"
-    packed: "Packed"
+    packed: "Packed | Pairs"
 
 
 class _HowFar(Protocol):
@@ -41,21 +43,28 @@ def add_corpus_argument(parser: argparse.ArgumentParser) -> None:
         metavar="FOLDER",
         type=Path,
         help="text to train on: what `moesaic pack` made, or one subfolder a domain of .txt, .jsonl (both also .gz or "
-        ".zst) or .parquet files (default: the embedded corpus)",
+        ".zst) or .parquet files (default: the embedded corpus); for translation the .jsonl that `moesaic align` made",
     )
 
 
-def gather_text(corpus_folder: Path | None, vocab_size: int, tokenizer_folder: Path | None = None) -> Text:
+def gather_text(
+    corpus_folder: Path | None, vocab_size: int, tokenizer_folder: Path | None = None, *, task: str = "causal"
+) -> Text:
     """Open packed text; or read a corpus, train a tokenizer on it (or load the one in `tokenizer_folder`), and pack.
 
+    task: of the recipe; for translation `corpus_folder` holds pairs, or is a file of them.
     Raises DataError or MissingDependencyError with what to do when there is no usable text.
     """
     from moesaic.data.packed import is_packed, packed_digest
+    from moesaic.data.tokenizer import NUM_SENTINELS
 
+    if task == "translation":
+        return _gather_pairs(corpus_folder, vocab_size, tokenizer_folder)
     if corpus_folder is not None and is_packed(corpus_folder):
         return _open_text(corpus_folder, tokenizer_folder)
     corpus = read_corpus(corpus_folder)
-    tokenizer = make_tokenizer(corpus, vocab_size, tokenizer_folder)
+    num_sentinels = NUM_SENTINELS if task == "span_corruption" else 0
+    tokenizer = make_tokenizer(corpus, vocab_size, tokenizer_folder, num_sentinels=num_sentinels)
     place = cache_folder() / "packed" / packed_digest(corpus.digest, tokenizer.digest)[:24]
     packed = pack_with_progress(corpus, tokenizer, place)
     return Text(corpus.source, corpus.num_bytes, tokenizer, packed)
@@ -72,14 +81,24 @@ def read_corpus(folder: Path | None) -> "Corpus":
         return folder_corpus(folder, listen=listen)
 
 
-def make_tokenizer(corpus: "Corpus", vocab_size: int, folder: Path | None = None) -> "Tokenizer":
-    """The tokenizer in `folder` if there is one there, else a new one trained on the corpus."""
-    from moesaic.data.tokenizer import Tokenizer
+def make_tokenizer(
+    corpus: "Corpus | PairCorpus", vocab_size: int, folder: Path | None = None, *, num_sentinels: int = 0
+) -> "Tokenizer":
+    """The tokenizer in `folder` if there is one there, else a new one trained on the corpus.
+
+    A new one has `num_sentinels` sentinels, and a token for each language where the corpus has some.
+    """
+    from moesaic.data.corpus import Corpus
+    from moesaic.data.tokenizer import Tokenizer, language_token, sentinels
 
     if folder is not None and (folder / "tokenizer.json").exists():
         return Tokenizer.load(folder)
     output.talk(f"training a tokenizer of {vocab_size} tokens on {output.size(corpus.num_bytes)} of text")
-    return Tokenizer.train({domain.name: domain.train for domain in corpus.domains}, vocab_size)
+    if isinstance(corpus, Corpus):
+        texts = {domain.name: domain.train for domain in corpus.domains}
+        return Tokenizer.train(texts, vocab_size, extra_tokens=sentinels(num_sentinels))
+    languages = map(language_token, corpus.languages)
+    return Tokenizer.train(corpus.train_texts(), vocab_size, extra_tokens=tuple(languages))
 
 
 def pack_with_progress(corpus: "Corpus", tokenizer: "Tokenizer", folder: Path, workers: int | None = None) -> "Packed":
@@ -91,6 +110,24 @@ def pack_with_progress(corpus: "Corpus", tokenizer: "Tokenizer", folder: Path, w
         return pack(corpus, tokenizer, folder)
     with _progress("tokenizing", corpus.num_bytes) as listen:
         return pack(corpus, tokenizer, folder, workers=workers or _usable_processors(), listen=listen)
+
+
+def _gather_pairs(path: Path | None, vocab_size: int, tokenizer_folder: Path | None) -> Text:
+    from moesaic.data.pairs import read_pairs
+    from moesaic.data.translation import Pairs
+
+    if path is None:
+        raise DataError(
+            "data.task='translation' needs pairs of texts; give --corpus FILE.jsonl, which `moesaic align` makes"
+        )
+    corpus = read_pairs(path)
+    tokenizer = make_tokenizer(corpus, vocab_size, tokenizer_folder)
+    pairs = Pairs.of(corpus, tokenizer)
+    output.talk(
+        f"{path}: {len(corpus.segments)} segments in {', '.join(corpus.languages)}, "
+        f"{int(corpus.is_held_out.sum())} of them held out; {pairs.num_train_pairs} pairs to train on"
+    )
+    return Text(corpus.source, corpus.num_bytes, tokenizer, pairs)
 
 
 def _usable_processors() -> int:

@@ -170,8 +170,10 @@ class _Batches(NamedTuple):
 def _record(args: argparse.Namespace) -> None:
     from moesaic import hub
     from moesaic.cli.text import open_model
+    from moesaic.models.build import decoder_only
 
     config = hub.read_config(args.model)
+    config.check_decoder_only("trace")
     fingerprint = Fingerprint.of(config)  # a model without experts is refused before its weights are read
     length = args.sequence_length or min(SEQUENCE_LENGTH, config.context_length)
     if not 1 <= length <= config.context_length:
@@ -183,7 +185,7 @@ def _record(args: argparse.Namespace) -> None:
         TraceWriter(args.out, fingerprint, domains=found.domains) as writer,
         output.progress("tracing", found.num_tokens) as advance,
     ):
-        for num_tokens in _trace(opened.model, found.batches, writer):
+        for num_tokens in _trace(decoder_only(opened.model, "trace"), found.batches, writer):
             advance(num_tokens, f"{writer.num_tokens} tokens")
 
 

@@ -112,7 +112,7 @@ def _run_one(args: argparse.Namespace, source: Source) -> int:
     corpus = source.corpus_folder(args.corpus)
     with RunFolder.claim(args.out) as folder:
         _check_fresh(folder, args.resume)
-        text = gather_text(corpus, recipe.vocab_size, folder.path / "tokenizer")
+        text = gather_text(corpus, recipe.vocab_size, folder.path / "tokenizer", task=recipe.data.task)
         recipe = source.recipe(text=text_facts(text))
         document: dict[str, Any] = {}
         if source.size is not None and source.tree is None:
@@ -124,8 +124,21 @@ def _run_one(args: argparse.Namespace, source: Source) -> int:
         output.print_json({**finished.to_json(), **document})
     else:
         _show(finished)
-    output.next_command(f'moesaic generate {folder.model} --prompt "In the beginning"')
+    output.next_command(f"moesaic generate {folder.model} {_prompt(recipe, text)}")
     return 0
+
+
+def _prompt(recipe: "Recipe", text: Text) -> str:
+    """The options with which to try the model out."""
+    from moesaic.data.packed import Packed
+    from moesaic.data.tokenizer import language_token, sentinel
+
+    if recipe.data.task == "span_corruption":
+        return f'--prompt "In the {sentinel(0)} God created"'
+    if isinstance(text.packed, Packed):
+        return '--prompt "In the beginning"'
+    source, target = next(iter(text.packed.train))
+    return f'--prompt "{language_token(source)}Hello" --target-prefix "{language_token(target)}"'
 
 
 def train_run(
@@ -151,9 +164,11 @@ def train_run(
 
 def text_facts(text: Text) -> "TextFacts":
     """What a size needs to know of the text: its training tokens and its vocabulary."""
+    from moesaic.data.packed import Packed
     from moesaic.train.size import TextFacts
 
-    return TextFacts(text.packed.num_train_tokens, text.tokenizer.vocab_size)
+    num_tokens = text.packed.num_train_tokens if isinstance(text.packed, Packed) else 0
+    return TextFacts(num_tokens, text.tokenizer.vocab_size)
 
 
 def _train(trainer: "Trainer", folder: "RunFolder", args: argparse.Namespace) -> "Profiled | None":
@@ -210,23 +225,17 @@ def _keep_tokenizer(text: Text, folder: "RunFolder") -> None:
 
 
 def _trainer(recipe: "Recipe", text: Text, folder: "RunFolder") -> "Trainer":
-    from moesaic.models.decoder import Decoder
+    from moesaic.models.build import build
     from moesaic.train.loop import Trainer
 
     config = recipe.model_config(text.tokenizer.vocab_size, text.packed.eos_id)
-    tokens = recipe.train.steps * recipe.train.tokens_per_step
     output.talk(
         f"{config.family}: {output.number(config.total)} parameters, {output.number(config.active_gemm)} active, "
-        f"{recipe.train.steps} steps of {recipe.train.tokens_per_step} tokens in {recipe.train.precision}"
+        f"{recipe.train.steps} steps of {_step_size(recipe)} in {recipe.train.precision}"
     )
-    passes = tokens / max(1, text.packed.num_train_tokens)
-    if passes > MOST_PASSES:
-        output.talk(
-            f"that is {passes:.1f} passes over {output.number(text.packed.num_train_tokens)} tokens of text; "
-            f"beyond {MOST_PASSES}, more text helps more than more steps"
-        )
-    model = Decoder(config).initialize(recipe.train.seed)
-    return Trainer(
+    _say_passes(recipe, text)
+    model = build(config).initialize(recipe.train.seed)
+    trainer = Trainer(
         model,
         recipe.train,
         text.packed,
@@ -236,6 +245,35 @@ def _trainer(recipe: "Recipe", text: Text, folder: "RunFolder") -> "Trainer":
         keep_reports=1,
         say=output.talk,
     )
+    if trainer.task.num_left_out:
+        output.talk(
+            f"{trainer.task.num_left_out} pairs have more than {recipe.train.sequence_length} tokens on a side and are "
+            "left out; a longer train.sequence_length takes them in"
+        )
+    return trainer
+
+
+def _step_size(recipe: "Recipe") -> str:
+    settings = recipe.train
+    if recipe.data.task != "translation":
+        return f"{settings.tokens_per_step} tokens"
+    return f"{settings.micro_batches * settings.batch_size} pairs"
+
+
+def _say_passes(recipe: "Recipe", text: Text) -> None:
+    from moesaic.data.packed import Packed
+
+    settings = recipe.train
+    if isinstance(text.packed, Packed):
+        seen, there, what = settings.tokens_per_step, text.packed.num_train_tokens, "tokens of text"
+    else:
+        seen, there, what = settings.micro_batches * settings.batch_size, text.packed.num_train_pairs, "pairs"
+    passes = settings.steps * seen / max(1, there)
+    if passes > MOST_PASSES:
+        output.talk(
+            f"that is {passes:.1f} passes over {output.number(there)} {what}; "
+            f"beyond {MOST_PASSES}, more text helps more than more steps"
+        )
 
 
 def _finish(trainer: "Trainer", folder: "RunFolder", text: Text) -> "RunResult":
@@ -243,12 +281,13 @@ def _finish(trainer: "Trainer", folder: "RunFolder", text: Text) -> "RunResult":
     from moesaic.hub.saving import save
     from moesaic.train.sweep import RunResult
 
-    save(trainer.final_model(), folder.model, tokenizer=text.tokenizer)
+    model = trainer.final_model()
+    save(model, folder.model, tokenizer=text.tokenizer)
     tokens = max(
         trainer.settings.evaluate_tokens, min(MOST_FINAL_TOKENS, FINAL_EVALUATIONS * trainer.settings.evaluate_tokens)
     )
     evaluation = trainer.evaluate(max_tokens=tokens)
-    loss = evaluation.ema_loss or evaluation.loss
+    loss, misled = evaluation.ema_loss or evaluation.loss, trainer.task.misled_loss(model, tokens)
     return RunResult(
         model=str(folder.model),
         steps=trainer.step,
@@ -257,13 +296,17 @@ def _finish(trainer: "Trainer", folder: "RunFolder", text: Text) -> "RunResult":
         training_seconds=trainer.seconds,
         total_parameters=trainer.model.config.total,
         active_parameters=trainer.model.config.active_gemm,
+        other_sources=None if misled is None else misled.bits_per_byte,
     )
 
 
 def _show(finished: Finished) -> None:
     result = finished.result
     rows = [(name, f"{bits:.3f}") for name, bits in result.by_domain.items()]
-    output.table(("held-out text", "bits per byte"), [*rows, ("all, equal weight", f"{result.bits_per_byte:.3f}")])
+    rows.append(("all, equal weight", f"{result.bits_per_byte:.3f}"))
+    if result.other_sources is not None:
+        rows.append(("all, after sources of other targets", f"{result.other_sources:.3f}"))
+    output.table(("held-out text", "bits per byte"), rows)
 
 
 def _show_profile(profiled: "Profiled") -> None:

@@ -8,11 +8,14 @@ holds that.
 from moesaic.config.activation import ClampedSwiglu
 from moesaic.config.attention import AttentionConfig, StateSpec, TemperatureConfig
 from moesaic.config.capacity import CapacityConfig
+from moesaic.config.compressed import CompressedAttentionConfig, CompressionConfig, EntryIndexerConfig
 from moesaic.config.feed_forward import MlpConfig, MoeConfig, SoftMoeConfig
+from moesaic.config.hyper_connection import HyperConnectionConfig
 from moesaic.config.indexer import IndexerConfig
 from moesaic.config.mla import MlaConfig
 from moesaic.config.model import LayerConfig, ModelConfig, StackConfig
 from moesaic.config.norm import NormConfig
+from moesaic.config.positions import RelativeBiasConfig, SinusoidConfig
 from moesaic.config.rope import LinearConfig, Llama3Config, LongRopeConfig, RopeConfig, YarnConfig
 from moesaic.config.router import (
     GroupConfig,
@@ -23,6 +26,7 @@ from moesaic.config.router import (
     RouterConfig,
     SinkhornSettings,
     SparseMixerSettings,
+    Top2Settings,
     TopPSettings,
 )
 from moesaic.tensor_spec import Role, TensorSpec
@@ -31,8 +35,12 @@ __all__ = [
     "AttentionConfig",
     "CapacityConfig",
     "ClampedSwiglu",
+    "CompressedAttentionConfig",
+    "CompressionConfig",
+    "EntryIndexerConfig",
     "GroupConfig",
     "HashSettings",
+    "HyperConnectionConfig",
     "IndexerConfig",
     "LayerConfig",
     "LinearConfig",
@@ -45,17 +53,20 @@ __all__ = [
     "NoisySettings",
     "NormConfig",
     "NullSettings",
+    "RelativeBiasConfig",
     "ReluSettings",
     "Role",
     "RopeConfig",
     "RouterConfig",
     "SinkhornSettings",
+    "SinusoidConfig",
     "SoftMoeConfig",
     "SparseMixerSettings",
     "StackConfig",
     "StateSpec",
     "TemperatureConfig",
     "TensorSpec",
+    "Top2Settings",
     "TopPSettings",
     "YarnConfig",
 ]

@@ -7,6 +7,7 @@ from typing import Literal
 
 from moesaic.checks import require, require_positive
 from moesaic.config.norm import NormConfig
+from moesaic.config.positions import RelativeBiasConfig
 from moesaic.config.rope import RopeConfig
 from moesaic.tensor_spec import TensorSpec
 
@@ -16,20 +17,27 @@ class StateSpec:
     """What one layer keeps of the tokens it has seen.
 
     kind: "full" keeps every token; "window" keeps the last `window` tokens; "latent" keeps of every token what its keys
-    and values are projected from. (Compressed and recurrent states join here with the parts that need them.)
-    `elements_per_token` counts numbers, not bytes.
+    and values are projected from; "compressed" keeps the last `window` tokens, an entry of `elements_per_entry` for
+    every `ratio` tokens, and of the last `pending` tokens what is yet to go into entries, `elements_per_pending` each.
+    (Recurrent states join here with the parts that need them.) Elements are numbers, not bytes.
     """
 
-    kind: Literal["full", "window", "latent"]
+    kind: Literal["full", "window", "latent", "compressed"]
     elements_per_token: int
     window: int | None = None
+    ratio: int | None = None
+    elements_per_entry: int = 0
+    pending: int = 0
+    elements_per_pending: int = 0
     can_rollback: bool = True
     can_share_prefix: bool = True
 
     def num_bytes(self, num_tokens: int, bytes_per_element: int) -> int:
         """Bytes kept after `num_tokens` tokens of one sequence."""
         kept = num_tokens if self.window is None else min(num_tokens, self.window)
-        return kept * self.elements_per_token * bytes_per_element
+        entries = 0 if self.ratio is None else num_tokens // self.ratio
+        compressed = entries * self.elements_per_entry + min(num_tokens, self.pending) * self.elements_per_pending
+        return (kept * self.elements_per_token + compressed) * bytes_per_element
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +67,8 @@ class AttentionConfig:
     that takes part in the softmax as a token would that has nothing to say (gpt-oss).
     rotated_norm: each query and key head is divided by its root mean square after the rotation, without a learned
     weight (Llama 4). temperature: queries grow with their position.
+    relative_bias: scores get a bias by distance; a number is that of the earlier layer, counted in its stack, whose
+    biases this one takes (T5).
     """
 
     num_heads: int
@@ -76,6 +86,7 @@ class AttentionConfig:
     temperature: TemperatureConfig | None = None
     scale: float | None = None
     sinks: bool = False
+    relative_bias: RelativeBiasConfig | int | None = None
 
     def __post_init__(self) -> None:
         require_positive(self, "num_heads", "num_key_value_heads", "head_dim")
@@ -100,6 +111,7 @@ class AttentionConfig:
             self.head_norm is None or self.projection_norm is None,
             "head_norm and projection_norm; queries and keys have one norm before the rotation, leave the other out",
         )
+        require(not self.sinks or self.relative_bias is None, "sinks with relative_bias; leave one of them out")
         require(self.clip is None or self.clip > 0, f"clip={self.clip} in AttentionConfig; it must be above 0")
 
     def tensors(self, prefix: str, hidden_size: int) -> Iterator[TensorSpec]:
@@ -108,8 +120,12 @@ class AttentionConfig:
         key_value_size = self.num_key_value_heads * self.head_dim
         if self.sinks:
             yield TensorSpec(f"{prefix}.sinks", (self.num_heads,), "attention")
+        if isinstance(self.relative_bias, RelativeBiasConfig):
+            yield from self.relative_bias.tensors(f"{prefix}.relative_bias", self.num_heads)
+        # New scores are about as large as those that are divided by sqrt(head_dim), whatever the scale (T5: 1).
+        gains = {"q_proj": min(1.0, self.head_dim**-0.5 / (self.scale or self.head_dim**-0.5))}
         for name, size in (("q_proj", query_size), ("k_proj", key_value_size), ("v_proj", key_value_size)):
-            yield TensorSpec(f"{prefix}.{name}.weight", (size, hidden_size), "attention")
+            yield TensorSpec(f"{prefix}.{name}.weight", (size, hidden_size), "attention", gain=gains.get(name, 1.0))
             if self.qkv_bias:
                 yield TensorSpec(f"{prefix}.{name}.bias", (size,), "attention")
         yield TensorSpec(f"{prefix}.o_proj.weight", (hidden_size, query_size), "attention")

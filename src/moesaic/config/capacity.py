@@ -32,9 +32,10 @@ NO_NEXT_BEST = {
 class CapacityConfig:
     """A limit to the rows of an expert (GShard, arXiv:2006.16668, alg. 1; Switch, arXiv:2101.03961, eq. 3).
 
-    It holds while training only: evaluation and generation are dropless.
+    It holds where MoeConfig says so: while training, in evaluation, or both.
 
-    factor, rounding, minimum, multiple_of: C, see `slots`. "round" takes halves to the even number.
+    factor, rounding, minimum, multiple_of: C, see `slots`. "round" takes halves to the even number. In place of the
+    factor may stand `fixed`, C itself, or `token_share`, C as a share of the tokens: one of the three.
     drop: who claims slots first. "position": all first choices in the order of tokens, then all second ones (GShard).
     "probability": the larger router weight, among equals the earlier choice, then token (DeepSeek-V2,
     arXiv:2405.04434, sec. 2.2.4). "batch_prioritized": first choices before second ones, and among these the token
@@ -42,57 +43,80 @@ class CapacityConfig:
     overflow: what becomes of a row without a slot. "residual": it is gone, and the residual stream carries its token.
     "next_best": it moves to its token's best other expert that has room, weighted by that expert's score over the
     same sum; where there is none it is gone. "shared": the token's shared expert counts that much more. The rows that
-    stay keep their weights: nothing is divided anew.
+    stay keep their weights, unless `renormalize` divides these by their token's sum (fairseq, with
+    `moe_normalize_gate_prob_before_dropping` false).
     group_size: so many consecutive tokens share a budget, padding left out; None: all tokens of a forward pass on this
     rank. The last group is shorter. With groups that do not straddle ranks, their number changes nothing.
+    "document": each document has a budget of its own; a row is one where it does not hold several.
     per: a budget for each expert, or for each group of the router, that is for each device (DeepSeek-V2).
     pad: experts compute exactly C rows each, zeros in the empty slots, so that shapes do not change from step to step.
 
     Raises ConfigError for impossible settings.
     """
 
-    factor: float
+    factor: float | None = None
+    fixed: int | None = None
+    token_share: float | None = None
     minimum: int = 0
     rounding: Rounding = "ceil"
     multiple_of: int = 1
     drop: DropOrder = "position"
     overflow: Overflow = "residual"
-    group_size: int | None = None
+    renormalize: bool = False
+    group_size: int | Literal["document"] | None = None
     per: Literal["expert", "device"] = "expert"
     pad: bool = False
 
     def __post_init__(self) -> None:
-        factor = self.factor
-        require(
-            isinstance(factor, int | float) and not isinstance(factor, bool) and 0 < factor < math.inf,
-            f"capacity factor={factor!r}; it must be above 0 and finite (without a capacity nothing is dropped)",
-        )
+        self._check_size()
         require(
             isinstance(self.minimum, int) and not isinstance(self.minimum, bool) and self.minimum >= 0,
             f"capacity minimum={self.minimum!r}; it must be a whole number, 0 or more",
         )
-        require_positive(self, "multiple_of", *(["group_size"] if self.group_size is not None else []))
-        for name in ("factor", "minimum", "multiple_of"):
-            value = getattr(self, name)
+        by_number = self.group_size is not None and self.group_size != "document"
+        require_positive(self, "multiple_of", *(["group_size"] if by_number else []))
+        for name in ("factor", "fixed", "minimum", "multiple_of"):
+            value = getattr(self, name) or 0
             require(value <= _MOST, f"capacity {name}={value:.3g}; use {_MOST:,} at most")
         _require_known("rounding", self.rounding, get_args(Rounding))
         _require_known("drop", self.drop, get_args(DropOrder))
         _require_known("overflow", self.overflow, get_args(Overflow))
         _require_known("per", self.per, ("expert", "device"))
         require(
+            not self.renormalize or self.overflow == "residual",
+            f'capacity renormalize=true with overflow="{self.overflow}", which weighs what it moves; leave one out',
+        )
+        require(
             not (self.pad and self.per == "device"),
             'capacity pad=true with per="device": there an expert has no number of slots of its own; use per="expert"',
         )
 
+    def _check_size(self) -> None:
+        """Of factor, fixed and token_share one is given, in its range."""
+        given = [name for name in ("factor", "fixed", "token_share") if getattr(self, name) is not None]
+        require(len(given) == 1, f"capacity of {' and '.join(given) or 'no size'}; give factor, fixed or token_share")
+        name, value = given[0], getattr(self, given[0])
+        is_number = isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
+        why = "it must be above 0 and finite (without a capacity nothing is dropped)"
+        require(is_number, f"capacity {name}={value!r}; {why}")
+        if name == "fixed":
+            require_positive(self, "fixed")
+
     def slots(self, num_tokens: int, router: RouterConfig) -> int:
         """C of each expert (or device) in a group of `num_tokens` tokens that count; padding does not.
 
-        rounding(factor * K * T / E), at least `minimum`, then up to a multiple of `multiple_of`; per device, E is the
-        number of devices. The factor is taken as the decimal it is written as, so that 1.1 * 20 tokens are 22. Routers
-        whose tokens differ in their number of experts count as if all had K.
+        rounding(factor * K * T / E), rounding(token_share * T), or what is fixed; at least `minimum`, then up to a
+        multiple of `multiple_of`; per device, E is the number of devices. Factor and share are taken as the decimals
+        they are written as, so that 1.1 * 20 tokens are 22. Routers whose tokens differ in their number of experts
+        count as if all had K.
         """
-        share = Fraction(router.top_k * num_tokens, self.num_budgets(router))
-        slots = max(self.minimum, _ROUNDINGS[self.rounding](Fraction(str(self.factor)) * share))
+        if self.token_share is not None:
+            wanted = Fraction(str(self.token_share)) * num_tokens
+        elif self.fixed is not None:
+            wanted = Fraction(self.fixed)
+        else:
+            wanted = Fraction(str(self.factor)) * Fraction(router.top_k * num_tokens, self.num_budgets(router))
+        slots = max(self.minimum, _ROUNDINGS[self.rounding](wanted))
         return math.ceil(Fraction(slots, self.multiple_of)) * self.multiple_of
 
     def num_budgets(self, router: RouterConfig) -> int:

@@ -1,4 +1,4 @@
-"""The feed-forward parts: a gated block, an MoE of such blocks, and its soft relative. No torch here."""
+"""The feed-forward parts: a block, gated or not, an MoE of such blocks, and its soft relative. No torch here."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,11 +12,15 @@ from moesaic.tensor_spec import Role, TensorSpec
 
 @dataclass(frozen=True, kw_only=True)
 class MlpConfig:
-    """A gated feed-forward block: down(act(gate(x)) * up(x)) (SwiGLU, arXiv:2002.05202, eq. 6)."""
+    """A gated feed-forward block: down(act(gate(x)) * up(x)) (SwiGLU, arXiv:2002.05202, eq. 6).
+
+    gated: false leaves the gate out: down(act(up(x))) (arXiv:1706.03762, eq. 2).
+    """
 
     intermediate_size: int
     activation: Activation = "silu"
     bias: bool = False
+    gated: bool = True
 
     def __post_init__(self) -> None:
         require_positive(self, "intermediate_size")
@@ -27,6 +31,8 @@ class MlpConfig:
             "up_proj": (self.intermediate_size, hidden_size),
             "down_proj": (hidden_size, self.intermediate_size),
         }
+        if not self.gated:
+            del shapes["gate_proj"]
         for name, shape in shapes.items():
             yield TensorSpec(f"{prefix}.{name}.weight", shape, role)
             if self.bias:
@@ -35,10 +41,12 @@ class MlpConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class MoeConfig:
-    """A router over gated experts, and optionally a shared expert that every token passes (arXiv:2401.06066).
+    """A router over experts, and optionally a shared expert that every token passes (arXiv:2401.06066).
 
-    capacity: the limit to an expert's rows while training; None: dropless. expert_dropout: of the routed experts' inner
-    activations while training (Switch, arXiv:2101.03961, sec. 2.4). bias: of all projections of the routed experts.
+    capacity: the limit to an expert's rows while training, evaluation_capacity: otherwise; None: dropless.
+    expert_dropout: of the routed experts' inner activations while training (Switch, arXiv:2101.03961, sec. 2.4).
+    output_masking: the share of rows whose output is left out while training; otherwise all outputs are that much
+    smaller (NLLB, arXiv:2207.04672, sec. 6.2.1). bias: of all projections of the routed experts. gated: as MlpConfig's.
     shared_gate: the shared expert's output is multiplied by the sigmoid of a learned number of the token (Qwen2-MoE,
     arXiv:2407.10671).
     """
@@ -50,17 +58,20 @@ class MoeConfig:
     shared: MlpConfig | None = None
     shared_gate: bool = False
     capacity: CapacityConfig | None = None
+    evaluation_capacity: CapacityConfig | None = None
     expert_dropout: float = 0.0
+    output_masking: float = 0.0
+    gated: bool = True
 
     def __post_init__(self) -> None:
         require_positive(self, "intermediate_size")
-        require_share(self, "expert_dropout")
+        require_share(self, "expert_dropout", "output_masking")
         require(
             self.shared is not None or not self.shared_gate,
             "shared_gate without a shared expert; add one (`shared`), or leave it out",
         )
-        if self.capacity is not None:
-            reason = refusal(self.router, self.capacity, has_shared=self.shared is not None)
+        for capacity in (self.capacity, self.evaluation_capacity):
+            reason = None if capacity is None else refusal(self.router, capacity, has_shared=self.shared is not None)
             require(reason is None, reason or "")
 
     @property
@@ -71,8 +82,9 @@ class MoeConfig:
         """The router, the stacked experts and the shared expert, in the order of the state_dict."""
         num_experts, top_k = self.num_experts, self.router.top_k
         yield from self.router.tensors(f"{prefix}.router", hidden_size)
+        into = ("gate_up", 2 * self.intermediate_size) if self.gated else ("up", self.intermediate_size)
         for name, shape in (
-            ("gate_up", (num_experts, 2 * self.intermediate_size, hidden_size)),
+            (into[0], (num_experts, into[1], hidden_size)),
             ("down", (num_experts, hidden_size, self.intermediate_size)),
         ):
             yield TensorSpec(f"{prefix}.experts.{name}", shape, "experts", top_k_of=(top_k, num_experts))

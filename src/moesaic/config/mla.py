@@ -94,7 +94,7 @@ class MlaConfig:
     def score_flops(self, context_length: int) -> int:
         """FLOPs of one token's scores and weighted values over `context_length` tokens, once these are expanded.
 
-        With an indexer, of the chosen ones, and of choosing; layers that reuse a choice count as if they saw all.
+        With an indexer, of the chosen ones, and of choosing. A layer that reuses a choice is told how many these are.
         """
         attending = 2 * self.num_heads * (self.head_dim + self.value_dim)
         if not isinstance(self.indexer, IndexerConfig):

@@ -10,10 +10,13 @@ from moesaic.checks import require, require_positive
 from moesaic.config.activation import ClampedSwiglu
 from moesaic.config.attention import AttentionConfig, StateSpec, TemperatureConfig
 from moesaic.config.capacity import CapacityConfig
+from moesaic.config.compressed import CompressedAttentionConfig, CompressionConfig, EntryIndexerConfig
 from moesaic.config.feed_forward import MlpConfig, MoeConfig, SoftMoeConfig
+from moesaic.config.hyper_connection import HyperConnectionConfig
 from moesaic.config.indexer import IndexerConfig
 from moesaic.config.mla import MlaConfig
 from moesaic.config.norm import NormConfig
+from moesaic.config.positions import RelativeBiasConfig, SinusoidConfig
 from moesaic.config.rope import LinearConfig, Llama3Config, LongRopeConfig, RopeConfig, YarnConfig
 from moesaic.config.router import (
     GroupConfig,
@@ -24,6 +27,7 @@ from moesaic.config.router import (
     RouterConfig,
     SinkhornSettings,
     SparseMixerSettings,
+    Top2Settings,
     TopPSettings,
 )
 from moesaic.errors import ConfigError
@@ -34,22 +38,39 @@ from moesaic.tensor_spec import ROLES, Role, TensorSpec
 class LayerConfig:
     """norm → attention → add, norm → feed-forward → add.
 
+    cross_attention: between the two norm → attention to what an encoder made of a source → add.
     residual_multiplier: of what attention and feed-forward add (Granite; Depth-muP, arXiv:2310.02244).
+    hyper_connection: what stands in for the adding, where tokens have several residual streams (DeepSeek-V4).
     """
 
-    attention: AttentionConfig | MlaConfig
+    attention: AttentionConfig | MlaConfig | CompressedAttentionConfig
     feed_forward: MlpConfig | MoeConfig | SoftMoeConfig
     norm: NormConfig = field(default_factory=NormConfig)
     residual_multiplier: float = 1.0
+    hyper_connection: HyperConnectionConfig | None = None
+    cross_attention: AttentionConfig | None = None
 
     def __post_init__(self) -> None:
         _require_factor("residual_multiplier", self.residual_multiplier)
+        if self.cross_attention is not None:
+            _check_unordered(self.cross_attention, "cross attention", "rope", "relative_bias", "temperature")
+            require(self.hyper_connection is None, "cross_attention with hyper_connection; leave one of them out")
+        require(
+            self.hyper_connection is None or self.residual_multiplier == 1,
+            f"residual_multiplier={self.residual_multiplier} with hyper_connection, which learns its own; leave it out",
+        )
 
     def tensors(self, prefix: str, hidden_size: int) -> Iterator[TensorSpec]:
         yield from self.norm.tensors(f"{prefix}.attention_norm", hidden_size)
         yield from self.attention.tensors(f"{prefix}.attention", hidden_size)
+        if self.cross_attention is not None:
+            yield from self.norm.tensors(f"{prefix}.cross_attention_norm", hidden_size)
+            yield from self.cross_attention.tensors(f"{prefix}.cross_attention", hidden_size)
         yield from self.norm.tensors(f"{prefix}.feed_forward_norm", hidden_size)
         yield from self.feed_forward.tensors(f"{prefix}.feed_forward", hidden_size)
+        if self.hyper_connection:
+            yield from self.hyper_connection.tensors(f"{prefix}.attention_connection", hidden_size)
+            yield from self.hyper_connection.tensors(f"{prefix}.feed_forward_connection", hidden_size)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,22 +82,55 @@ class StackConfig:
 
     def __post_init__(self) -> None:
         require(len(self.layers) > 0, "a stack without layers; give at least one")
+        require(
+            all(layer.hyper_connection == self.hyper_connection for layer in self.layers),
+            "hyper_connection differs between layers; streams run through all of them, so give every layer the same",
+        )
         for index, layer in enumerate(self.layers):
             source = layer.attention.indexer if isinstance(layer.attention, MlaConfig) else None
             require(
                 not isinstance(source, int) or (0 <= source < index and _has_indexer(self.layers[source])),
                 f"layer {index} takes the tokens that layer {source} chose, which is no earlier one with an indexer",
             )
+            source = layer.attention.relative_bias if isinstance(layer.attention, AttentionConfig) else None
+            require(
+                not isinstance(source, int) or (0 <= source < index and _has_biases(self.layers[source], layer)),
+                f"layer {index} takes the relative biases of layer {source}, which is no earlier one with biases for "
+                "as many heads",
+            )
 
-    def tensors(self, prefix: str, hidden_size: int) -> Iterator[TensorSpec]:
-        for index, layer in enumerate(self.layers):
-            yield from layer.tensors(f"{prefix}layers.{index}", hidden_size)
+    def end_tensors(self, prefix: str, hidden_size: int) -> Iterator[TensorSpec]:
+        """Those after the layers."""
+        if self.hyper_connection:
+            yield from self.hyper_connection.join_tensors(f"{prefix}stream_join", hidden_size)
         yield from self.final_norm.tensors(f"{prefix}final_norm", hidden_size)
+
+    def score_flops(self, context_length: int) -> int:
+        """FLOPs of all layers' scores and weighted values, for one token over `context_length` visible ones."""
+        return sum(layer.attention.score_flops(self._num_seen(layer, context_length)) for layer in self.layers)
+
+    def _num_seen(self, layer: LayerConfig, context_length: int) -> int:
+        """Of the visible tokens those that a layer is left with by an earlier one's choice."""
+        source = layer.attention.indexer if isinstance(layer.attention, MlaConfig) else None
+        if not isinstance(source, int):
+            return context_length
+        chooser = self.layers[source].attention
+        assert isinstance(chooser, MlaConfig) and isinstance(chooser.indexer, IndexerConfig), "checked when made"
+        return min(context_length, chooser.indexer.top_k)
+
+    @property
+    def hyper_connection(self) -> HyperConnectionConfig | None:
+        """Of all its layers."""
+        return self.layers[0].hyper_connection
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """A language model from token ids to logits.
+
+    encoder: what reads a source text as a whole, for the decoder's cross attention; None where the decoder is all there
+    is. Layers are numbered through both, those of the encoder first. decoder_start_token_id: what a target begins with.
+    sinusoid: positions that are added to the embeddings, of source and target alike.
 
     `family` is the Hugging Face `model_type` under which it is saved. `context_length` is the longest sequence the
     positions were made for, in tokens.
@@ -99,6 +153,8 @@ class ModelConfig:
     hidden_size: int
     context_length: int
     decoder: StackConfig
+    encoder: StackConfig | None = None
+    sinusoid: SinusoidConfig | None = None
     mtp: tuple[LayerConfig, ...] = ()
     tie_word_embeddings: bool = False
     head_bias: bool = False
@@ -107,14 +163,24 @@ class ModelConfig:
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
     pad_token_id: int | None = None
+    decoder_start_token_id: int | None = None
 
     def __post_init__(self) -> None:
         require_positive(self, "vocab_size", "hidden_size", "context_length")
+        self._check_stacks()
         _require_factor("embedding_multiplier", self.embedding_multiplier)
         _require_factor("logits_divisor", self.logits_divisor)
         require(
             not self.head_bias or not (self.tie_word_embeddings or self.logits_divisor != 1),
             "head_bias with tie_word_embeddings or logits_divisor; only a head of its own has one, leave it out",
+        )
+        require(
+            self.encoder is None or self.encoder.hyper_connection is None,
+            "an encoder with hyper_connection; only decoders without an encoder have streams, leave it out",
+        )
+        require(
+            all(layer.hyper_connection == self.decoder.hyper_connection for layer in self.mtp),
+            "hyper_connection differs between the model and its mtp layers; streams run through all, so give them one",
         )
         for index, layer in enumerate(self.layers):
             own = layer.feed_forward.router.settings if isinstance(layer.feed_forward, MoeConfig) else None
@@ -124,9 +190,34 @@ class ModelConfig:
                 "give its settings that vocab_size",
             )
 
+    def _check_stacks(self) -> None:
+        """Encoder and decoder go together, or there is no encoder."""
+        needs = self.encoder is not None
+        require(
+            all((layer.cross_attention is not None) == needs for layer in self.decoder.layers),
+            "an encoder and decoder layers without cross_attention; give every decoder layer one"
+            if needs
+            else "cross_attention without an encoder; give the model one, or leave it out",
+        )
+        if self.encoder is None:
+            return
+        require(not self.mtp, "mtp with an encoder, whose targets no layer predicts further; leave it out")
+        for layer in self.encoder.layers:
+            require(isinstance(layer.attention, AttentionConfig), "an encoder attends by AttentionConfig; give it that")
+            if isinstance(layer.attention, AttentionConfig):
+                _check_unordered(layer.attention, "an encoder", "temperature")
+            require(layer.cross_attention is None, "cross_attention in an encoder; only decoder layers have it")
+            require(layer.hyper_connection is None, "hyper_connection in an encoder; leave it out")
+
     @property
     def layers(self) -> tuple[LayerConfig, ...]:
-        return self.decoder.layers
+        """Those of the encoder, where there is one, then those of the decoder, in the order of their numbers."""
+        return (*(self.encoder.layers if self.encoder else ()), *self.decoder.layers)
+
+    @property
+    def every_layer(self) -> tuple[LayerConfig, ...]:
+        """All layers in the order of their numbers on routing tapes: the model's own, then those of `mtp`."""
+        return (*self.layers, *self.mtp)
 
     @property
     def moe_layers(self) -> tuple[int, ...]:
@@ -144,12 +235,12 @@ class ModelConfig:
     @property
     def leaking_parts(self) -> list[str]:
         """What in it lets tokens see later ones, in words; each once."""
-        leaks = (_leak(layer.feed_forward) for layer in self.layers)
+        leaks = (_leak(layer.feed_forward) for layer in self.decoder.layers)
         return sorted({leak for leak in leaks if leak is not None})
 
     def check_decodable(self) -> None:
         """Raise ConfigError for a model that leaks the future, naming its first such layer."""
-        for index, layer in enumerate(self.layers):
+        for index, layer in enumerate(self.decoder.layers, len(self.layers) - len(self.decoder.layers)):
             leak = _leak(layer.feed_forward)
             require(
                 leak is None,
@@ -157,14 +248,28 @@ class ModelConfig:
                 'score whole texts with it, or train one with another router, such as "softmax_topk" or "sigmoid_topk"',
             )
 
+    def check_decoder_only(self, what: str) -> None:
+        """Raise ConfigError for a model with an encoder, of which `what` has no use."""
+        require(
+            self.encoder is None,
+            f"{what} needs a model that only decodes, and this {self.family} model has an encoder, too; "
+            "`moesaic generate` writes its targets",
+        )
+
     def tensors(self) -> Iterator[TensorSpec]:
         """Every tensor of the built model, in the order of its state_dict."""
         yield from self._main_tensors()
         yield from self._mtp_tensors()
 
     def _main_tensors(self) -> Iterator[TensorSpec]:
-        yield TensorSpec("embedding.weight", (self.vocab_size, self.hidden_size), "embedding")
-        yield from self.decoder.tensors("", self.hidden_size)
+        # New logits are as large whether or not a tied table's are divided (T5), where nothing multiplies embeddings.
+        gain = self.logits_divisor if self.tie_word_embeddings and self.embedding_multiplier == 1 else 1.0
+        yield TensorSpec("embedding.weight", (self.vocab_size, self.hidden_size), "embedding", gain=gain)
+        for index, layer in enumerate(self.layers):
+            yield from layer.tensors(f"layers.{index}", self.hidden_size)
+        if self.encoder is not None:
+            yield from self.encoder.end_tensors("encoder_", self.hidden_size)
+        yield from self.decoder.end_tensors("", self.hidden_size)
         if not self.tie_word_embeddings:
             yield TensorSpec("head.weight", (self.vocab_size, self.hidden_size), "head")
         if self.head_bias:
@@ -179,6 +284,8 @@ class ModelConfig:
             yield TensorSpec(f"{prefix}.projection.weight", (size, 2 * size), "mlp")
             yield from layer.tensors(f"{prefix}.layer", size)
             yield from layer.norm.tensors(f"{prefix}.final_norm", size)
+            if layer.hyper_connection:
+                yield from layer.hyper_connection.join_tensors(f"{prefix}.stream_join", size)
 
     def parameters(self) -> Iterator[TensorSpec]:
         """What gradients reach, without the layers that predict further tokens."""
@@ -219,19 +326,25 @@ class ModelConfig:
         return round(self.total * bytes_per_parameter)
 
     def states(self) -> tuple[StateSpec, ...]:
-        """What each layer keeps of the past, in layer order."""
-        return tuple(layer.attention.state() for layer in self.layers)
+        """What each layer of the decoder keeps of the past, in their order; then what cross attention keeps."""
+        cross = (layer.cross_attention.state() for layer in self.decoder.layers if layer.cross_attention)
+        return (*(layer.attention.state() for layer in self.decoder.layers), *cross)
 
     def state_bytes(self, num_tokens: int, bytes_per_element: int = 2) -> int:
-        """Bytes of all layers' states after `num_tokens` tokens of one sequence."""
+        """Bytes of all layers' states after `num_tokens` tokens of one sequence, and of its source if it has one."""
         return sum(state.num_bytes(num_tokens, bytes_per_element) for state in self.states())
 
     def flops_per_token(self, context_length: int = 0) -> int:
         """FLOPs of one token's forward pass over `context_length` tokens: 2 per multiplied parameter, and attention.
 
         Soft MoE layers multiply slots and not tokens: see SoftMoeConfig; without a context, a text is one token.
+        With an encoder, those of one source token and one target token, over so many of each.
         """
-        scores = sum(layer.attention.score_flops(context_length) for layer in self.layers)
+        scores = self.decoder.score_flops(context_length)
+        if self.encoder is not None:
+            scores += self.encoder.score_flops(context_length)
+            cross = (layer.cross_attention for layer in self.decoder.layers if layer.cross_attention)
+            scores += sum(attention.score_flops(context_length) for attention in cross)
         soft = [layer.feed_forward for layer in self.layers if isinstance(layer.feed_forward, SoftMoeConfig)]
         slots = sum(part.flops_per_token(self.hidden_size, max(1, context_length)) for part in soft)
         in_slots = sum(tensor.numel for part in soft for tensor in part.tensors("", self.hidden_size))
@@ -247,6 +360,22 @@ class ModelConfig:
         config = _from_json(tree)
         require(isinstance(config, cls), f"a {type(config).__name__} is not a ModelConfig")
         return config
+
+
+def _has_biases(source: LayerConfig, layer: LayerConfig) -> bool:
+    theirs, own = source.attention, layer.attention
+    return (
+        isinstance(theirs, AttentionConfig)
+        and isinstance(theirs.relative_bias, RelativeBiasConfig)
+        and isinstance(own, AttentionConfig)
+        and own.num_heads == theirs.num_heads
+    )
+
+
+def _check_unordered(attention: AttentionConfig, what: str, *others: str) -> None:
+    """Raise ConfigError for settings that need tokens which see earlier ones only."""
+    for name in ("window", "chunk", *others):
+        require(getattr(attention, name) is None, f"{name} in {what}, which has none; leave it out (null)")
 
 
 def _require_factor(name: str, value: float) -> None:
@@ -274,14 +403,21 @@ _PARTS = {
         LongRopeConfig,
         RopeConfig,
         TemperatureConfig,
+        RelativeBiasConfig,
+        SinusoidConfig,
         AttentionConfig,
         ClampedSwiglu,
+        HyperConnectionConfig,
         IndexerConfig,
         MlaConfig,
+        EntryIndexerConfig,
+        CompressionConfig,
+        CompressedAttentionConfig,
         MlpConfig,
         RouterConfig,
         GroupConfig,
         NoisySettings,
+        Top2Settings,
         HashSettings,
         SparseMixerSettings,
         SinkhornSettings,

@@ -46,6 +46,20 @@ class NoisySettings:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Top2Settings:
+    """second: how the second expert is found while training. "random": it is the second best, and stays at random, the
+    likelier the larger its share (GShard, arXiv:2006.16668, alg. 1). "all": it stays. "sampling": it is drawn from
+    those that are left, by their probabilities (fairseq's `moe_second_expert_policy`).
+    """
+
+    second: Literal["random", "all", "sampling"] = "random"
+
+    def __post_init__(self) -> None:
+        known = ("random", "all", "sampling")
+        require(self.second in known, f"second={self.second!r} of a top-2 router; known: {', '.join(known)}")
+
+
+@dataclass(frozen=True, kw_only=True)
 class HashSettings:
     """A fixed table from token id to experts.
 
@@ -121,7 +135,14 @@ class NullSettings:
 
 
 RouterSettings = (
-    NoisySettings | HashSettings | SparseMixerSettings | SinkhornSettings | ReluSettings | TopPSettings | NullSettings
+    NoisySettings
+    | Top2Settings
+    | HashSettings
+    | SparseMixerSettings
+    | SinkhornSettings
+    | ReluSettings
+    | TopPSettings
+    | NullSettings
 )
 
 
@@ -157,7 +178,7 @@ ROUTER_KINDS: dict[str, RouterKind] = {
     "sqrt_softplus_topk": RouterKind(renormalize=True, ranks_scores=True),
     "noisy_topk": RouterKind(settings=NoisySettings, renormalize=True),
     "switch": RouterKind(top_k=1, renormalize=False),
-    "gshard_top2": RouterKind(top_k=2, renormalize=True, fixed_top_k=False),
+    "gshard_top2": RouterKind(settings=Top2Settings, top_k=2, renormalize=True, fixed_top_k=False),
     "hash": RouterKind(settings=HashSettings, renormalize=True, balanceable=False, picks_top_k=False),
     "sigmoid_input": RouterKind(renormalize=False, ranks_scores=True),
     "sparsemixer": RouterKind(settings=SparseMixerSettings, renormalize=False),
@@ -189,6 +210,7 @@ class RouterConfig:
     drawn at random instead of chosen, and weighed as ever. (Gating Dropout, arXiv:2205.14336, ignores the router for
     whole steps and keeps tokens on their own machine; here every token draws for itself, among all experts.)
     bias: a learned constant that is added to each logit, and so takes part in choosing and weighing (gpt-oss).
+    fp32_weight: the learned matrix stays fp32 whatever the model's dtype, as what is not learned always does (ERNIE).
 
     Raises ConfigError for settings that do not go together.
     """
@@ -205,6 +227,7 @@ class RouterConfig:
     batch_norm: bool = False
     gating_dropout: float = 0.0
     bias: bool = False
+    fp32_weight: bool = False
 
     def __post_init__(self) -> None:
         require_positive(self, "num_experts", "top_k")
@@ -223,8 +246,8 @@ class RouterConfig:
         if self.groups is not None:
             self._check_groups(self.groups)
         require(
-            self.has_weight or not (self.jitter or self.batch_norm or self.bias),
-            'jitter, batch_norm or bias with hash weight="uniform", which learns no router; leave them out',
+            self.has_weight or not (self.jitter or self.batch_norm or self.bias or self.fp32_weight),
+            'jitter, batch_norm, bias or fp32_weight with hash weight="uniform", which learns nothing; leave them out',
         )
 
     @property
@@ -246,8 +269,8 @@ class RouterConfig:
         """The router's own tensors. What is not learned keeps its dtype whatever the model's."""
         noisy = self.name == "noisy_topk"
         if self.has_weight:
-            shape = (self.num_choices, hidden_size)
-            yield TensorSpec(f"{prefix}.weight", shape, "router", start=0.0 if noisy else None)
+            shape, dtype = (self.num_choices, hidden_size), "float32" if self.fp32_weight else None
+            yield TensorSpec(f"{prefix}.weight", shape, "router", dtype=dtype, start=0.0 if noisy else None)
             if noisy:
                 yield TensorSpec(f"{prefix}.noise_weight", shape, "router", start=0.0)
         if self.bias:

@@ -84,18 +84,23 @@ def weights_of(names: Sequence[str], tokens: Sequence[int], weights: Weights) ->
 
 
 def weights_of_epochs(
-    names: Sequence[str], windows: Sequence[int], epochs: Mapping[str, float], run_windows: int, sequence_length: int
+    names: Sequence[str],
+    windows: Sequence[int],
+    epochs: Mapping[str, float],
+    run_windows: int,
+    sequence_length: int,
+    unit: str = "tokens",
 ) -> list[float]:
     """Weights with which a run of `run_windows` goes `epochs` times through each domain's `windows`.
 
-    Raises DataError when the run is longer or shorter than that.
+    A window is `sequence_length` of `unit`. Raises DataError when the run is longer or shorter than that.
     """
     passes = _by_domain(names, epochs, "epochs")
     wanted = [count * times for count, times in zip(windows, passes, strict=True)]
     total = math.fsum(wanted)
     if abs(total - run_windows) > max(EPOCHS_TOLERANCE * run_windows, len(names)):
         raise DataError(
-            f"the epochs of all domains add up to {round(total * sequence_length):,} tokens, but the run trains on "
+            f"the epochs of all domains add up to {round(total * sequence_length):,} {unit}, but the run trains on "
             f"{run_windows * sequence_length:,}; make it {total / run_windows:.4g} times as long, or multiply every "
             f"number of epochs by {run_windows / total:.4g}"
         )

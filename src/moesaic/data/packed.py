@@ -140,13 +140,15 @@ class PackedDomain:
 class Packed:
     """A corpus as tokens of one tokenizer. `byte_lengths` [V] are the text bytes of each token (eos: 0).
 
-    digest: equal digests mean equal tokens; empty for tokens that are not from a folder.
+    digest: equal digests mean equal tokens; empty for tokens that are not from a folder. sentinel_ids: of the tokens
+    that may stand for spans of text, in the order of their numbers.
     """
 
     domains: tuple[PackedDomain, ...]
     byte_lengths: np.ndarray
     eos_id: int
     digest: str = ""
+    sentinel_ids: tuple[int, ...] = ()
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -178,7 +180,13 @@ def open_packed(folder: str | Path) -> Packed:
     if tokenizer.digest != index.tokenizer or tokenizer.eos_id is None:
         raise DataError(_damaged(folder / TOKENIZER, folder, "it is not the tokenizer that the text was packed with"))
     domains = tuple(_open_domain(folder, name, parts, index.dtype) for name, parts in index.domains.items())
-    return Packed(domains=domains, byte_lengths=tokenizer.byte_lengths, eos_id=tokenizer.eos_id, digest=index.digest)
+    return Packed(
+        domains=domains,
+        byte_lengths=tokenizer.byte_lengths,
+        eos_id=tokenizer.eos_id,
+        digest=index.digest,
+        sentinel_ids=tokenizer.sentinel_ids,
+    )
 
 
 def document_ids(starts: np.ndarray, first_B: np.ndarray, length: int) -> np.ndarray:

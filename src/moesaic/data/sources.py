@@ -40,6 +40,26 @@ def read_documents(path: Path) -> Iterator[str]:
         raise DataError(f"cannot read {path}: {error.strerror or error}; make it readable or remove it") from error
 
 
+def read_rows(path: Path, example: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(line number, object) of each line of a .jsonl file, compressed or not.
+
+    Raises DataError with the line for what is no JSON object, and says that it should be like `example`.
+    """
+    try:
+        for number, line in _json_lines(path):
+            row = _parsed(path, number, line, example)
+            if not isinstance(row, dict):
+                raise DataError(f"{path} line {number} is a {type(row).__name__}; {example}")
+            yield number, row
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror or error}; make it readable or remove it") from error
+
+
+def is_rows_file(path: Path) -> bool:
+    """Whether `read_rows` knows this kind of file; hidden ones are left alone."""
+    return _kind(path) == ".jsonl" and not path.name.startswith(".") and path.is_file()
+
+
 def _kind(path: Path) -> str:
     return (path.with_suffix("") if path.suffix in _DECOMPRESSORS else path).suffix
 
@@ -54,39 +74,46 @@ def _text_document(path: Path) -> Iterator[str]:
 
 
 def _json_documents(path: Path) -> Iterator[str]:
+    return (_json_text(path, number, line) for number, line in _json_lines(path))
+
+
+def _json_lines(path: Path) -> Iterator[tuple[int, bytes]]:
     for number, line in enumerate(_lines(_chunks(path)), start=1):
         if number == 1:
             line = line.removeprefix(codecs.BOM_UTF8)
         if line.strip():
-            yield _json_text(path, number, line)
+            yield number, line
 
 
-def _json_text(path: Path, number: int, line: bytes) -> str:
+def _parsed(path: Path, number: int, line: bytes, example: str) -> Any:
     try:
-        row = json.loads(line.decode("utf-8"))
+        return json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as error:
         raise DataError(_not_utf8(f"{path} line {number}", error)) from error
     except json.JSONDecodeError as error:
-        raise DataError(
-            f"{path} line {number} is not JSON ({error.msg} at column {error.colno}); {_OBJECT_EXAMPLE}"
-        ) from error
+        raise DataError(f"{path} line {number} is not JSON ({error.msg} at column {error.colno}); {example}") from error
     except RecursionError as error:
-        raise DataError(f"{path} line {number} is nested too deeply; {_OBJECT_EXAMPLE}") from error
+        raise DataError(f"{path} line {number} is nested too deeply; {example}") from error
+
+
+def _json_text(path: Path, number: int, line: bytes) -> str:
+    row = _parsed(path, number, line, _OBJECT_EXAMPLE)
     if not isinstance(row, dict) or not isinstance(row.get(FIELD), str):
         seen = f"fields {', '.join(map(str, row)) or 'none'}" if isinstance(row, dict) else f"a {type(row).__name__}"
         raise DataError(f'{path} line {number} has no string "{FIELD}" ({seen}); {_OBJECT_EXAMPLE}')
     if b"\\u" in line:  # the only way to half a character: UTF-8 itself has none
-        _check_characters(path, number, row[FIELD])
+        check_characters(path, number, FIELD, row[FIELD])
     return row[FIELD]
 
 
-def _check_characters(path: Path, number: int, text: str) -> None:
+def check_characters(path: Path, number: int, name: str, text: str) -> None:
+    """Raises DataError for a text with half a character, which JSON can write as an escape and UTF-8 cannot."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         raise DataError(
             f"{path} line {number} has half a character (\\u{ord(text[error.start]):04x}) at place {error.start} of "
-            f'its "{FIELD}"; escape characters above U+FFFF as a pair, or write them as UTF-8'
+            f'its "{name}"; escape characters above U+FFFF as a pair, or write them as UTF-8'
         ) from error
 
 

@@ -1,6 +1,7 @@
 """Text to token ids and back: byte-level BPE, trained here, read from a folder or from a GGUF file's metadata."""
 
 import hashlib
+import itertools
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -23,6 +24,7 @@ from moesaic.registry import Registry  # noqa: E402
 
 END_OF_TEXT = "<|endoftext|>"
 SPECIAL_TOKENS = (END_OF_TEXT, "<|im_start|>", "<|im_end|>")
+NUM_SENTINELS = 100  # as many as T5's vocabulary has
 TRAINING_BYTES = 8_000_000  # more changes few merges of a small vocabulary and costs seconds
 
 _TOKEN_TYPE_CONTROL, _TOKEN_TYPE_USER_DEFINED = 3, 4  # gguf's TokenType
@@ -30,6 +32,21 @@ _TOKEN_TYPE_CONTROL, _TOKEN_TYPE_USER_DEFINED = 3, 4  # gguf's TokenType
 _QWEN2_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+
+
+def sentinel(number: int) -> str:
+    """The text of a sentinel token, as T5's vocabulary has them."""
+    return f"<extra_id_{number}>"
+
+
+def sentinels(count: int) -> tuple[str, ...]:
+    """`count` sentinel tokens as T5 orders them: the first one has the largest id."""
+    return tuple(sentinel(number) for number in reversed(range(count)))
+
+
+def language_token(language: str) -> str:
+    """The text of a token that names a language."""
+    return f"<|{language}|>"
 
 
 class Splitting(NamedTuple):
@@ -96,15 +113,20 @@ class Tokenizer:
 
     @classmethod
     def train(
-        cls, documents: Iterable[str] | Mapping[str, Iterable[str]], vocab_size: int, *, max_bytes: int = TRAINING_BYTES
+        cls,
+        documents: Iterable[str] | Mapping[str, Iterable[str]],
+        vocab_size: int,
+        *,
+        max_bytes: int = TRAINING_BYTES,
+        extra_tokens: Sequence[str] = (),
     ) -> "Tokenizer":
         """Learn a byte-level BPE vocabulary that splits numbers into digits; the same documents give the same one.
 
         A mapping is domain -> documents, gone through twice, of which equal bytes are used, `max_bytes` altogether.
-        Little text can give fewer tokens than `vocab_size`. Raises ConfigError when the 256 bytes and the special
-        tokens do not fit.
+        Little text can give fewer tokens than `vocab_size`. extra_tokens: more special tokens, the last ids of the
+        vocabulary. Raises ConfigError when the 256 bytes and the special tokens do not fit.
         """
-        smallest = 256 + len(SPECIAL_TOKENS)
+        smallest = 256 + len(SPECIAL_TOKENS) + len(extra_tokens)
         if vocab_size < smallest:
             raise ConfigError(f"vocab_size={vocab_size} is too small; 256 bytes and the special tokens need {smallest}")
         domains = documents if isinstance(documents, Mapping) else {"": list(documents)}
@@ -112,7 +134,7 @@ class Tokenizer:
         backend.pre_tokenizer = SPLITTINGS["smollm"].pre_tokenizer
         backend.decoder = decoders.ByteLevel()
         trainer = trainers.BpeTrainer(
-            vocab_size=vocab_size,
+            vocab_size=vocab_size - len(extra_tokens),
             min_frequency=2,
             show_progress=False,
             special_tokens=[AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS],
@@ -120,12 +142,32 @@ class Tokenizer:
         )
         with _threads():
             backend.train_from_iterator(_sample(domains, max_bytes), trainer)
+        backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in extra_tokens])
         return cls(backend, eos_token=END_OF_TEXT, bos_token=END_OF_TEXT, pad_token=END_OF_TEXT)
 
     @property
     def vocab_size(self) -> int:
         """One more than the largest token id: the rows an embedding table needs."""
         return max(self.backend.get_vocab(with_added_tokens=True).values()) + 1
+
+    @cached_property
+    def sentinel_ids(self) -> tuple[int, ...]:
+        """The ids of <extra_id_0>, <extra_id_1>, ..., as far as there are any: T5's name for what stands for a span."""
+        found = []
+        for number in itertools.count():
+            token_id = self.backend.token_to_id(sentinel(number))
+            if token_id is None:
+                break
+            found.append(token_id)
+        return tuple(found)
+
+    def language_id(self, language: str) -> int | None:
+        """The id of the special token that names a language: `<|fr|>`, or the name itself (`fra_Latn` in NLLB)."""
+        for token in (language_token(language), language):
+            token_id = self.backend.token_to_id(token)
+            if token_id is not None and token_id in self.backend.get_added_tokens_decoder():
+                return token_id
+        return None
 
     def encode(self, text: str, *, add_special_tokens: bool = False) -> list[int]:
         """Token ids of a text; special tokens written in it are recognised.

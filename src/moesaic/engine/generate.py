@@ -1,4 +1,4 @@
-"""Writing on from a prompt, token by token.
+"""Writing on from a prompt, or a target for a source, token by token.
 
 B batch, S sequence.
 """
@@ -12,7 +12,8 @@ from torch import Tensor
 from moesaic.engine.sampling import Sampling, sample
 from moesaic.errors import GenerationError
 from moesaic.layers.kv_cache import KeyValueCache
-from moesaic.models.decoder import Decoder
+from moesaic.models.build import Model
+from moesaic.models.encoder_decoder import EncoderDecoder
 from moesaic.routing import RoutingTape
 
 Prompts = Sequence[int] | Sequence[Sequence[int]] | Tensor
@@ -29,23 +30,24 @@ class _Options(TypedDict, total=False):
     on_token: Callable[[int, int], None] | None
     cache: KeyValueCache | None
     tape: RoutingTape | None
+    target_prefix: Sequence[int]
 
 
 @overload
 def generate(
-    model: Decoder, prompt_ids: Sequence[int], max_new_tokens: int = ..., **options: Unpack[_Options]
+    model: Model, prompt_ids: Sequence[int], max_new_tokens: int = ..., **options: Unpack[_Options]
 ) -> list[int]: ...
 @overload
 def generate(
-    model: Decoder, prompt_ids: Sequence[Sequence[int]], max_new_tokens: int = ..., **options: Unpack[_Options]
+    model: Model, prompt_ids: Sequence[Sequence[int]], max_new_tokens: int = ..., **options: Unpack[_Options]
 ) -> list[list[int]]: ...
 @overload
 def generate(
-    model: Decoder, prompt_ids: Tensor, max_new_tokens: int = ..., **options: Unpack[_Options]
+    model: Model, prompt_ids: Tensor, max_new_tokens: int = ..., **options: Unpack[_Options]
 ) -> list[int] | list[list[int]]: ...
 @torch.no_grad()
 def generate(
-    model: Decoder,
+    model: Model,
     prompt_ids: Prompts,
     max_new_tokens: int = 128,
     *,
@@ -57,8 +59,12 @@ def generate(
     on_token: Callable[[int, int], None] | None = None,
     cache: KeyValueCache | None = None,
     tape: RoutingTape | None = None,
+    target_prefix: Sequence[int] = (),
 ) -> list[int] | list[list[int]]:
     """Continue one prompt (token ids) or several (a list of them, lengths may differ).
+
+    Where the model has an encoder, the prompts are sources, and what is returned are their targets. These begin with
+    the model's decoder_start_token_id and `target_prefix` (for NLLB the token of a language), which are not returned.
 
     Returns the new token ids only: one list for one prompt, a list of lists for several. A sequence ends with an
     end-of-sequence token (kept; by default those of the model's configuration), after `max_new_tokens`, or where the
@@ -67,22 +73,47 @@ def generate(
     `tape` hears the routing of the prompts and then of each new token, or dictates it. (Where a text outgrows what its
     cache takes, as with LongRoPE, it is written anew as a whole, and the tape hears that.)
 
-    Raises GenerationError for an empty prompt, a token id outside the vocabulary, or a prompt as long as the context.
+    Raises GenerationError for an empty prompt, a token id outside the vocabulary, or a prompt as long as the context,
+    and for a cache that is handed to a model with an encoder, or a target_prefix to one without.
     """
     prompts, single = _as_lists(prompt_ids)
     _check(model, prompts, max_new_tokens)
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
     stops = frozenset(model.config.eos_token_ids if eos_token_ids is None else eos_token_ids)
+    sources = prompts
+    if isinstance(model, EncoderDecoder):
+        prompts = [_target_start(model, target_prefix, cache)] * len(sources)
+    elif target_prefix:
+        raise GenerationError("target_prefix for a model without an encoder; put it at the end of the prompt")
     longest = max(map(len, prompts))
     budget = min(max_new_tokens, model.config.context_length - longest)
     if cache is None:
         cache = _new_cache(model, len(prompts), longest + budget)
+    if isinstance(model, EncoderDecoder):
+        model.read(*_pad_left(sources, model.embedding.weight.device), cache=cache, tape=tape)
     written = _write(model, prompts, budget, sampling, stops, cache, on_token, tape)
     return written[0] if single else written
 
 
+def _target_start(model: EncoderDecoder, prefix: Sequence[int], cache: KeyValueCache | None) -> list[int]:
+    """What every target begins with."""
+    start, vocab = model.config.decoder_start_token_id, model.config.vocab_size
+    if cache is not None:
+        raise GenerationError("a cache for a model with an encoder, whose targets do not go on; leave it out")
+    if start is None:
+        raise GenerationError("this model has no decoder_start_token_id, which targets begin with; set it")
+    if not all(0 <= token < vocab for token in prefix):
+        raise GenerationError(f"target_prefix={list(prefix)}; the model knows tokens 0 to {vocab - 1}")
+    if len(prefix) + 1 >= model.config.context_length:
+        raise GenerationError(
+            f"a target_prefix of {len(prefix)} tokens leaves no room in a context of "
+            f"{model.config.context_length}; shorten it"
+        )
+    return [start, *prefix]
+
+
 def _write(
-    model: Decoder,
+    model: Model,
     prompts: list[list[int]],
     budget: int,
     sampling: Sampling,
@@ -115,7 +146,7 @@ def _write(
     return written
 
 
-def _new_cache(model: Decoder, batch_size: int, max_length: int) -> KeyValueCache:
+def _new_cache(model: Model, batch_size: int, max_length: int) -> KeyValueCache:
     weight = model.embedding.weight
     return KeyValueCache(
         model.config, batch_size=batch_size, max_length=max_length, dtype=weight.dtype, device=weight.device
@@ -129,7 +160,7 @@ def _as_lists(prompt_ids: Prompts) -> tuple[list[list[int]], bool]:
     return [cast(list[int], ids)], True
 
 
-def _check(model: Decoder, prompts: list[list[int]], max_new_tokens: int) -> None:
+def _check(model: Model, prompts: list[list[int]], max_new_tokens: int) -> None:
     context, vocab = model.config.context_length, model.config.vocab_size
     if max_new_tokens < 0:
         raise GenerationError(f"max_new_tokens={max_new_tokens}; use 0 or more")

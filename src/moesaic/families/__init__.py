@@ -6,11 +6,13 @@ A family is data and three functions (see `Family`); modules whose name begins w
 import dataclasses
 import importlib
 import pkgutil
-from functools import cache
-from typing import Any, Protocol
+import re
+from functools import cache, reduce
+from typing import Any, Literal, Protocol
 
 from moesaic.config import ModelConfig
 from moesaic.errors import ConfigError
+from moesaic.families import _counted, _multimodal
 from moesaic.families._common import Preset, refusal
 from moesaic.models.weight_map import WeightMap
 from moesaic.registry import unknown_name
@@ -21,6 +23,8 @@ class Family(Protocol):
 
     Families that also come as a part of models for images and text say what begins the names of this part in their
     files, `TEXT_PREFIX`, and those of the other parts, `LEFT_OUT`; so do others whose files hold what we leave out.
+    `RENAMED`: how names that other programs give the tensors become those of the released files, as patterns of `re`
+    and what replaces them, one after the other. `PACKED_AS`: how its packed weights are stored (see hub/quantization).
     """
 
     PRESETS: dict[str, Preset]
@@ -50,15 +54,33 @@ def names() -> tuple[str, ...]:
 def family(name: str) -> Family:
     """The family of this `model_type`, or of an alias of it. Raises ConfigError that lists the known ones."""
     if name not in names():
+        if name in _counted.ARCHITECTURES:
+            raise ConfigError(f"model_type {name!r} is {_counted.NOT_YET}; `moesaic count` takes its config.json")
         if name not in _aliases():
             raise unknown_name("model_type", name, list(names()))
         name = _aliases()[name]
     return importlib.import_module(f"{__name__}.{name}")  # pyright: ignore[reportReturnType]
 
 
+def knows(name: Any) -> bool:
+    """Whether models of this `model_type` can be read."""
+    return isinstance(name, str) and (name in names() or name in _aliases())
+
+
 def text_names(name: str) -> tuple[str, tuple[str, ...]]:
     """`TEXT_PREFIX` and `LEFT_OUT` of a family; nothing for those that come alone."""
     return getattr(family(name), "TEXT_PREFIX", ""), getattr(family(name), "LEFT_OUT", ())
+
+
+def released_name(name: str, tensor: str) -> str:
+    """What a tensor of a family's files is called in the released ones, by the family's `RENAMED`."""
+    rules: tuple[tuple[str, str], ...] = getattr(family(name), "RENAMED", ())
+    return reduce(lambda spelled, rule: re.sub(*rule, spelled), rules, tensor)
+
+
+def packed_as(name: str) -> Literal["scale_inv", "scale"]:
+    """`PACKED_AS` of a family; as DeepSeek-V3's where it says nothing."""
+    return getattr(family(name), "PACKED_AS", "scale_inv")
 
 
 @cache
@@ -72,7 +94,22 @@ def from_hf(raw: dict[str, Any]) -> ModelConfig:
     name = raw.get("model_type")
     if not isinstance(name, str):
         raise ConfigError(f"no model_type in the configuration; known: {', '.join(names())}")
+    if not knows(name) and _multimodal.has_text_part(raw):
+        raise _unknown_parts(name, raw[_multimodal.TEXT].get("model_type"))
     return family(name).from_hf(raw)
+
+
+def _unknown_parts(name: str, text: Any) -> ConfigError:
+    """The error for a model of several parts under a name that no family has, by what its text part is."""
+    whole = f"model_type {name!r} has a text part (text_config) of model_type {text!r}, "
+    if isinstance(text, str) and text in _counted.ARCHITECTURES:
+        return ConfigError(f"{whole}which is {_counted.NOT_YET}; `moesaic count` takes its config.json")
+    if not knows(text):
+        return ConfigError(f"{whole}and neither is known; known: {', '.join(names())}")
+    return ConfigError(
+        f"{whole}which is known, but what its tensors are called in these files is not; give a folder with that part's "
+        f"fields as config.json and its tensors as {text} names them (`moesaic count` takes it as it is)"
+    )
 
 
 def to_hf(config: ModelConfig) -> dict[str, Any]:
@@ -82,7 +119,11 @@ def to_hf(config: ModelConfig) -> dict[str, Any]:
     """
     own = family(config.family)
     described = own.to_hf(config)
-    if (back := own.from_hf(described)) != config:
+    try:
+        back = own.from_hf(described)
+    except ConfigError as error:  # a value that it writes but has no words for, such as another family's activation
+        raise refusal(config.family, str(error)) from error
+    if back != config:
         raise refusal(config.family, difference(config, back))
     return described
 

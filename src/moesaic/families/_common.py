@@ -15,11 +15,15 @@ T = TypeVar("T")
 
 
 class Preset(NamedTuple):
-    """A ready-made configuration: its config.json, the licence of its weights, where the figures are from."""
+    """A ready-made configuration: its config.json, the licence of its weights, where the figures are from.
+
+    is_verified: whether the figures were compared with the released files, or with what others count of them.
+    """
 
     config: dict[str, Any]
     licence: str
     source: str
+    is_verified: bool = True
 
 
 @dataclass(frozen=True)
@@ -133,9 +137,8 @@ def the_same(what: str, family: str, values: Iterable[T]) -> T:
 
 def refusal(family: str, why: str) -> ConfigError:
     """The error for a model that cannot be written as `family`."""
-    return ConfigError(
-        f"this model cannot be written as {family}: {why}; choose another family, such as moesaic, or change the model"
-    )
+    other = "another family" if family == "moesaic" else "another family, such as moesaic,"
+    return ConfigError(f"this model cannot be written as {family}: {why}; choose {other} or change the model")
 
 
 def shared_attention(config: ModelConfig, *apart: str) -> AttentionConfig:
@@ -145,10 +148,10 @@ def shared_attention(config: ModelConfig, *apart: str) -> AttentionConfig:
 
 
 def attentions(config: ModelConfig) -> list[AttentionConfig]:
-    """The attention of every layer. Raises ConfigError where one keeps latents."""
+    """The attention of every layer. Raises ConfigError where one keeps other things than keys and values."""
     found = [layer.attention for layer in config.layers if isinstance(layer.attention, AttentionConfig)]
     if len(found) < len(config.layers):
-        raise refusal(config.family, "its attention keeps latents (MlaConfig)")
+        raise refusal(config.family, "its attention keeps latents or entries (MlaConfig, CompressedAttentionConfig)")
     return found
 
 

@@ -8,11 +8,15 @@ import math
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
+from moesaic.errors import ConfigError
 from moesaic.families._common import HfFields, Preset
+from moesaic.families._multimodal import TEXT, has_text_part, text_part
+from moesaic.fields import shown
 from moesaic.registry import unknown_name
 from moesaic.tensor_spec import ROLES, Role, TensorSpec
 
 Tensors = Iterator[TensorSpec]
+NOT_YET = "counted from its configuration only: its state-space or linear attention layers do not run yet"
 
 
 class CountedModel(NamedTuple):
@@ -49,7 +53,7 @@ class CountedModel(NamedTuple):
 
 def count(raw: dict[str, Any]) -> CountedModel:
     """A model from its config.json. Raises ConfigError for an architecture that is not known here."""
-    raw = raw.get("text_config", raw)
+    raw = text_part(raw) if has_text_part(raw) else raw
     family = raw.get("model_type", "")
     if family not in ARCHITECTURES:
         raise unknown_name("model_type", family, list(ARCHITECTURES))
@@ -71,8 +75,8 @@ def count(raw: dict[str, Any]) -> CountedModel:
 
 def knows(raw: dict[str, Any]) -> bool:
     """Whether a config.json is of an architecture that is only counted."""
-    text = raw.get("text_config", raw)
-    return isinstance(text, dict) and text.get("model_type") in ARCHITECTURES
+    name = (raw[TEXT] if has_text_part(raw) else raw).get("model_type")
+    return isinstance(name, str) and name in ARCHITECTURES
 
 
 class _Layer:
@@ -171,10 +175,22 @@ def _jamba(hf: HfFields) -> Tensors:
         yield from layer.norms(2)
 
 
+_LETTERS = {"M": "mamba", "*": "attention", "-": "mlp", "E": "moe"}
+
+
+def _kinds(hf: HfFields, known: tuple[str, ...], *names: str) -> list[str]:
+    """What each layer is, from the first of these fields that is there: a list of names, or a text of letters."""
+    kinds: Any = hf.get(*names)
+    if isinstance(kinds, str):
+        kinds = [_LETTERS.get(letter, letter) for letter in kinds]
+    if not isinstance(kinds, list) or not kinds or not all(kind in known for kind in kinds):
+        raise ConfigError(f"{' or '.join(names)} is {shown(kinds)}; it must list every layer: {', '.join(known)}")
+    return kinds
+
+
 def _granitemoehybrid(hf: HfFields) -> Tensors:
     """Granite 4: Mamba-2 and a few layers of attention, each followed by routed experts and a shared MLP."""
-    kinds = hf.get("layer_types", "layers_block_type")
-    for index, kind in enumerate(kinds):
+    for index, kind in enumerate(_kinds(hf, ("mamba", "attention"), "layer_types", "layers_block_type")):
         layer = _Layer(hf, index)
         if kind == "mamba":
             yield from layer.mamba2(
@@ -193,14 +209,14 @@ def _granitemoehybrid(hf: HfFields) -> Tensors:
 
 
 def _nemotron_h(hf: HfFields) -> Tensors:
-    """Nemotron-H (arXiv:2504.03624) with experts: one part a layer, M Mamba-2, * attention, E experts, - an MLP.
+    """Nemotron-H (arXiv:2504.03624) with experts: one part a layer, as a list names them or a pattern of letters does.
 
     Its MLPs have two matrices (squared ReLU); experts may work at a width of their own, with a way there and back.
     """
-    for index, kind in enumerate(hf.get("hybrid_override_pattern")):
+    for index, kind in enumerate(_kinds(hf, tuple(_LETTERS.values()), "layers_block_type", "hybrid_override_pattern")):
         layer = _Layer(hf, index)
         yield from layer.norms(1)
-        if kind == "M":
+        if kind == "mamba":
             yield from layer.mamba2(
                 hf.size("mamba_num_heads"),
                 hf.size("mamba_head_dim"),
@@ -208,9 +224,9 @@ def _nemotron_h(hf: HfFields) -> Tensors:
                 hf.size("n_groups"),
                 hf.size("conv_kernel", default=4),
             )
-        elif kind == "*":
+        elif kind == "attention":
             yield from layer.attention()
-        elif kind == "-":
+        elif kind == "mlp":
             yield from layer.mlp(hf.size("intermediate_size"), matrices=2)
         else:
             latent = hf.get("moe_latent_size")
@@ -244,8 +260,6 @@ def _qwen(model_type: str, **sizes: int) -> dict[str, Any]:
     return {"model_type": model_type, "hidden_size": 2048, **attention, **experts, **sizes}
 
 
-_UNVERIFIED = "sizes from memory of its model card, unverified"
-
 PRESETS = {
     "qwen3-next-80b-a3b": Preset(
         _qwen("qwen3_next", num_hidden_layers=48, num_experts=512, num_experts_per_tok=10, vocab_size=151936),
@@ -276,7 +290,8 @@ PRESETS = {
             num_experts_per_tok=10, intermediate_size=768, shared_intermediate_size=1536, mamba_n_heads=128,
         ),
         licence="Apache-2.0",
-        source=f"ibm-granite/granite-4.0-h-small; {_UNVERIFIED}",
+        source="ibm-granite/granite-4.0-h-small",
+        is_verified=False,
     ),
     "granite-4.0-h-tiny": Preset(
         _granite(
@@ -284,7 +299,8 @@ PRESETS = {
             num_experts_per_tok=6, intermediate_size=512, shared_intermediate_size=1024, mamba_n_heads=48,
         ),
         licence="Apache-2.0",
-        source=f"ibm-granite/granite-4.0-h-tiny; {_UNVERIFIED}",
+        source="ibm-granite/granite-4.0-h-tiny",
+        is_verified=False,
     ),
     "nemotron-3-nano-30b-a3b": Preset(
         {

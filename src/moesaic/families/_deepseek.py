@@ -158,7 +158,7 @@ def read_stack(
     )
     ahead = LayerConfig(attention=attentions[0], feed_forward=moe, norm=norm)
     return hf.model(
-        decoder=StackConfig(layers=tuple(layers), final_norm=norm), mtp=(ahead,) * _num_ahead(hf) if predicts else ()
+        decoder=StackConfig(layers=tuple(layers), final_norm=norm), mtp=(ahead,) * num_ahead(hf) if predicts else ()
     )
 
 
@@ -176,7 +176,8 @@ def _num_dense(hf: HfFields, num_layers: int) -> int:
     return first
 
 
-def _num_ahead(hf: HfFields) -> int:
+def num_ahead(hf: HfFields) -> int:
+    """How many layers predict further tokens; none where nothing is said."""
     name = "num_nextn_predict_layers"
     return 0 if hf.get(name, default=0) == 0 else hf.size(name)
 

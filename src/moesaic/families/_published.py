@@ -39,6 +39,7 @@ PUBLISHED = {
     "granite-3.0-3b-a800m": Published("3.3B", "0.8B"),
     "granite-4.0-h-small": Published("32B", "9B"),
     "granite-4.0-h-tiny": Published("7B", "1B"),
+    "ernie-4.5-21b-a3b": Published("21B", "3B"),
     "jamba-v0.1": Published("52B", "12B"),
     "gpt-oss-120b": Published("116.83B", "5.13B"),
     "gpt-oss-20b": Published("20.91B", "3.61B"),
@@ -49,4 +50,5 @@ PUBLISHED = {
     "glm-4.5-air": Published("106B", "12B"),
     "switch-c-2048": Published("1571B"),
     "switch-xxl-128": Published("395B"),
+    "nllb-moe-54b": Published("54.5B"),
 }

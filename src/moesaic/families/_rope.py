@@ -106,11 +106,11 @@ def rope_fields(rope: RopeConfig, head_dim: int) -> dict[str, Any]:
         parameters |= {"rope_type": kind} | stated
         fields["rope_scaling"] = {"type": kind, "rope_type": kind} | stated
     if rope.rotary_dim is not None:
-        parameters["partial_rotary_factor"] = fields["partial_rotary_factor"] = _share(rope.rotary_dim, head_dim)
+        parameters["partial_rotary_factor"] = fields["partial_rotary_factor"] = turning_share(rope.rotary_dim, head_dim)
     return fields
 
 
-def _share(rotary_dim: int, head_dim: int) -> float:
+def turning_share(rotary_dim: int, head_dim: int) -> float:
     """The share that readers, who round its product with head_dim down, take for `rotary_dim`."""
     share = rotary_dim / head_dim
     return share if int(head_dim * share) == rotary_dim else math.nextafter(share, 1.0)

@@ -83,6 +83,7 @@ def _moe(hf: HfFields, bias: bool) -> MoeConfig:
         num_experts=hf.size("moe_num_experts", "num_experts", default=64),
         top_k=hf.size("moe_k", "num_experts_per_tok", default=6),
         selection_bias=True,
+        fp32_weight=True,
     )
     return MoeConfig(
         router=router,

@@ -28,6 +28,7 @@ from moesaic.families._common import (
     shared_moe,
     the_same,
 )
+from moesaic.families._multimodal import has_text_part, text_part
 from moesaic.families._rope import rope_fields
 from moesaic.models.weight_map import Piece, WeightMap
 
@@ -62,12 +63,10 @@ def from_hf(raw: dict[str, Any]) -> ModelConfig:
 def _text_part(raw: dict[str, Any]) -> dict[str, Any]:
     if raw["model_type"] == NAME:
         return raw
-    text = raw.get("text_config")
-    if not isinstance(text, dict):
+    if not has_text_part(raw):
+        text = raw.get("text_config")
         raise ConfigError(f"text_config={text!r} in a configuration of model_type llama4; it must be a table")
-    ids = ("bos_token_id", "eos_token_id", "pad_token_id")
-    outer = {name: raw[name] for name in ids if raw.get(name) is not None}
-    return {"tie_word_embeddings": raw.get("tie_word_embeddings")} | text | outer | {"model_type": NAME}
+    return text_part(raw) | {"model_type": NAME}
 
 
 def _attention(hf: HfFields, norm: NormConfig, *, is_turned: bool, is_chunked: bool) -> AttentionConfig:

@@ -220,7 +220,7 @@ def _overrides(usual: dict[str, Any], layers: list[dict[str, Any]]) -> Iterator[
 def _fields_of(layer: LayerConfig) -> dict[str, Any]:
     attention, eps = layer.attention, layer.norm.eps
     if not isinstance(attention, AttentionConfig):
-        raise ConfigError(f"a {NAME} model has attention with keys and values, not latents (MlaConfig)")
+        raise ConfigError(f"a {NAME} model has attention with keys and values (AttentionConfig), no other")
     fields = {
         "num_attention_heads": attention.num_heads,
         "num_key_value_heads": attention.num_key_value_heads,

@@ -10,6 +10,7 @@ from typing import Any
 from moesaic import families
 from moesaic.config import ModelConfig
 from moesaic.errors import CheckpointError, ConfigError
+from moesaic.families import _multimodal
 from moesaic.hub.quantization import FIELD, Quantization, read_quantization
 from moesaic.hub.safetensors_header import TensorHeader, read_header
 from moesaic.models.weight_map import WeightMap, file_shapes
@@ -18,7 +19,7 @@ CONFIG = "config.json"
 GENERATION = "generation_config.json"
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-_EXPERT = re.compile(r"\.layers\.(\d+)\..*\bexperts\.(\d+)\.")
+_EXPERT = re.compile(r"(?:^|\.)layers\.(\d+)\..*\bexperts\.(\d+)\.")
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -47,6 +48,12 @@ def read_config_file(path: Path) -> ModelConfig:
         raise ConfigError(f"{path}: {error}") from error
 
 
+def tell_left_out(path: Path) -> None:
+    """Say on stderr which parts of a config.json are not read, where it describes more than text."""
+    if _multimodal.has_text_part(raw := read_json(path)):
+        print(f"moesaic: {path}: {_multimodal.left_out(raw)}", file=sys.stderr)
+
+
 def read_folder_quantization(folder: Path) -> Quantization | None:
     """How the weights in `folder` are packed. Raises ConfigError for a way that is not known."""
     try:
@@ -57,7 +64,7 @@ def read_folder_quantization(folder: Path) -> Quantization | None:
 
 def _token_ids(generation: dict[str, Any]) -> dict[str, Any]:
     """Chat models often name further end tokens only in generation_config.json."""
-    names = ("bos_token_id", "eos_token_id", "pad_token_id")
+    names = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
     return {name: generation[name] for name in names if generation.get(name) is not None}
 
 
@@ -94,7 +101,8 @@ def read_tensor_headers(folder: Path) -> dict[str, TensorHeader]:
 def text_part(tensors: Mapping[str, TensorHeader], family: str, where: Path) -> dict[str, TensorHeader]:
     """Of a model's tensors those that its family reads: the text part of a model for images and text, say.
 
-    They have the names that they have in text models. Says on stderr what is left out.
+    They have the names that they have in released text models. Says on stderr what is left out. Raises CheckpointError
+    for two tensors of one name.
     """
     prefix, others = families.text_names(family)
     left_out = [name for name in tensors if name.startswith(others)]
@@ -102,7 +110,14 @@ def text_part(tensors: Mapping[str, TensorHeader], family: str, where: Path) -> 
         parts = some(sorted(part.rstrip("._") for part in others if any(name.startswith(part) for name in left_out)))
         rest = ", the text part is read" if prefix else ""
         print(f"moesaic: {where}: {len(left_out)} tensors ({parts}) are left out{rest}", file=sys.stderr)
-    return {name.removeprefix(prefix): at for name, at in tensors.items() if not name.startswith(others)}
+    own = {name.removeprefix(prefix): at for name, at in tensors.items() if not name.startswith(others)}
+    found: dict[str, TensorHeader] = {}
+    for name, at in own.items():
+        released = families.released_name(family, name)
+        if released in found:
+            raise CheckpointError(f"{where} holds {released} under two names, one of them {name}; remove one")
+        found[released] = at
+    return found
 
 
 def _no_weights(folder: Path) -> CheckpointError:
@@ -168,8 +183,10 @@ def _experts(names: list[str]) -> str:
 
 
 def _is_harmless(name: str, config: ModelConfig) -> bool:
-    """Tables that follow from the configuration, and the second name of a tied head."""
-    return name.endswith("rotary_emb.inv_freq") or (config.tie_word_embeddings and name == "lm_head.weight")
+    """Tables that follow from the configuration, and other names of a tied table."""
+    of_stack = config.encoder is not None and name.endswith("embed_tokens.weight")
+    is_other_name = config.tie_word_embeddings and (name == "lm_head.weight" or of_stack)
+    return name.endswith("rotary_emb.inv_freq") or is_other_name
 
 
 def some(names: Iterable[str], limit: int = 4) -> str:

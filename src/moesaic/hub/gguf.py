@@ -25,6 +25,8 @@ _LAYER = {
     **{f"attention.{part}_norm": f"attn_{part}_norm" for part in "qk"},
     **{f"feed_forward.{part}_proj": f"ffn_{part}" for part in ("gate", "up", "down")},
     "feed_forward.router": "ffn_gate_inp",
+    **{f"feed_forward.shared_experts.{part}_proj": f"ffn_{part}_shexp" for part in ("gate", "up", "down")},
+    "feed_forward.shared_gate": "ffn_gate_inp_shexp",
 }
 
 
@@ -32,17 +34,21 @@ class Architecture(NamedTuple):
     """What a `general.architecture` means to us.
 
     permutes_heads: its converter turned q and k from the half-split rotary layout to interleaved pairs.
+    renormalizes: llama.cpp divides the chosen experts' weights by their sum; the files do not say.
     """
 
     dense: str | None
     moe: str | None
-    permutes_heads: bool
+    permutes_heads: bool = False
+    renormalizes: bool = True
 
 
 ARCHITECTURES = {
     "llama": Architecture(dense="llama", moe="mixtral", permutes_heads=True),
-    "qwen3": Architecture(dense="qwen3", moe=None, permutes_heads=False),
-    "qwen3moe": Architecture(dense=None, moe="qwen3_moe", permutes_heads=False),
+    "qwen2": Architecture(dense="qwen2", moe=None),
+    "qwen2moe": Architecture(dense=None, moe="qwen2_moe", renormalizes=False),
+    "qwen3": Architecture(dense="qwen3", moe=None),
+    "qwen3moe": Architecture(dense=None, moe="qwen3_moe"),
 }
 
 
@@ -100,10 +106,8 @@ class GgufFile:
     @cached_property
     def tensors(self) -> dict[str, TensorHeader]:
         """Shapes as torch counts them: outermost first, the other way round than GGUF. All read as fp32."""
-        return {
-            name: TensorHeader("F32", tuple(int(size) for size in reversed(tensor.shape)), self.path)
-            for name, tensor in self._tensors.items()
-        }
+        shapes = {name: tuple(int(size) for size in reversed(each.shape)) for name, each in self._tensors.items()}
+        return {name: TensorHeader("F32", _as_matrix(name, shape), self.path) for name, shape in shapes.items()}
 
     @cached_property
     def config(self) -> ModelConfig:
@@ -133,6 +137,11 @@ class GgufFile:
             if ".attn_k." in name:
                 return _half_split(values, attention.num_key_value_heads)
         return values
+
+
+def _as_matrix(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The gate of a shared expert is a matrix of one row, which converters squeeze to a vector."""
+    return (1, *shape) if name.endswith("ffn_gate_inp_shexp.weight") and len(shape) == 1 else shape
 
 
 def _half_split(values: np.ndarray, num_heads: int) -> np.ndarray:
@@ -178,7 +187,7 @@ def config_from_gguf(metadata: dict[str, Any], tensors: dict[str, TensorHeader],
 def _hf_fields(
     family: str, fields: dict[str, Any], metadata: dict[str, Any], tensors: dict[str, TensorHeader]
 ) -> dict[str, Any]:
-    embedding = tensors.get("token_embd.weight")
+    embedding, shared = tensors.get("token_embd.weight"), tensors.get("blk.0.ffn_up_shexp.weight")
     head_dim = fields.get("attention.key_length")
     rotated = fields.get("rope.dimension_count")
     num_heads, hidden_size = fields.get("attention.head_count"), fields.get("embedding_length")
@@ -197,7 +206,8 @@ def _hf_fields(
         "moe_intermediate_size": fields.get("expert_feed_forward_length", fields.get("feed_forward_length")),
         "num_experts": fields.get("expert_count") or None,
         "num_experts_per_tok": fields.get("expert_used_count") or None,
-        "norm_topk_prob": True,  # llama.cpp renormalises for every architecture listed here
+        "norm_topk_prob": ARCHITECTURES[metadata["general.architecture"]].renormalizes,
+        "shared_expert_intermediate_size": shared.shape[0] if shared else None,
         "mlp_only_layers": [
             layer for layer in range(fields.get("block_count", 0)) if f"blk.{layer}.ffn_gate.weight" in tensors
         ],

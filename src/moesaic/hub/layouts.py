@@ -15,7 +15,7 @@ from moesaic.models.weight_map import Piece, WeightMap
 Layout = Literal["per-expert", "fused"]
 LAYOUTS: tuple[Layout, ...] = get_args(Layout)
 
-_ONE_EXPERT = re.compile(r"(.+)\.(?:mlp|block_sparse_moe)\.experts\.\d+\.\w+\.weight")
+_ONE_EXPERT = re.compile(r"(.+)\.(?:mlp|block_sparse_moe|ffn)\.experts\.\d+\.\w+\.weight")
 _STACKED = {".experts.gate_up": "gate_up_proj", ".experts.down": "down_proj"}
 
 

@@ -15,12 +15,15 @@ from moesaic.hub.parts import boxes, slices, within
 from moesaic.hub.resolve import weights_place
 from moesaic.hub.sources import WeightSource, open_source
 from moesaic.hub.stored import DTYPES, known_dtype
+from moesaic.hub.tables import check_table
+from moesaic.models.build import build
 from moesaic.models.decoder import Decoder
+from moesaic.models.encoder_decoder import EncoderDecoder
+from moesaic.models.init import hash_routers
 from moesaic.models.weight_map import Index, Piece, WeightMap
 from moesaic.tensor_spec import TensorSpec
 
 _INTEGERS = {"I64": torch.int64, "I32": torch.int32}
-_FIXED = {"float32": torch.float32, "int32": torch.int32}
 # What one thread reads at a time: large enough for the disk, small enough that what a conversion holds beside the
 # model (a part in another number format, or to be transposed) does not count.
 PART_ELEMENTS = 16 * 2**20
@@ -34,13 +37,13 @@ def load(
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
     allow_extra: bool = False,
-) -> Decoder:
+) -> Decoder | EncoderDecoder:
     """A model from a folder (config.json and safetensors), a .gguf file, or a preset that brings its weights.
 
     It is in evaluation mode. dtype: None keeps every tensor's own (fp32 from GGUF; FP8 and MXFP4 unpack to the dtype
-    that the configuration states, else to bf16). What a router does not learn by gradient keeps its own dtype whatever
-    is asked: fp32 selection biases, int32 hash tables. allow_extra: leave out tensors that the configuration does not
-    describe, instead of refusing them.
+    that the configuration states, else to bf16). What has a dtype of its own in the description (`TensorSpec.dtype`)
+    keeps it whatever is asked: fp32 selection biases, hash tables of integers, ERNIE's fp32 routers. allow_extra: leave
+    out tensors that the configuration does not describe, instead of refusing them.
     Values are not looked at: that would take half as long again as reading them (`moesaic convert --check` does).
     Raises CheckpointError for files that are missing, damaged or at odds with their configuration, ConfigError for a
     model that cannot be expressed, MissingDependencyError for a preset whose package is not installed.
@@ -57,7 +60,9 @@ def load(
         jobs += [part for piece in originals for part in _parts(state[spec.name], piece, source)]
     _read_all(source, jobs)
     _check_copies(source, weight_map, state)
-    model = Decoder(source.config, device="meta")
+    for name, router in hash_routers(source.config).items():
+        check_table(state[name], router, f"{weight_map[name][0].name} in {source.where}")
+    model = build(source.config, device="meta")
     model.load_state_dict(state, assign=True)
     return model.eval()  # routers may draw noise, and experts have limits, while training
 
@@ -109,7 +114,9 @@ def _dtype(
     """The dtype that our tensor gets: its own where it never takes the model's, else as wanted, else as stored."""
     known = _INTEGERS if spec.dtype == "int32" else DTYPES
     kinds = {known_dtype(piece.name, source.tensors[piece.name], known) for piece in pieces}
-    if spec.dtype is not None:
-        return _FIXED[spec.dtype]
+    if spec.dtype == "float32":
+        return torch.float32
+    if spec.dtype == "int32":  # or wider, where files have it so: what is saved again is then the same bits
+        return kinds.pop()
     # Experts of one layer in different precisions: the widest holds them all.
     return wanted or max(kinds, key=lambda kind: (kind.itemsize, kind == torch.bfloat16))

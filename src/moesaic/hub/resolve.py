@@ -9,6 +9,7 @@ from typing import Literal, NamedTuple
 from moesaic import families
 from moesaic.config import ModelConfig
 from moesaic.errors import CheckpointError
+from moesaic.families import _counted
 from moesaic.hub import checkpoint
 from moesaic.hub.embedded import embedded_gguf
 from moesaic.registry import Registry
@@ -45,6 +46,8 @@ def locate(path_or_preset: str | os.PathLike[str]) -> Place:
 
 
 def _nowhere(name: str) -> CheckpointError:
+    if name in _counted.PRESETS:
+        return CheckpointError(f"{name!r} is {_counted.NOT_YET}; `moesaic count` takes it")
     presets = sorted(families.presets())
     near = difflib.get_close_matches(Path(name).name.lower(), presets, n=3, cutoff=0.5)
     hint = f"; nearest presets: {', '.join(near)}" if near else "; `moesaic count --all` lists the presets"
@@ -54,15 +57,20 @@ def _nowhere(name: str) -> CheckpointError:
 def read_config(path_or_preset: str | os.PathLike[str]) -> ModelConfig:
     """The description of a model, without its weights and without torch.
 
-    Takes a folder, a config.json, a .gguf file or a preset's name. Raises CheckpointError or ConfigError.
+    Takes a folder, a config.json, a .gguf file or a preset's name; says on stderr which parts it leaves out of a model
+    for more than text. Raises CheckpointError or ConfigError.
     """
     place = locate(path_or_preset)
     if place.kind == "preset":
         return families.find_preset(place.name)
     if place.kind == "folder":
-        return checkpoint.read_folder_config(place.path)
+        config = checkpoint.read_folder_config(place.path)
+        checkpoint.tell_left_out(place.path / checkpoint.CONFIG)
+        return config
     if place.kind == "config":
-        return checkpoint.read_config_file(place.path)
+        config = checkpoint.read_config_file(place.path)
+        checkpoint.tell_left_out(place.path)
+        return config
     from moesaic.hub.gguf import GgufFile  # the optional package is asked for only here
 
     return GgufFile(place.path).config

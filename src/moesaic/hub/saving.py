@@ -13,11 +13,12 @@ from torch import Tensor
 
 from moesaic import families
 from moesaic.config import ModelConfig
+from moesaic.errors import CheckpointError
 from moesaic.hub import checkpoint
 from moesaic.hub.safetensors_header import header_bytes
 from moesaic.hub.staging import replaced_folder
 from moesaic.hub.stored import SPELLINGS
-from moesaic.models.decoder import Decoder
+from moesaic.models.base import LanguageModel
 from moesaic.models.weight_map import Index, file_shapes
 
 _WEIGHT_FILE = re.compile(r"model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json")
@@ -71,7 +72,7 @@ class _FileTensor(NamedTuple):
 
 
 def save(
-    model: Decoder,
+    model: LanguageModel,
     folder: str | os.PathLike[str],
     *,
     tokenizer: SavesItself | None = None,
@@ -93,7 +94,7 @@ def is_weight_file(name: str) -> bool:
     return _WEIGHT_FILE.fullmatch(name) is not None
 
 
-def write_checkpoint(model: Decoder, folder: Path, *, max_shard_bytes: int = 5_000_000_000) -> None:
+def write_checkpoint(model: LanguageModel, folder: Path, *, max_shard_bytes: int = 5_000_000_000) -> None:
     """Write the files of a model into an empty folder."""
     config = model.config
     described = families.to_hf(config)
@@ -114,8 +115,8 @@ def write_checkpoint(model: Decoder, folder: Path, *, max_shard_bytes: int = 5_0
 
 def generation_fields(config: ModelConfig, described: dict[str, Any]) -> dict[str, Any]:
     """What a generation_config.json repeats of a config.json."""
-    ids = ("bos_token_id", "eos_token_id", "pad_token_id")
-    return {"_from_model_config": True} | {name: described[name] for name in ids if described[name] is not None}
+    ids = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
+    return {"_from_model_config": True} | {name: described[name] for name in ids if described.get(name) is not None}
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
@@ -123,12 +124,14 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
-def _file_tensors(model: Decoder) -> list[_FileTensor]:
+def _file_tensors(model: LanguageModel) -> list[_FileTensor]:
     state = model.state_dict()
     weight_map = families.family(model.config.family).weight_map(model.config)
     shapes = file_shapes(model.config.tensors(), weight_map)
     tensors = {name: _FileTensor(name, shape, []) for name, shape in shapes.items()}
     for spec in model.config.tensors():
+        if spec.name not in state:
+            raise CheckpointError(f"{spec.name} is packed, which files do not hold; save the model before it is packed")
         for piece in weight_map[spec.name]:
             values = state[spec.name][piece.index]
             tensors[piece.name].parts.append(_Part(piece.file_index, values.mT if piece.transposed else values))

@@ -11,11 +11,15 @@ from torch import Tensor
 
 from moesaic import families
 from moesaic.config import ModelConfig
+from moesaic.errors import CheckpointError
 from moesaic.hub import checkpoint, layouts
-from moesaic.hub.fp8 import Fp8Tensors
+from moesaic.hub.fp4 import Fp4Groups
+from moesaic.hub.fp8 import Fp8Blocks
 from moesaic.hub.gguf import GgufFile
-from moesaic.hub.mxfp4 import Mxfp4Tensors
-from moesaic.hub.quantization import Quantization
+from moesaic.hub.mxfp4 import BLOCKS, Mxfp4Tensors
+from moesaic.hub.packed import PackedTensors
+from moesaic.hub.packed_ints import PACKED, PackedIntTensors
+from moesaic.hub.quantization import EXPERTS, FIELD, Quantization
 from moesaic.hub.resolve import Place
 from moesaic.hub.safetensors_header import TensorHeader
 from moesaic.hub.stored import StoredTensors
@@ -57,10 +61,11 @@ class SafetensorsFolder:
         self.quantization = checkpoint.read_folder_quantization(folder)
         headers = checkpoint.read_tensor_headers(folder)
         text = checkpoint.text_part(headers, config.family, folder)
-        self.is_whole = text.keys() == headers.keys()
+        self.is_whole = len(text) == len(headers)
         self.stored = StoredTensors(text)
         self.view = _view(self.stored, self.quantization)
         self.tensors: Mapping[str, TensorHeader] = self.view.tensors
+        _require_unpacked(self.tensors)
         self.config = _without_absent_mtp(config, self.tensors)
 
     def weight_map(self) -> WeightMap:
@@ -85,10 +90,36 @@ def _without_absent_mtp(config: ModelConfig, found: Mapping[str, TensorHeader]) 
     return config if not config.mtp or names & found.keys() else replace(config, mtp=())
 
 
-def _view(stored: StoredTensors, quantization: Quantization | None) -> StoredTensors | Fp8Tensors | Mxfp4Tensors:
+_View = StoredTensors | PackedTensors | PackedIntTensors | Mxfp4Tensors
+
+
+def _view(stored: StoredTensors, quantization: Quantization | None) -> _View:
     if quantization is None:
         return stored
-    return (Fp8Tensors if quantization.method == "fp8" else Mxfp4Tensors)(stored, quantization.unpacked)
+    if quantization.method == "compressed-tensors":
+        return PackedIntTensors(stored, quantization.unpacked, quantization.groups)
+    if quantization.method == "mxfp4":
+        return Mxfp4Tensors(stored, quantization.unpacked)
+    if quantization.experts == "fp4":
+        return PackedTensors(stored, quantization.unpacked, (Fp8Blocks(), Fp4Groups()))
+    in_fours = [f"{name} in {at.file}" for name, at in stored.tensors.items() if at.dtype == Fp4Groups.dtype]
+    if in_fours:
+        raise CheckpointError(
+            f"{in_fours[0]} is of type {Fp4Groups.dtype} and {checkpoint.CONFIG} does not say what that is; add "
+            f'"{EXPERTS}": "fp4" to it if these are experts in four bits'
+        )
+    return PackedTensors(stored, quantization.unpacked, (Fp8Blocks(),))
+
+
+def _require_unpacked(tensors: Mapping[str, TensorHeader]) -> None:
+    """Raise CheckpointError for weights that are packed in another way than their configuration says, or nowhere."""
+    packed = {Fp8Blocks.dtype: "", "U8": BLOCKS, "I32": PACKED}
+    for name, at in tensors.items():
+        if at.dtype in packed and name.endswith(packed[at.dtype]):
+            raise CheckpointError(
+                f"{name} in {at.file} is of type {at.dtype}, and {checkpoint.CONFIG} does not say how it is packed; "
+                f"put the {FIELD} there that came with these files"
+            )
 
 
 class GgufWeights:

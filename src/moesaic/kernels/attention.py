@@ -25,13 +25,18 @@ def attention(
     causal: bool = False,
     scale: float | None = None,
     sinks_H: Tensor | None = None,
+    bias_BHSN: Tensor | None = None,
 ) -> Tensor:
-    """softmax(scale q k^T) v, [B, H, S, A]; a key/value head serves H / G query heads in a row.
+    """softmax(scale q k^T + bias) v, [B, H, S, A]; a key/value head serves H / G query heads in a row.
 
     visible: bool, broadcast to [B, H, S, N], what each query sees; or `causal`; or neither: everything.
     scale: None is 1/sqrt(A). sinks_H: a further logit of each head, which takes its share of the softmax and adds
     nothing (gpt-oss, arXiv:2508.10925). Values may be wider or narrower than keys, and so is what comes out.
+    bias_BHSN: added to the scores; B is 1 where all rows share it.
     """
+    if bias_BHSN is not None:
+        assert sinks_H is None, "sinks beside a bias"
+        return _biased(q_BHSA, k_BGNA, v_BGNA, bias_BHSN, visible=visible, causal=causal, scale=scale)
     if k_BGNA.shape[-1] != v_BGNA.shape[-1]:
         return _of_unlike_widths(q_BHSA, k_BGNA, v_BGNA, visible=visible, causal=causal, scale=scale, sinks_H=sinks_H)
     groups = q_BHSA.shape[1] // k_BGNA.shape[1]
@@ -42,9 +47,8 @@ def attention(
         return out_BSHA.transpose(1, 2)
     on_cpu = q_BHSA.is_cpu and not torch.compiler.is_compiling()
     if (sinks_H is not None and on_cpu) or _slow_in_torch(q_BHSA, k_BGNA, v_BGNA):
-        if groups > 1:
-            k_BGNA, v_BGNA = k_BGNA.repeat_interleave(groups, dim=1), v_BGNA.repeat_interleave(groups, dim=1)
-        out_BHSA: Any = _WideBackward.apply(q_BHSA, k_BGNA, v_BGNA, sinks_H, visible, causal, scale)
+        k_BHNA, v_BHNA = _for_every_head(k_BGNA, groups), _for_every_head(v_BGNA, groups)
+        out_BHSA: Any = _WideBackward.apply(q_BHSA, k_BHNA, v_BHNA, sinks_H, visible, causal, scale)
         return out_BHSA
     if sinks_H is not None:
         return reference.attention_with_sinks(
@@ -52,6 +56,38 @@ def attention(
         )
     return torch.nn.functional.scaled_dot_product_attention(
         q_BHSA, k_BGNA, v_BGNA, attn_mask=visible, is_causal=causal, enable_gqa=groups > 1, scale=scale
+    )
+
+
+def _for_every_head(x_BGNA: Tensor, groups: int) -> Tensor:
+    """Each head G repeated for `groups` query heads; a single one is not copied for that."""
+    if x_BGNA.shape[1] == 1:
+        return x_BGNA.expand(-1, groups, -1, -1)
+    return x_BGNA.repeat_interleave(groups, dim=1) if groups > 1 else x_BGNA
+
+
+def _biased(
+    q_BHSA: Tensor,
+    k_BGNA: Tensor,
+    v_BGNA: Tensor,
+    bias_BHSN: Tensor,
+    *,
+    visible: Tensor | None,
+    causal: bool,
+    scale: float | None,
+) -> Tensor:
+    """By torch's attention, to which a bias is a mask with a gradient."""
+    if causal:
+        visible = torch.ones(bias_BHSN.shape[-2:], dtype=torch.bool, device=bias_BHSN.device).tril()
+    if visible is not None:
+        bias_BHSN = bias_BHSN.masked_fill(~visible, -torch.inf)
+    return torch.nn.functional.scaled_dot_product_attention(
+        q_BHSA,
+        k_BGNA,
+        v_BGNA,
+        attn_mask=bias_BHSN.to(q_BHSA.dtype),
+        enable_gqa=q_BHSA.shape[1] != k_BGNA.shape[1],
+        scale=scale,
     )
 
 

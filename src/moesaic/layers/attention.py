@@ -3,17 +3,19 @@
 B batch, S new tokens, N visible slots, H heads, G key/value heads, A head dim, D hidden.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
 from torch import Tensor, nn
 
-from moesaic.config import AttentionConfig, LongRopeConfig, RopeConfig, TemperatureConfig
+from moesaic.config import AttentionConfig, LongRopeConfig, RelativeBiasConfig, RopeConfig, TemperatureConfig
 from moesaic.kernels.attention import attention
 from moesaic.layers.documents import Segments, positions, segments
-from moesaic.layers.kv_cache import LayerState, Past
+from moesaic.layers.kv_cache import LayerState, Memory, Past
 from moesaic.layers.norm import norm, unit_rms
+from moesaic.layers.positions import RelativeBias
 from moesaic.layers.rope import Rotation, rotate, rotation
 
 # Rows of documents up to this long are attended to with a mask, longer ones document by document. A mask makes the
@@ -31,6 +33,8 @@ class Sight:
     documents_BN: numbers by which tokens know those of their own document, None when each row is one (a mask would
     cost it the causal path's speed). segments: the documents cut out of their rows, where that is faster than a mask.
     choices: what indexers left to the queries, by layer, for later layers that take the same.
+    causal: whether tokens see earlier ones only. memory: of the sources, for cross attention.
+    biases: relative ones, by the layer that has their table and the slots they are for.
     """
 
     positions_BS: Tensor
@@ -39,6 +43,9 @@ class Sight:
     documents_BN: Tensor | None = None
     segments: Segments | None = None
     choices: dict[int, Tensor | None] = field(default_factory=dict)
+    causal: bool = True
+    memory: Memory | None = None
+    biases: dict[tuple[int, int, int], Tensor] = field(default_factory=dict)
     _rotations: dict[tuple[RopeConfig, int, torch.dtype], Rotation] = field(default_factory=dict)
     _masks: dict[tuple[int | None, int | None, int, int], Tensor] = field(default_factory=dict)
 
@@ -82,6 +89,8 @@ class Sight:
     def needs_mask(self, window: int | None, num_slots: int, chunk: int | None = None) -> bool:
         """Whether plain causality (or, for one new token, no mask at all) does not say it all."""
         new = self.positions_BS.shape[1]
+        if not self.causal:
+            return self.valid_BN is not None or self.documents_BN is not None
         in_window = window is None or num_slots <= window
         in_chunk = chunk is None or self.first_slot + new <= chunk
         whole = self.valid_BN is None and self.documents_BN is None
@@ -97,7 +106,7 @@ class Sight:
             device = self.positions_BS.device
             query_S1 = torch.arange(self.positions_BS.shape[1], device=device)[:, None] + self.first_slot
             slot_N = torch.arange(num_slots, device=device) + first_slot
-            visible = slot_N <= query_S1
+            visible = slot_N <= query_S1 if self.causal else torch.ones_like(slot_N <= query_S1)
             if window is not None:
                 visible = visible & (slot_N > query_S1 - window)
             visible = visible[None, None]
@@ -127,14 +136,20 @@ class Sight:
 
 
 class Attention(nn.Module):
-    """Softmax attention of H query heads over G shared key/value heads (arXiv:2305.13245)."""
+    """Softmax attention of H query heads over G shared key/value heads (arXiv:2305.13245).
 
-    def __init__(self, config: AttentionConfig, hidden_size: int) -> None:
+    layer: its number in the stack, by which others find its relative biases.
+    """
+
+    def __init__(self, config: AttentionConfig, hidden_size: int, layer: int = 0) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.layer = config, layer
         query_size = config.num_heads * config.head_dim
         key_value_size = config.num_key_value_heads * config.head_dim
         self.sinks = nn.Parameter(torch.empty(config.num_heads)) if config.sinks else None
+        self.relative_bias: RelativeBias | None = None
+        if isinstance(config.relative_bias, RelativeBiasConfig):
+            self.relative_bias = RelativeBias(config.relative_bias, config.num_heads)
         self.q_proj = nn.Linear(hidden_size, query_size, bias=config.qkv_bias)
         self.k_proj = nn.Linear(hidden_size, key_value_size, bias=config.qkv_bias)
         self.v_proj = nn.Linear(hidden_size, key_value_size, bias=config.qkv_bias)
@@ -161,22 +176,49 @@ class Attention(nn.Module):
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         past = Past(k, v, sight.first_slot) if state is None else state.append(k, v)
         out_BHSA = attend(
-            q, past, sight, window=config.window, chunk=config.chunk, scale=config.scale, sinks_H=self.sinks
+            q,
+            past,
+            sight,
+            window=config.window,
+            chunk=config.chunk,
+            scale=config.scale,
+            sinks_H=self.sinks,
+            bias_of=None if config.relative_bias is None else self._bias,
         )
         return self.o_proj(out_BHSA.transpose(1, 2).reshape(batch, length, -1))
 
     def _projected(self, x_BSD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries [B, S, H, A], keys and values [B, S, G, A], normalised and clipped."""
-        config = self.config
-        q, k, v = self.q_proj(x_BSD), self.k_proj(x_BSD), self.v_proj(x_BSD)
-        if config.projection_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        q, k, v = (part.unflatten(-1, (-1, config.head_dim)) for part in (q, k, v))
-        if config.head_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        if config.clip is not None:
-            q, k, v = (part.clamp(-config.clip, config.clip) for part in (q, k, v))
-        return q, k, v
+        return (self._queries(x_BSD), *self._keys_and_values(x_BSD))
+
+    def _queries(self, x_BSD: Tensor) -> Tensor:
+        return self._clipped(self._heads(self.q_proj(x_BSD), self.q_norm))
+
+    def _keys_and_values(self, x_BSD: Tensor) -> tuple[Tensor, Tensor]:
+        k, v = self._heads(self.k_proj(x_BSD), self.k_norm), self._heads(self.v_proj(x_BSD), None)
+        return self._clipped(k), self._clipped(v)
+
+    def _heads(self, part: Tensor, normalise: nn.Module | None) -> Tensor:
+        """A projection cut into heads, normalised before or after that."""
+        if normalise is not None and self.config.projection_norm is not None:
+            part = normalise(part)
+        part = part.unflatten(-1, (-1, self.config.head_dim))
+        return normalise(part) if normalise is not None and self.config.head_norm is not None else part
+
+    def _clipped(self, part: Tensor) -> Tensor:
+        clip = self.config.clip
+        return part if clip is None else part.clamp(-clip, clip)
+
+    def _bias(self, sight: Sight, first_slot: int, num_slots: int) -> Tensor:
+        """What is added to the scores of new tokens with these slots, [1, H, S, N]: its own, or an earlier layer's."""
+        owner = self.config.relative_bias if isinstance(self.config.relative_bias, int) else self.layer
+        key = (owner, first_slot, num_slots)
+        if self.relative_bias is not None:
+            device = sight.positions_BS.device
+            slots_S = torch.arange(sight.positions_BS.shape[1], device=device) + sight.first_slot
+            slots_N = torch.arange(num_slots, device=device) + first_slot
+            sight.biases[key] = self.relative_bias(slots_S, slots_N, causal=sight.causal)
+        return sight.biases[key]
 
 
 def attend(
@@ -188,20 +230,25 @@ def attend(
     chunk: int | None = None,
     scale: float | None = None,
     sinks_H: Tensor | None = None,
+    bias_of: Callable[[Sight, int, int], Tensor] | None = None,
 ) -> Tensor:
     """Softmax attention to what `sight`, `window` and `chunk` let each new token see, as wide as the values.
 
-    scale, sinks_H: see `moesaic.kernels.attention.attention`.
+    scale, sinks_H: see `moesaic.kernels.attention.attention`. bias_of: makes its bias from a sight, the first visible
+    slot and their number.
     """
     if sight.segments is not None:
         bundles = zip(*(sight.segments.cut(part) for part in (q_BHSA, past.keys, past.values)), strict=True)
         out = [
-            attend(q, Past(k, v, 0), inner, window=window, chunk=chunk, scale=scale, sinks_H=sinks_H)
+            attend(q, Past(k, v, 0), inner, window=window, chunk=chunk, scale=scale, sinks_H=sinks_H, bias_of=bias_of)
             for (q, k, v), inner in zip(bundles, sight.within, strict=True)
         ]
         return sight.segments.paste(out, q_BHSA)
     num_slots = past.keys.shape[2]
     masked = sight.needs_mask(window, num_slots, chunk)
     visible = sight.mask(window, past.first_slot, num_slots, chunk) if masked else None
-    causal = not masked and q_BHSA.shape[2] > 1
-    return attention(q_BHSA, past.keys, past.values, visible=visible, causal=causal, scale=scale, sinks_H=sinks_H)
+    causal = sight.causal and not masked and q_BHSA.shape[2] > 1
+    bias = None if bias_of is None else bias_of(sight, past.first_slot, num_slots)
+    return attention(
+        q_BHSA, past.keys, past.values, visible=visible, causal=causal, scale=scale, sinks_H=sinks_H, bias_BHSN=bias
+    )

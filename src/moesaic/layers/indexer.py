@@ -36,16 +36,31 @@ class Indexer(nn.Module):
     def choose(
         self, x_BSD: Tensor, query_latent_BSZ: Tensor, keys_B1NI: Tensor, turn: Rotation, visible_B1SN: Tensor
     ) -> Tensor:
-        """Which of the visible tokens each query attends to, bool [B, 1, S, N]. Scores are in fp32."""
+        """Which of the visible tokens each query attends to, bool [B, 1, S, N]; of equal ones the earlier."""
         config = self.config
         q_BSJI = rotate(self.q_proj(query_latent_BSZ).unflatten(-1, (config.num_heads, config.head_dim)), turn)
-        weights_BSJ = nn.functional.linear(x_BSD.float(), self.head_weights.weight.float()) * config.num_heads**-0.5
-        keys_BIN = keys_B1NI[:, 0].float().mT
-        scores_BSN = keys_BIN.new_zeros(*x_BSD.shape[:2], keys_BIN.shape[-1])
-        for head in range(config.num_heads):  # one after the other: all at once would hold J * S * N numbers
-            products_BSN = (q_BSJI[:, :, head].float() @ keys_BIN) * config.head_dim**-0.5
-            scores_BSN += weights_BSJ[:, :, head, None] * products_BSN.relu()
+        scores_BSN = index_scores(q_BSJI, keys_B1NI[:, 0], x_BSD, self.head_weights.weight)
         scores_BSN = scores_BSN.masked_fill(~visible_B1SN[:, 0], float("-inf"))
-        chosen_BSK = scores_BSN.topk(config.top_k, dim=-1).indices
-        chosen_BSN = torch.zeros_like(scores_BSN, dtype=torch.bool).scatter_(-1, chosen_BSK, True)
-        return chosen_BSN[:, None] & visible_B1SN
+        return leading(scores_BSN, config.top_k)[:, None] & visible_B1SN
+
+
+def index_scores(q_BSJI: Tensor, keys_BNI: Tensor, x_BSD: Tensor, head_weight_JD: Tensor) -> Tensor:
+    """I_BSN = sum over j of w(j) relu(q(j) k), in fp32; w is projected from x, and scaled by 1/sqrt(J I)."""
+    num_heads, head_dim = q_BSJI.shape[2:]
+    weights_BSJ = nn.functional.linear(x_BSD.float(), head_weight_JD.float()) * num_heads**-0.5
+    keys_BIN = keys_BNI.float().mT
+    scores_BSN = keys_BIN.new_zeros(*x_BSD.shape[:2], keys_BIN.shape[-1])
+    for head in range(num_heads):  # one after the other: all at once would hold J * S * N numbers
+        products_BSN = (q_BSJI[:, :, head].float() @ keys_BIN) * head_dim**-0.5
+        scores_BSN += weights_BSJ[:, :, head, None] * products_BSN.relu()
+    return scores_BSN
+
+
+def leading(scores_BSN: Tensor, count: int) -> Tensor:
+    """True for the `count` highest scores of each row, of equal ones the first; all where there are no more."""
+    if scores_BSN.shape[-1] <= count:
+        return torch.ones_like(scores_BSN, dtype=torch.bool)
+    last_BS1 = scores_BSN.topk(count, dim=-1).values[..., -1:]
+    above_BSN, equal_BSN = scores_BSN > last_BS1, scores_BSN == last_BS1
+    room_BS1 = count - above_BSN.sum(-1, keepdim=True)
+    return above_BSN | (equal_BSN & (equal_BSN.cumsum(-1) <= room_BS1))

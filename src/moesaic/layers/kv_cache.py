@@ -4,14 +4,24 @@ B batch, G key/value heads, N slots, A head dim. A slot is a place in the sequen
 a batch are written in step, and `valid_BN` says which slots hold a token.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from moesaic.config import AttentionConfig, LayerConfig, LongRopeConfig, MlaConfig, ModelConfig, StateSpec
+from moesaic.config import (
+    AttentionConfig,
+    CompressedAttentionConfig,
+    LayerConfig,
+    LongRopeConfig,
+    MlaConfig,
+    ModelConfig,
+    StateSpec,
+)
 from moesaic.errors import GenerationError
+from moesaic.layers.compressed_state import CompressedState
 
 
 class Past(NamedTuple):
@@ -23,6 +33,27 @@ class Past(NamedTuple):
     keys: Tensor
     values: Tensor
     first_slot: int
+
+
+@dataclass(eq=False)
+class Memory:
+    """What an encoder made of a batch of sources, and what cross attention makes of that.
+
+    states_BMD: the encoder's outputs. valid_BM: which of them are tokens; None when all are. kept: keys and values
+    [B, M, G, A] by layer, for the tokens to come; None where there are none to come.
+    """
+
+    states_BMD: Tensor
+    valid_BM: Tensor | None = None
+    kept: dict[int, tuple[Tensor, Tensor]] | None = None
+
+    def keys_and_values(self, layer: int, make: Callable[[Tensor], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        """Those of a layer, made from the encoder's outputs unless they are kept."""
+        if self.kept is None:
+            return make(self.states_BMD)
+        if layer not in self.kept:
+            self.kept[layer] = make(self.states_BMD)
+        return self.kept[layer]
 
 
 class LayerState(Protocol):
@@ -81,7 +112,7 @@ class WindowState:
 
 
 class KeyValueCache:
-    """What every layer of a model keeps of a batch of sequences.
+    """What every layer of a model keeps of a batch of sequences; `memory`: and of their sources, where they have such.
 
     layers: others than the model's own, such as those of `config.mtp`, which see other tokens at each step.
     Raises GenerationError when more than `max_length` slots are written, or more than it `takes`.
@@ -99,8 +130,9 @@ class KeyValueCache:
     ) -> None:
         self.max_length = max_length
         self.length = 0
+        self.memory: Memory | None = None
         self.valid_BN = torch.zeros(batch_size, max_length, dtype=torch.bool, device=device)
-        layers = config.layers if layers is None else layers
+        layers = config.decoder.layers if layers is None else layers
         self.states = [
             _layer_state(layer.attention, layer.attention.state(), batch_size, max_length, dtype, device)
             for layer in layers
@@ -151,8 +183,8 @@ class KeyValueCache:
                 f"a cache of texts longer than {self._turning_points[0]} tokens cannot be rolled back to that; "
                 "start a new one"
             )
-        if length and any(isinstance(state, WindowState) for state in self.states):
-            raise GenerationError("a cache with windowed layers cannot be rolled back; start a new one")
+        if length and not all(isinstance(state, FullState) for state in self.states):
+            raise GenerationError("a cache with windowed or compressed layers cannot be rolled back; start a new one")
         for state in self.states:
             if isinstance(state, FullState):
                 state.rollback(length)
@@ -163,13 +195,15 @@ class KeyValueCache:
 
 
 def _layer_state(
-    attention: AttentionConfig | MlaConfig,
+    attention: AttentionConfig | MlaConfig | CompressedAttentionConfig,
     spec: StateSpec,
     batch_size: int,
     max_length: int,
     dtype: torch.dtype,
     device: torch.device | str,
-) -> FullState | WindowState:
+) -> FullState | WindowState | CompressedState:
+    if isinstance(attention, CompressedAttentionConfig):
+        return CompressedState(attention, batch_size, max_length, dtype, device)
     if isinstance(attention, MlaConfig):
         beside = spec.elements_per_token - attention.latent_rank
         return FullState((batch_size, 1, max_length, attention.latent_rank), dtype, device, beside)

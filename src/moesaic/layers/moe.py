@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from torch import Tensor, nn
 
-from moesaic.config import MoeConfig
+from moesaic.config import CapacityConfig, MoeConfig
 from moesaic.errors import ConfigError, TraceError
 from moesaic.experts import padded
 from moesaic.experts.grouped import GroupedExperts
@@ -22,13 +22,14 @@ from moesaic.routing.capacity import limit
 class MoeLayer(nn.Module):
     """Sends every token to a few experts and sums their weighted outputs (arXiv:1701.06538, eq. 1).
 
-    A capacity holds while training, and where `capacity_applied` says so; otherwise every row is computed.
+    A capacity holds while training, and where `capacity_applied` says so; otherwise that of evaluation, if there is
+    one.
     """
 
     def __init__(self, config: MoeConfig, hidden_size: int, layer: int) -> None:
         super().__init__()
         self.layer = layer
-        self.capacity = config.capacity
+        self.capacity, self.evaluation_capacity = config.capacity, config.evaluation_capacity
         self.is_limited_in_evaluation = False
         self.router = RouterLayer(config.router, hidden_size)
         self.experts = GroupedExperts(config, hidden_size)
@@ -55,7 +56,7 @@ class MoeLayer(nn.Module):
             )
         choices = tape.choices.get(self.layer) if tape is not None else None
         decision = self.router(x_TD, facts, choices, is_replayed=replayed is not None)
-        limits = self.capacity if self.training or self.is_limited_in_evaluation else None
+        limits = self._limits
         if replayed is not None:
             if limits is not None and limits.overflow == "shared":
                 raise ConfigError(
@@ -66,8 +67,13 @@ class MoeLayer(nn.Module):
             return replace(decision, rows=replayed)
         return limit(decision, limits, self.router.config, self.router.selection_bias) if limits else decision
 
+    @property
+    def _limits(self) -> CapacityConfig | None:
+        """The capacity that holds now."""
+        return self.capacity if self.training or self.is_limited_in_evaluation else self.evaluation_capacity
+
     def _experts(self, x_TD: Tensor, decision: RoutingDecision) -> Tensor:
-        if self.capacity is not None and self.capacity.pad and decision.slots is not None:
+        if self._limits is not None and self._limits.pad and decision.slots is not None:
             return padded.compute(self.experts, x_TD, decision.rows, decision.slots)
         return self.experts.compute(x_TD, decision.rows)
 

@@ -21,6 +21,11 @@ class Rotation(NamedTuple):
     sin: Tensor
     layout: Literal["half", "interleaved"] = "half"
 
+    @property
+    def back(self) -> "Rotation":
+        """The rotation the other way round."""
+        return self._replace(sin=-self.sin)
+
 
 def rotation(
     config: RopeConfig, head_dim: int, positions_BS: Tensor, dtype: torch.dtype, lengths_BS: Tensor | None = None
@@ -68,6 +73,14 @@ def rotate(x_BSHA: Tensor, turn: Rotation) -> Tensor:
     halves = torch.cat([x_BSHA[..., 0::2], x_BSHA[..., 1::2]], dim=-1)
     first, second = ops.rotate(halves, turn.cos, turn.sin).chunk(2, dim=-1)
     return torch.stack([first, second], dim=-1).flatten(-2)
+
+
+def rotate_last(x_BSHA: Tensor, turn: Rotation) -> Tensor:
+    """As `rotate`, but the last dimensions turn where not all do."""
+    still = x_BSHA.shape[-1] - turn.cos.shape[-1]
+    if still == 0:
+        return rotate(x_BSHA, turn)
+    return torch.cat([x_BSHA[..., :still], rotate(x_BSHA[..., still:], turn)], dim=-1)
 
 
 def _linear(powers_P: Tensor, scaling: LinearConfig, _: RopeConfig) -> Tensor:

@@ -22,9 +22,9 @@ BATCH_NORM_MOMENTUM = 0.1
 class RouterLayer(nn.Module):
     """A router with its tensors, of which it has those that `config.tensors` names.
 
-    Learned: `weight` [E, D], noisy top-k's `noise_weight` [E, D], and `bias` [E]. Reached by no gradient, and never
-    narrower than fp32: `selection_bias` [E]; the hash `table` [V, K], int32; `penalty_coefficient` [1] of ReLU routing;
-    `running_mean` and `running_var` [E] of logits that are normalised.
+    Learned: `weight` [E, D], noisy top-k's `noise_weight` [E, D], and `bias` [E]. Never narrower than fp32: `weight`
+    where `fp32_weight` says so, and what no gradient reaches: `selection_bias` [E]; the hash `table` [V, K], int32;
+    `penalty_coefficient` [1] of ReLU routing; `running_mean` and `running_var` [E] of logits that are normalised.
     """
 
     weight: Tensor | None
@@ -42,7 +42,7 @@ class RouterLayer(nn.Module):
         self.choose = ROUTERS[config.name]
         specs = {spec.name.removeprefix("router."): spec for spec in config.tensors("router", hidden_size)}
         for name in ("weight", "noise_weight", "bias"):
-            self.register_parameter(name, nn.Parameter(torch.empty(specs[name].shape)) if name in specs else None)
+            self.register_parameter(name, _learned(specs[name]) if name in specs else None)
         for name in ("selection_bias", "table", "penalty_coefficient", "running_mean", "running_var"):
             self.register_buffer(name, _started(specs[name]) if name in specs else None)
 
@@ -137,15 +137,22 @@ class RouterLayer(nn.Module):
         )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """As nn.Module's, but what no gradient reaches stays fp32: its small steps would vanish in bf16."""
-        before = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
-        super()._apply(fn, recurse)
-        for name, buffer in before.items():
-            now = self._buffers[name]
-            assert now is not None
-            if now.dtype in (torch.bfloat16, torch.float16):
-                self._buffers[name] = buffer.to(now.device)
-        return self
+        """As nn.Module's, but what no gradient reaches stays fp32, since its small steps would vanish in bf16; so does
+        a weight that is to."""
+        kept = list(self._buffers.values())
+        if self.config.fp32_weight and self.weight is not None:
+            kept += [self.weight, self.weight.grad]
+
+        def apply(values: Tensor) -> Tensor:
+            changed = fn(values)
+            narrowed = changed.dtype in (torch.bfloat16, torch.float16)
+            return values.to(changed.device) if narrowed and any(values is each for each in kept) else changed
+
+        return super()._apply(apply, recurse)
+
+
+def _learned(spec: TensorSpec) -> nn.Parameter:
+    return nn.Parameter(torch.empty(spec.shape, dtype=torch.float32 if spec.dtype == "float32" else None))
 
 
 def _started(spec: TensorSpec) -> Tensor:

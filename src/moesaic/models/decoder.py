@@ -3,58 +3,87 @@
 B batch, S sequence, N slots, D hidden, V vocab.
 """
 
-from typing import Self
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
+from moesaic.checks import require
 from moesaic.config import (
     AttentionConfig,
+    CompressedAttentionConfig,
     LayerConfig,
     MlaConfig,
     MlpConfig,
-    ModelConfig,
     MoeConfig,
     SoftMoeConfig,
 )
 from moesaic.errors import ConfigError
 from moesaic.layers.attention import Attention, Sight
-from moesaic.layers.documents import has_several, number_documents, row_numbers
+from moesaic.layers.compressed_attention import CompressedAttention
+from moesaic.layers.compressed_state import CompressedState
+from moesaic.layers.cross_attention import CrossAttention
+from moesaic.layers.documents import number_documents
+from moesaic.layers.hyper_connection import HyperConnection, StreamJoin
 from moesaic.layers.kv_cache import KeyValueCache, LayerState
 from moesaic.layers.mla import LatentAttention
 from moesaic.layers.mlp import Mlp
 from moesaic.layers.moe import MoeLayer
 from moesaic.layers.norm import norm
 from moesaic.layers.soft_moe import SoftMoeLayer
-from moesaic.models.init import initialize
+from moesaic.models.base import LanguageModel, sight_of
 from moesaic.models.mtp import PredictionLayer
 from moesaic.routing import RoutingTape, Rows, TokenFacts
 
 
 class DecoderLayer(nn.Module):
-    """x + attention(norm(x)), then x + feed_forward(norm(x)); what is added may have a multiplier."""
+    """x + attention(norm(x)), then x + feed_forward(norm(x)); what is added may have a multiplier.
 
-    def __init__(self, config: LayerConfig, hidden_size: int, layer: int) -> None:
+    In a decoder with an encoder, between the two, x + cross_attention(norm(x)).
+    layer: its number in the model; place: in its stack, where that is another.
+    Where the layer has hyper-connections, these stand in for the adding, and x is residual streams BSND.
+    """
+
+    def __init__(self, config: LayerConfig, hidden_size: int, layer: int, place: int | None = None) -> None:
         super().__init__()
         self.residual_multiplier = config.residual_multiplier
         self.attention_norm = norm(config.norm, hidden_size)
-        self.attention = _attention(config.attention, hidden_size, layer)
+        self.attention = _attention(config.attention, hidden_size, layer if place is None else place)
+        self.cross_attention_norm, self.cross_attention = None, None
+        if config.cross_attention is not None:
+            self.cross_attention_norm = norm(config.norm, hidden_size)
+            self.cross_attention = CrossAttention(config.cross_attention, hidden_size, layer)
         self.feed_forward_norm = norm(config.norm, hidden_size)
         self.feed_forward = _feed_forward(config.feed_forward, hidden_size, layer)
+        self.attention_connection = _connection(config, hidden_size)
+        self.feed_forward_connection = _connection(config, hidden_size)
 
     def forward(
         self,
         x_BSD: Tensor,
         sight: Sight,
-        state: LayerState | None,
+        state: LayerState | CompressedState | None,
         facts: TokenFacts,
         tape: RoutingTape | None,
     ) -> Tensor:
         """x_BSD for the next layer. Writes to `state` when one is handed in; `tape` hears an MoE layer's routing."""
-        attended_BSD = self.attention(self.attention_norm(x_BSD), sight, state)
-        x_BSD = torch.add(x_BSD, attended_BSD, alpha=self.residual_multiplier)
-        fed_BSD = self._feed(self.feed_forward_norm(x_BSD), facts, tape)
-        return torch.add(x_BSD, fed_BSD, alpha=self.residual_multiplier)
+
+        def attend(x_BSD: Tensor) -> Tensor:
+            return self.attention(self.attention_norm(x_BSD), sight, state)
+
+        def feed(x_BSD: Tensor) -> Tensor:
+            return self._feed(self.feed_forward_norm(x_BSD), facts, tape)
+
+        x_BSD = self._add(x_BSD, attend, self.attention_connection)
+        if self.cross_attention is not None and self.cross_attention_norm is not None:
+            looked_BSD = self.cross_attention(self.cross_attention_norm(x_BSD), sight)
+            x_BSD = torch.add(x_BSD, looked_BSD, alpha=self.residual_multiplier)
+        return self._add(x_BSD, feed, self.feed_forward_connection)
+
+    def _add(self, x_BSD: Tensor, part: Callable[[Tensor], Tensor], connection: HyperConnection | None) -> Tensor:
+        if connection is not None:
+            return connection(x_BSD, part)
+        return torch.add(x_BSD, part(x_BSD), alpha=self.residual_multiplier)
 
     def _feed(self, normed_BSD: Tensor, facts: TokenFacts, tape: RoutingTape | None) -> Tensor:
         if isinstance(self.feed_forward, MoeLayer):
@@ -64,10 +93,18 @@ class DecoderLayer(nn.Module):
         return self.feed_forward(normed_BSD)
 
 
-def _attention(config: AttentionConfig | MlaConfig, hidden_size: int, layer: int) -> Attention | LatentAttention:
+def _connection(config: LayerConfig, hidden_size: int) -> HyperConnection | None:
+    return HyperConnection(config.hyper_connection, hidden_size) if config.hyper_connection else None
+
+
+def _attention(
+    config: AttentionConfig | MlaConfig | CompressedAttentionConfig, hidden_size: int, layer: int
+) -> Attention | LatentAttention | CompressedAttention:
     if isinstance(config, MlaConfig):
         return LatentAttention(config, hidden_size, layer)
-    return Attention(config, hidden_size)
+    if isinstance(config, CompressedAttentionConfig):
+        return CompressedAttention(config, hidden_size)
+    return Attention(config, hidden_size, layer)
 
 
 def _feed_forward(
@@ -78,46 +115,24 @@ def _feed_forward(
     return SoftMoeLayer(config, hidden_size) if isinstance(config, SoftMoeConfig) else Mlp(config, hidden_size)
 
 
-class Decoder(nn.Module):
-    """A causal language model.
-
-    Weights are left unset: load them (`moesaic.load`) or draw them (`initialize`). `device="meta"` builds shapes only.
-    """
-
-    def __init__(
-        self, config: ModelConfig, device: torch.device | str | None = None, dtype: torch.dtype | None = None
-    ) -> None:
-        super().__init__()
-        self.config = config
-        previous = torch.get_default_dtype()
-        torch.set_default_dtype(dtype or previous)
-        try:
-            with torch.device("meta"):  # no time spent on weights that will be replaced
-                self._build()
-        finally:
-            torch.set_default_dtype(previous)
-        if str(device) != "meta":
-            self.to_empty(device=device or "cpu")
+class Decoder(LanguageModel):
+    """A causal language model (see LanguageModel)."""
 
     def _build(self) -> None:
         config = self.config
+        require(config.encoder is None, "a model with an encoder; build it with moesaic.models.build")
         self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(
             DecoderLayer(layer, config.hidden_size, index) for index, layer in enumerate(config.layers)
         )
+        streams = config.decoder.hyper_connection
+        self.stream_join = StreamJoin(streams, config.hidden_size) if streams else None
         self.final_norm = norm(config.decoder.final_norm, config.hidden_size)
-        self.head = None
-        if not config.tie_word_embeddings:
-            self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=config.head_bias)
+        self._build_head()
         self.mtp = nn.ModuleList(
-            PredictionLayer(DecoderLayer(layer, config.hidden_size, index), layer.norm, config.hidden_size)
+            PredictionLayer(DecoderLayer(layer, config.hidden_size, index), layer, config.hidden_size)
             for index, layer in enumerate(config.mtp, len(config.layers))
         )
-
-    def initialize(self, seed: int = 0) -> Self:
-        """Draw all weights anew (see models/init.py)."""
-        initialize(self.config, dict(self.state_dict(keep_vars=True)), seed)
-        return self
 
     def hidden(
         self,
@@ -129,24 +144,42 @@ class Decoder(nn.Module):
         document_ids_BS: Tensor | None = None,
     ) -> Tensor:
         """x_BSD before the head: what the loss may multiply chunk by chunk. Arguments as in `forward`."""
+        carried = self.carried(token_ids_BS, mask_BS, cache=cache, tape=tape, document_ids_BS=document_ids_BS)
+        return self.before_head(carried)
+
+    def carried(
+        self,
+        token_ids_BS: Tensor,
+        mask_BS: Tensor | None = None,
+        *,
+        cache: KeyValueCache | None = None,
+        tape: RoutingTape | None = None,
+        document_ids_BS: Tensor | None = None,
+    ) -> Tensor:
+        """What `hidden_ahead` goes on from, and `before_head` makes `hidden` of: that itself, x_BSD, but residual
+        streams BSND where there are such. Arguments as in `forward`."""
         self._check(token_ids_BS, mask_BS, document_ids_BS, cache)
         mask_BS = mask_BS.bool() if mask_BS is not None else None
         documents_BS = None if document_ids_BS is None else number_documents(document_ids_BS)
-        sight = _sight(token_ids_BS, mask_BS, cache, documents_BS)
-        facts = _facts(token_ids_BS, mask_BS, documents_BS, tape)
-        x_BSD = self._embedded(token_ids_BS)
+        sight = sight_of(token_ids_BS, mask_BS, cache, documents_BS)
+        facts = self._facts(token_ids_BS, mask_BS, documents_BS, tape)
+        x_BSD = self._embedded(token_ids_BS, sight.positions_BS)
+        if self.stream_join is not None:
+            x_BSD = self.stream_join.split(x_BSD)
         for index, layer in enumerate(self.layers):
             state = cache.states[index] if cache else None
             x_BSD = layer(x_BSD, sight, state, facts, tape)
-        return self._before_head(self.final_norm(x_BSD))
+        return x_BSD if self.stream_join is not None else self._divided(self.final_norm(x_BSD))
 
-    def _embedded(self, token_ids_BS: Tensor) -> Tensor:
-        x_BSD, multiplier = self.embedding(token_ids_BS), self.config.embedding_multiplier
-        return x_BSD if multiplier == 1 else x_BSD * multiplier
-
-    def _before_head(self, x_BSD: Tensor) -> Tensor:
-        """Divided as the logits are to be: whoever multiplies by the head need not know of it."""
-        return x_BSD if self.config.logits_divisor == 1 else x_BSD / self.config.logits_divisor
+    def before_head(self, carried: Tensor, *, depth: int = 0) -> Tensor:
+        """x_BSD of which `logits` are made, from what `carried` (depth 0) or `hidden_ahead` returned."""
+        if self.stream_join is None:
+            return carried
+        if depth:
+            layer = self.mtp[depth - 1]
+            assert isinstance(layer, PredictionLayer)
+            return self._divided(layer.joined(carried))
+        return self._divided(self.final_norm(self.stream_join(carried)))
 
     def hidden_ahead(
         self,
@@ -157,11 +190,14 @@ class Decoder(nn.Module):
         depth: int = 1,
         cache: KeyValueCache | None = None,
         tape: RoutingTape | None = None,
+        document_ids_BS: Tensor | None = None,
     ) -> Tensor:
         """h^k_BSD of `mtp` layer k = `depth`, whose `logits` predict token i + k + 1 at place i.
 
-        hidden_BSD: h^(k-1), what `hidden` (or this, one depth less) returned for places i. next_token_ids_BS: the
+        hidden_BSD: h^(k-1), what `hidden` (or this, one depth less) returned for places i. Where there are residual
+        streams, both are those of `carried`, and `before_head` stands before the logits. next_token_ids_BS: the
         tokens i + k. mask_BS: true where both are there. cache: of this layer, made with `layers=config.mtp[k-1:k]`.
+        document_ids_BS: of places i, as in `forward`; mask out those whose token i + k is of another document.
         Raises ConfigError for a depth that the model has no layer for, and for wrong shapes.
         """
         if not 1 <= depth <= len(self.mtp):
@@ -169,26 +205,15 @@ class Decoder(nn.Module):
         if hidden_BSD.shape[:2] != next_token_ids_BS.shape:
             shapes = f"{tuple(next_token_ids_BS.shape)} for hidden states of {tuple(hidden_BSD.shape)}"
             raise ConfigError(f"next token ids of shape {shapes}; give one for each")
-        self._check(next_token_ids_BS, mask_BS, None, cache)
+        self._check(next_token_ids_BS, mask_BS, document_ids_BS, cache)
         mask_BS = mask_BS.bool() if mask_BS is not None else None
-        sight, facts = _sight(next_token_ids_BS, mask_BS, cache, None), _facts(next_token_ids_BS, mask_BS, None, tape)
+        documents_BS = None if document_ids_BS is None else number_documents(document_ids_BS)
+        sight = sight_of(next_token_ids_BS, mask_BS, cache, documents_BS)
+        facts = self._facts(next_token_ids_BS, mask_BS, documents_BS, tape)
         state = cache.states[0] if cache else None
-        ahead_BSD = self.mtp[depth - 1](hidden_BSD, self._embedded(next_token_ids_BS), sight, state, facts, tape)
-        return self._before_head(ahead_BSD)
-
-    @property
-    def head_weight(self) -> Tensor:
-        """The head's matrix [V, D]: the embedding's own where they are tied."""
-        return self.embedding.weight if self.head is None else self.head.weight
-
-    @property
-    def head_bias(self) -> Tensor | None:
-        """What the head adds to the logits [V], if anything."""
-        return None if self.head is None else self.head.bias
-
-    def logits(self, x_BSD: Tensor) -> Tensor:
-        """The head: logits_BSV from what `hidden` returned."""
-        return torch.nn.functional.linear(x_BSD, self.head_weight, self.head_bias)
+        embedded_BSD = self._embedded(next_token_ids_BS, sight.positions_BS)
+        ahead_BSD = self.mtp[depth - 1](hidden_BSD, embedded_BSD, sight, state, facts, tape)
+        return ahead_BSD if self.stream_join is not None else self._divided(ahead_BSD)
 
     def forward(
         self,
@@ -227,31 +252,6 @@ class Decoder(nn.Module):
             raise ConfigError("document ids together with a cache; give each document its own row and cache")
         if cache is not None:
             self.config.check_decodable()
-
-
-def _sight(
-    token_ids_BS: Tensor, mask_BS: Tensor | None, cache: KeyValueCache | None, documents_BS: Tensor | None
-) -> Sight:
-    if documents_BS is not None and has_several(documents_BS):
-        return Sight.of_documents(documents_BS, mask_BS)
-    if cache is None:
-        if mask_BS is None:
-            positions_BS = torch.arange(token_ids_BS.shape[1], device=token_ids_BS.device)[None]
-            return Sight(positions_BS)
-        return Sight((mask_BS.long().cumsum(1) - 1).clamp(min=0), valid_BN=mask_BS)
-    first_slot = cache.length
-    positions_BS = cache.begin(torch.ones_like(token_ids_BS, dtype=torch.bool) if mask_BS is None else mask_BS)
-    valid_BN = cache.valid_BN[:, : cache.length]
-    return Sight(positions_BS, first_slot, None if bool(valid_BN.all()) else valid_BN)
-
-
-def _facts(
-    token_ids_BS: Tensor, mask_BS: Tensor | None, documents_BS: Tensor | None, tape: RoutingTape | None
-) -> TokenFacts:
-    if documents_BS is None and tape is not None:  # who does not listen does not ask
-        documents_BS = row_numbers(token_ids_BS)
-    mask_T = None if mask_BS is None else mask_BS.reshape(-1)
-    return TokenFacts(token_ids_BS.reshape(-1), mask_T, None if documents_BS is None else documents_BS.reshape(-1))
 
 
 @torch.no_grad()

@@ -18,15 +18,19 @@ def initial_std(tensor: TensorSpec, num_layers: int) -> float:
     """The standard deviation of a matrix.
 
     Embedding, head and router: 0.02 (GPT-2). Projections: 1/sqrt(inputs), so that outputs keep the scale of inputs;
-    those that write to the residual stream (o_proj, down) are divided by sqrt(2 L), so that their sum does too
-    (GPT-2, sec. 2.3).
+    those that write to the residual stream (o_proj, o_b_proj, down) are divided by sqrt(2 L), so that their sum does
+    too (GPT-2, sec. 2.3). Relative biases: 0.02. All times the tensor's own gain.
     """
-    if tensor.role in ("embedding", "head"):
+    return tensor.gain * _plain_std(tensor, num_layers)
+
+
+def _plain_std(tensor: TensorSpec, num_layers: int) -> float:
+    if tensor.role in ("embedding", "head") or tensor.name.endswith(".relative_bias.weight"):
         return EMBEDDING_STD
     if tensor.role == "router":
         return ROUTER_STD
     std = 1 / math.sqrt(tensor.shape[-1])
-    writes_residual = any(name in tensor.name for name in (".o_proj.", ".down_proj.", ".experts.down"))
+    writes_residual = any(name in tensor.name for name in (".o_proj.", ".o_b_proj.", ".down_proj.", ".experts.down"))
     return std / math.sqrt(2 * num_layers) if writes_residual else std
 
 
@@ -38,7 +42,7 @@ def initialize(config: ModelConfig, tensors: dict[str, Tensor], seed: int) -> No
     statistics, coefficients). Hash tables are drawn by the seeds of their own settings.
     """
     generator = torch.Generator().manual_seed(seed)
-    tables = _hash_tables(config)
+    tables = hash_routers(config)
     for spec in config.tensors():
         tensor = tensors[spec.name]
         if spec.name in tables:
@@ -54,7 +58,7 @@ def initialize(config: ModelConfig, tensors: dict[str, Tensor], seed: int) -> No
             tensor.copy_(drawn)
 
 
-def _hash_tables(config: ModelConfig) -> dict[str, RouterConfig]:
+def hash_routers(config: ModelConfig) -> dict[str, RouterConfig]:
     """The routers that have a table, by its name."""
     routers = {
         f"layers.{index}.feed_forward.router.table": layer.feed_forward.router

@@ -40,6 +40,8 @@ def limit(
     weights_R = chosen.weights_R
     if capacity.overflow == "next_best":
         weights_R = _reweighed(chosen, expert_ids_R, decision.scores_TE)
+    if capacity.renormalize:
+        weights_R = _divided_anew(chosen, expert_ids_R, weights_R)
     return replace(
         decision,
         rows=_rearranged(chosen, expert_ids_R, weights_R),
@@ -63,17 +65,24 @@ class _Budgets(NamedTuple):
 
     @classmethod
     def of(cls, decision: RoutingDecision, capacity: CapacityConfig, router: RouterConfig) -> "_Budgets":
-        """The budgets of one batch: its tokens that count, cut into groups in their order; the last may be shorter."""
+        """The budgets of one batch: its tokens that count, in their documents, or cut into groups in their order."""
         num_tokens, mask_T, device = decision.rows.num_tokens, decision.mask_T, decision.scores_TE.device
         if mask_T is None:
             number_T, counted = torch.arange(num_tokens, device=device), num_tokens
         else:
             number_T, counted = (mask_T.cumsum(0) - 1).clamp(min=0), int(mask_T.sum())
-        size = capacity.group_size or max(1, counted)
-        slots = [capacity.slots(min(size, counted - first), router) for first in range(0, counted, size)]
+        if capacity.group_size == "document":
+            assert decision.document_ids_T is not None, "a capacity by document, and nobody said which these are"
+            group_T = decision.document_ids_T
+            sizes = torch.bincount(group_T if mask_T is None else group_T[mask_T]).tolist()
+        else:
+            size = capacity.group_size or max(1, counted)
+            group_T = number_T // size
+            sizes = [min(size, counted - first) for first in range(0, counted, size)]
+        slots = [capacity.slots(size, router) for size in sizes]
         num_a_group = capacity.num_budgets(router)
         return cls(
-            group_T=number_T // size,
+            group_T=group_T,
             slots_B=torch.tensor(slots, dtype=torch.int64, device=device).repeat_interleave(num_a_group),
             num_a_group=num_a_group,
             experts_a_budget=router.num_experts // num_a_group,
@@ -187,6 +196,14 @@ def _reweighed(chosen: Rows, expert_ids_R: Tensor, scores_TE: Tensor) -> Tensor:
     is_nothing_R = old_R <= 0
     share_R = (chosen.weights_R / old_R.masked_fill(is_nothing_R, 1.0)).masked_fill(is_nothing_R, 0.0)
     return torch.where(is_moved_R, share_R * new_R, chosen.weights_R)
+
+
+def _divided_anew(chosen: Rows, expert_ids_R: Tensor, weights_R: Tensor) -> Tensor:
+    """weights_R over the sum of what each token has left."""
+    left_R = weights_R.masked_fill(expert_ids_R < 0, 0.0)
+    sums_T = left_R.new_zeros(chosen.num_tokens).index_add(0, chosen.token_ids_R, left_R)
+    sums_R = sums_T.index_select(0, chosen.token_ids_R)
+    return weights_R / sums_R.masked_fill(sums_R < torch.finfo(sums_R.dtype).tiny, 1.0)
 
 
 def _rearranged(chosen: Rows, expert_ids_R: Tensor, weights_R: Tensor) -> Rows:

@@ -36,7 +36,11 @@ CAPACITIES: dict[str, CapacityConfig] = {
     'drop="batch_prioritized"': CapacityConfig(factor=1.0, drop="batch_prioritized"),
     'overflow="next_best"': CapacityConfig(factor=1.0, overflow="next_best"),
     'overflow="shared"': CapacityConfig(factor=1.0, overflow="shared"),
+    "fixed": CapacityConfig(fixed=3),
+    "token_share": CapacityConfig(token_share=0.3),
+    "renormalize": CapacityConfig(factor=1.0, renormalize=True),
     "group_size": CapacityConfig(factor=1.0, group_size=8),
+    'group_size="document"': CapacityConfig(factor=1.0, group_size="document"),
     'per="device"': CapacityConfig(factor=1.0, per="device"),
     "pad": CapacityConfig(factor=1.0, pad=True),
 }

@@ -275,7 +275,8 @@ def _axes(frame: _Frame) -> str:
 
 def _tick_text(value: float, marks: Sequence[float]) -> str:
     step = marks[1] - marks[0] if len(marks) > 1 else abs(value)
-    decimals = max(0, -math.floor(math.log10(step) + 1e-9)) if step > 0 else 0
+    # 10^308 is the last power of ten that is a float.
+    decimals = min(308, max(0, -math.floor(math.log10(step) + 1e-9))) if step > 0 else 0
     # A step of 0.25 needs one decimal more than its power of ten says.
     decimals += round(step * 10**decimals, 6) % 1 != 0
     return short(value) if abs(value) >= 1e4 else f"{value:.{decimals}f}"

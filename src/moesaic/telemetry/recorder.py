@@ -3,6 +3,8 @@
 T tokens, E experts, M domains, R routed rows.
 """
 
+from collections.abc import Collection
+
 import torch
 from torch import Tensor
 
@@ -38,6 +40,7 @@ class _LayerSums:
         self.entropy: Tensor | float = 0.0
         self.dropped_rows = 0
         self.lost_tokens: Tensor | int = 0
+        self.has_heard = False
 
     def add(self, decision: RoutingDecision, domains_T: Tensor | int | None) -> None:
         rows, num_experts = decision.chosen, self.counts_E.numel()
@@ -46,7 +49,7 @@ class _LayerSums:
                 f"layer {self.layer} routes over {rows.num_experts} experts and the recorder was made for "
                 f"{num_experts}; make one with LoadRecorder.for_model(model.config)"
             )
-        counts_E = rows.counts_E
+        self.has_heard, counts_E = True, rows.counts_E
         self.counts_E += counts_E
         # The sums stay tensors until the step ends: reading a mask here would wait for the device.
         self.num_tokens = self.num_tokens + (rows.num_tokens if decision.mask_T is None else decision.mask_T.sum())
@@ -86,7 +89,7 @@ class LoadRecorder(RoutingTape):
     """A routing tape that adds up loads instead of keeping decisions, until `finish_step`.
 
     num_experts_by_layer: layer index -> E, for the layers that route. top_k: experts a token, one
-    for all layers or one for each.
+    for all layers or one for each. optional: layers that need not run, such as those that predict further tokens.
     num_domains: M > 0 to count domains apart; say whose tokens come next with `set_domains`.
     It only reads: results with and without it are the same bits. It hears each forward once, also where activations
     are computed again in the backward pass (see `train.recompute`).
@@ -98,26 +101,32 @@ class LoadRecorder(RoutingTape):
         top_k: int | dict[int, int],
         *,
         num_domains: int = 0,
+        optional: Collection[int] = (),
         replay: dict[int, Rows] | None = None,
     ) -> None:
         super().__init__(replay)
         self.num_experts_by_layer = dict(sorted(num_experts_by_layer.items()))
         self.top_k_by_layer = dict.fromkeys(self.num_experts_by_layer, top_k) if isinstance(top_k, int) else top_k
-        self.num_domains = num_domains
+        self.num_domains, self.optional = num_domains, frozenset(optional)
         self.step = 0
         self._domains_T: Tensor | int | None = None
         self._reset()
 
     @classmethod
     def for_model(cls, config: ModelConfig, *, num_domains: int = 0) -> "LoadRecorder":
-        """A recorder for all routed layers of a model. A dense model's recorder hears nothing."""
+        """A recorder for all routed layers of a model, those that predict further tokens included.
+
+        A dense model's recorder hears nothing.
+        """
         routers = {
             index: layer.feed_forward.router
-            for index, layer in enumerate(config.layers)
+            for index, layer in enumerate(config.every_layer)
             if isinstance(layer.feed_forward, MoeConfig)
         }
         num_experts = {index: router.num_experts for index, router in routers.items()}
-        return cls(num_experts, {index: router.top_k for index, router in routers.items()}, num_domains=num_domains)
+        top_k = {index: router.top_k for index, router in routers.items()}
+        further = range(len(config.layers), len(config.every_layer))
+        return cls(num_experts, top_k, num_domains=num_domains, optional=further)
 
     def set_domains(self, domains: Tensor | int | None) -> None:
         """Say which domain the next forward's tokens belong to: one id for all, or an integer tensor of B x S ids.
@@ -141,9 +150,13 @@ class LoadRecorder(RoutingTape):
             self._sums[layer].add(decision, self._domains_T)
 
     def finish_step(self, step: int | None = None) -> StepLoad:
-        """The loads of everything heard since the last call, then start anew. Steps number themselves from 1."""
+        """The loads of everything heard since the last call, then start anew. Steps number themselves from 1.
+
+        Optional layers that did not run are not in it.
+        """
         self.step = self.step + 1 if step is None else step
-        load = StepLoad(step=self.step, layers=tuple(sums.load() for sums in self._sums.values()))
+        heard = (sums for layer, sums in self._sums.items() if sums.has_heard or layer not in self.optional)
+        load = StepLoad(step=self.step, layers=tuple(sums.load() for sums in heard))
         self._reset()
         return load
 

@@ -8,19 +8,19 @@ from torch import Tensor
 from moesaic.config.router import ReluSettings
 from moesaic.errors import NonFiniteError
 from moesaic.layers.moe import MoeLayer
-from moesaic.models.decoder import Decoder
+from moesaic.models.build import Model
 from moesaic.routing.balancers import BALANCE_LOSSES, move_penalty, update_selection_bias
 from moesaic.train.counts import StepCounts
 from moesaic.train.loss import penalties
 from moesaic.train.recipe import TrainSettings
 
 
-def move_balance(model: Decoder, settings: TrainSettings, counts: StepCounts, rate: float) -> None:
+def move_balance(model: Model, settings: TrainSettings, counts: StepCounts, rate: float) -> None:
     """Move selection biases by `rate`, and penalties that a loss multiplies, by what the whole step chose."""
     adapts = any(BALANCE_LOSSES[name].own_coefficient for name, _ in settings.balance_losses)
     own = penalties(model) if adapts else {}
     for layer in model.modules():
-        if not isinstance(layer, MoeLayer):
+        if not isinstance(layer, MoeLayer) or layer.layer not in counts.so_far:  # some did not take part
             continue
         counts_E, router = counts.so_far[layer.layer], layer.router
         if router.selection_bias is not None:
@@ -32,10 +32,11 @@ def move_balance(model: Decoder, settings: TrainSettings, counts: StepCounts, ra
                 centered=settings.selection_bias_centered,
             )
         if layer.layer in own and isinstance(router.config.settings, ReluSettings):
-            move_penalty(own[layer.layer], counts_E, counts.num_tokens, router.config.top_k, router.config.settings)
+            num_tokens = counts.num_tokens[layer.layer]
+            move_penalty(own[layer.layer], counts_E, num_tokens, router.config.top_k, router.config.settings)
 
 
-def running_statistics(model: Decoder) -> list[Tensor]:
+def running_statistics(model: Model) -> list[Tensor]:
     """The running means and variances of routers whose logits are normalised; the very buffers."""
     routers = [layer.router for layer in model.modules() if isinstance(layer, MoeLayer)]
     found = [buffer for router in routers for buffer in (router.running_mean, router.running_var)]
@@ -43,7 +44,7 @@ def running_statistics(model: Decoder) -> list[Tensor]:
 
 
 @contextmanager
-def statistics_kept_on_failure(model: Decoder) -> Iterator[None]:
+def statistics_kept_on_failure(model: Model) -> Iterator[None]:
     """Puts running statistics back when the block raises NonFiniteError: they move in forward passes."""
     statistics = running_statistics(model)
     before = [buffer.clone() for buffer in statistics]
@@ -55,7 +56,7 @@ def statistics_kept_on_failure(model: Decoder) -> Iterator[None]:
         raise
 
 
-def with_own(coefficients: dict[str, float], model: Decoder) -> dict[str, float]:
+def with_own(coefficients: dict[str, float], model: Model) -> dict[str, float]:
     """Coefficients, times the mean of the layers' own where a loss has these."""
     own = [float(penalty) for penalty in penalties(model).values()]
     return {

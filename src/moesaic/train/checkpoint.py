@@ -6,7 +6,7 @@ from types import TracebackType
 from typing import Any
 
 from moesaic.hub.saving import SavesItself
-from moesaic.models.decoder import Decoder
+from moesaic.models.build import Model
 from moesaic.train.optimizer import Optimizer
 from moesaic.train.resume import RunFolder
 from moesaic.train.snapshot import Snapshot
@@ -34,7 +34,7 @@ class CheckpointWriter:
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 
-    def save(self, model: Decoder, optimizer: Optimizer, facts: dict[str, Any]) -> None:
+    def save(self, model: Model, optimizer: Optimizer, facts: dict[str, Any]) -> None:
         """Write everything that the step after `facts["step"]` needs.
 
         Raises CheckpointError or RunFolderError when the disk says no, or said so last time; earlier checkpoints stay.

@@ -11,6 +11,7 @@ from moesaic.data.loader import Packed
 from moesaic.engine.generate import generate
 from moesaic.evaluate.perplexity import HeldOutLoss, held_out_load, held_out_loss
 from moesaic.hub.saving import SavesItself
+from moesaic.models.build import decoder_only
 from moesaic.models.decoder import Decoder
 from moesaic.telemetry.load import StepLoad
 from moesaic.telemetry.report_data import HeldOut, ModelResult
@@ -110,7 +111,7 @@ def train_contender(
     )
     history = trainer.train(listener)
     peak = peak_memory_bytes()
-    model = trainer.final_model().eval()
+    model = decoder_only(trainer.final_model(), "the comparison with twins").eval()
     seen: dict[str, Any] = {
         "sequence_length": settings.sequence_length,
         "document_attention": trainer.data.document_attention,

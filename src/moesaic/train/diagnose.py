@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moesaic.models.decoder import Decoder
+from moesaic.models.build import Model
 from moesaic.routing import RoutingDecision
+from moesaic.train.micro_batches import Source
 
 
 class _NotFiniteError(Exception):
@@ -19,7 +20,14 @@ class _NotFiniteError(Exception):
 
 
 @torch.no_grad()
-def first_nonfinite(model: Decoder, inputs_BS: Tensor, document_ids_BS: Tensor | None = None) -> str:
+def first_nonfinite(
+    model: Model,
+    inputs_BS: Tensor,
+    document_ids_BS: Tensor | None = None,
+    *,
+    mask_BS: Tensor | None = None,
+    source: Source | None = None,
+) -> str:
     """Names, in order of execution, the first module of which a weight or an output is not finite.
 
     For example "layers.3.feed_forward.experts: weight gate_up is nan" or "layers.2.attention: output is inf". Where
@@ -28,7 +36,8 @@ def first_nonfinite(model: Decoder, inputs_BS: Tensor, document_ids_BS: Tensor |
     """
     try:
         with _checked(model):
-            hidden_BSD = model.hidden(inputs_BS, document_ids_BS=document_ids_BS)
+            beside: dict[str, Any] = {"document_ids_BS": document_ids_BS} if source is None else source._asdict()
+            hidden_BSD = model.hidden(inputs_BS, mask_BS, **beside)
         _check("the head", "weight", model.head_weight)
         for row_SD in hidden_BSD:
             _check("the head", "output", model.logits(row_SD))
@@ -39,7 +48,7 @@ def first_nonfinite(model: Decoder, inputs_BS: Tensor, document_ids_BS: Tensor |
 
 
 @contextmanager
-def _checked(model: Decoder) -> Iterator[None]:
+def _checked(model: Model) -> Iterator[None]:
     names = dict(model.named_modules())
     handles = []
     for name, module in names.items():
@@ -92,7 +101,7 @@ def _fault(tensor: Tensor) -> str | None:
     return "nan" if torch.isnan(tensor).any() else "inf"
 
 
-def _first_weight(model: Decoder) -> str | None:
+def _first_weight(model: Model) -> str | None:
     try:
         _check_weights("", model, recurse=True)
     except _NotFiniteError as found:
@@ -100,7 +109,7 @@ def _first_weight(model: Decoder) -> str | None:
     return None
 
 
-def _first_gradient(model: Decoder) -> str | None:
+def _first_gradient(model: Model) -> str | None:
     """The last parameter of the model with a broken gradient: backward came there first."""
     for name, parameter in reversed(list(model.named_parameters())):
         for gradient in (parameter.grad, getattr(parameter, "grad_buffer", None)):

@@ -14,18 +14,20 @@ from typing import Any
 
 import torch
 
-from moesaic.data.loader import Batch, Batches, Packed
+from moesaic.data.packed import Packed
+from moesaic.data.translation import Pairs
 from moesaic.errors import CheckpointError, MoesaicError, NonFiniteError, RunFolderError
-from moesaic.evaluate.perplexity import HeldOutLoss, held_out_loss
+from moesaic.evaluate.perplexity import HeldOutLoss
 from moesaic.hub.saving import SavesItself
 from moesaic.layers.moe import capacity_applied
-from moesaic.models.decoder import Decoder
+from moesaic.models.build import Model
 from moesaic.telemetry.load import StepLoad
 from moesaic.telemetry.recorder import LoadRecorder
 from moesaic.train.checkpoint import CheckpointWriter
 from moesaic.train.diagnose import first_nonfinite
 from moesaic.train.interrupt import Interrupted, StopRequest, stop_on_signals
 from moesaic.train.memory import peak_memory_bytes
+from moesaic.train.micro_batches import AnyBatch, tensors_of
 from moesaic.train.optimizer import Optimizer, restore_state
 from moesaic.train.random_state import undisturbed
 from moesaic.train.recipe import DataSettings, TrainSettings
@@ -33,20 +35,22 @@ from moesaic.train.reports import Evaluation, History, Listener, StepReport, met
 from moesaic.train.resume import RunFolder, refuse_differences
 from moesaic.train.snapshot import copied
 from moesaic.train.step import Stepper
+from moesaic.train.task import task_of
 
 
 @dataclass
 class Trainer:
     """One model in training. `stop_after` ends a run early while its schedule keeps the full length.
 
+    packed: what `data.task` learns from: packed text, or Pairs for translation.
     run: where checkpoints and metrics go; without one nothing is written.
     keep_reports: how many of the last steps' reports `train` returns, each with its loads; None: all.
     say: told, a line at a time, what a person at the keyboard should know.
     """
 
-    model: Decoder
+    model: Model
     settings: TrainSettings
-    packed: Packed
+    packed: Packed | Pairs
     data: DataSettings = field(default_factory=DataSettings)
     run: RunFolder | None = None
     tokenizer: SavesItself | None = None
@@ -57,20 +61,13 @@ class Trainer:
     def __post_init__(self) -> None:
         self.stepper = Stepper(self.model, self.settings, document_attention=self.data.document_attention)
         self.step = 0
+        self.tokens = 0
         self.seconds = 0.0
         self._writer: CheckpointWriter | None = None
-        num_domains = len(self.packed.domains)
+        self.task = task_of(self.packed, self.settings, self.data, self.model.config)
+        self.batches = self.task.batches
+        num_domains = len(self.task.names)
         self.recorder: LoadRecorder | None = LoadRecorder.for_model(self.model.config, num_domains=num_domains)
-        settings = self.settings
-        self.batches = Batches(
-            self.packed,
-            settings.batch_size,
-            settings.sequence_length,
-            settings.seed,
-            self.data.weights,
-            epochs=self.data.epochs,
-            num_batches=settings.steps * settings.micro_batches,
-        )
 
     @property
     def optimizer(self) -> Optimizer:
@@ -101,7 +98,7 @@ class Trainer:
         weights = saved.load_weights()
         restore_state(self.model, self.optimizer, saved.load_optimizer_tensors())  # first, for it may refuse
         self.model.load_state_dict(weights)
-        self.step, self.seconds = facts["step"], facts["seconds"]
+        self.step, self.seconds, self.tokens = facts["step"], facts["seconds"], facts["tokens"]
         saved.restore_random_state()
         return True
 
@@ -140,21 +137,23 @@ class Trainer:
             where = self._first_nonfinite(micro_batches[error.micro_batch or 0])
             raise self._stopped(f"the {error.what} is {error.value} at step {self.step + 1}: {where}") from error
         self.step += 1
+        self.tokens += result.num_tokens
         seconds = time.perf_counter() - started
         self.seconds += seconds
         return StepReport(
             step=self.step,
-            tokens=self.step * settings.tokens_per_step,
+            tokens=self.tokens,
             seconds=self.seconds,
             loss=result.loss,
             balance=result.balance,
             learning_rate=result.learning_rate,
             gradient_norm=result.gradient_norm,
-            tokens_per_s=settings.tokens_per_step / seconds,
+            tokens_per_s=result.num_tokens / seconds,
             peak_memory_bytes=peak_memory_bytes(),
             load=result.load or StepLoad(step=self.step, layers=()),
             coefficients=result.coefficients,
             selection_bias_rate=result.selection_bias_rate,
+            mtp=result.mtp,
             first_pass_s=result.first_pass_s,
         )
 
@@ -170,17 +169,16 @@ class Trainer:
         if self.settings.ema_decay:
             with self.optimizer.averaged_weights():
                 ema_loss = self._held_out_loss(max_tokens)
-        tokens = self.step * self.settings.tokens_per_step
         return Evaluation(
             step=self.step,
-            tokens=tokens,
+            tokens=self.tokens,
             seconds=self.seconds,
             loss=loss,
             ema_loss=ema_loss,
             capacity_loss=capacity_loss,
         )
 
-    def final_model(self) -> Decoder:
+    def final_model(self) -> Model:
         """What the run is for: the average of the weights where the recipe keeps one, else the model itself."""
         if not self.settings.ema_decay:
             return self.model
@@ -260,10 +258,9 @@ class Trainer:
 
     def _identity(self) -> dict[str, Any]:
         """What must be the same for a checkpoint to be one of this run, as JSON."""
-        tokens = {domain.name: len(domain.train) for domain in self.packed.domains}
         parts = {
             "train": dataclasses.asdict(self.settings),
-            "data": {**dataclasses.asdict(self.data), "digest": self.packed.digest, "tokens": tokens},
+            "data": {**dataclasses.asdict(self.data), "digest": self.packed.digest, **self.task.facts},
             "model": dataclasses.asdict(self.model.config),
         }
         return json.loads(json.dumps(parts))
@@ -273,6 +270,7 @@ class Trainer:
         return {
             "step": self.step,
             "seconds": self.seconds,
+            "tokens": self.tokens,
             "next_sample": self._first_sample(self.step),
             "held_out_bits_per_byte": score if math.isfinite(score) else None,
             "run": self._identity(),
@@ -280,17 +278,17 @@ class Trainer:
 
     def _held_out_loss(self, max_tokens: int) -> HeldOutLoss:
         with undisturbed():
-            return held_out_loss(
-                self.model,
-                self.packed,
-                sequence_length=self.settings.sequence_length,
-                max_tokens=max_tokens,
-                document_attention=self.data.document_attention,
-            )
+            return self.task.held_out_loss(self.model, max_tokens)
 
-    def _first_nonfinite(self, batch: Batch) -> str:
-        documents_BS = torch.from_numpy(batch.document_ids_BS) if self.data.document_attention else None
-        return first_nonfinite(self.model, torch.from_numpy(batch.inputs_BS), documents_BS)
+    def _first_nonfinite(self, batch: AnyBatch) -> str:
+        tensors = tensors_of(batch, self.data.document_attention)
+        return first_nonfinite(
+            self.model,
+            tensors.inputs_BS,
+            tensors.document_ids_BS,
+            mask_BS=tensors.mask_BS,
+            source=tensors.source,
+        )
 
     def _save(self, writer: CheckpointWriter, evaluation: Evaluation | None) -> None:
         """A checkpoint of this moment; never of a broken one, which would push a good one out."""

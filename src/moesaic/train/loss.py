@@ -14,11 +14,14 @@ from moesaic.config import ModelConfig, MoeConfig
 from moesaic.config.router import RouterConfig
 from moesaic.kernels import ops
 from moesaic.layers.moe import MoeLayer
+from moesaic.models.build import Model
 from moesaic.models.decoder import Decoder
 from moesaic.routing import RoutingDecision, RoutingTape
 from moesaic.routing.balancers import BALANCE_LOSSES, BalanceLoss
 from moesaic.train.counts import StepCounts
+from moesaic.train.further_tokens import hidden_and_targets
 from moesaic.train.gradients import add_gradient, has_buffer
+from moesaic.train.micro_batches import Source
 
 # Logits in memory at a time (16 MiB in fp32). But never fewer rows than D: the head's gradient is read and written once
 # for every chunk of rows, which only that many multiplications make cheap, and their logits are no larger than it.
@@ -110,23 +113,27 @@ def linear_cross_entropy(x_TD: Tensor, weight_VD: Tensor, targets_T: Tensor, bia
 
 
 class Losses(NamedTuple):
-    """cross_entropy: nats a token. penalty: the sum of the balance losses times their coefficients.
+    """cross_entropy: nats a target. penalty: the sum of the balance losses times their coefficients.
 
-    balance: each balance loss, the mean of the layers'.
+    balance: each balance loss, the mean of the layers'. mtp: of each layer that predicts further tokens, its summed
+    cross-entropy over the number of the model's own targets (DeepSeek-V3, arXiv:2412.19437, eq. 24).
+    prediction: cross_entropy, and the mean of `mtp` times its coefficient (eq. 25).
     """
 
     cross_entropy: Tensor
     penalty: Tensor
     balance: dict[str, Tensor]
+    mtp: tuple[Tensor, ...]
+    prediction: Tensor
 
     @property
     def total(self) -> Tensor:
         """What is minimised."""
-        return self.cross_entropy + self.penalty
+        return self.prediction + self.penalty
 
 
 def losses(
-    model: Decoder,
+    model: Model,
     inputs_BS: Tensor,
     targets_BS: Tensor,
     balance_losses: Sequence[tuple[str, float]],
@@ -134,42 +141,66 @@ def losses(
     *,
     mask_BS: Tensor | None = None,
     document_ids_BS: Tensor | None = None,
-    hidden: Callable[..., Tensor] | None = None,
+    source: Source | None = None,
+    mtp_coefficient: float = 0.0,
+    carried: Callable[..., Tensor] | None = None,
     counts: StepCounts | None = None,
+    shares: Sequence[float] | None = None,
 ) -> Losses:
     """One batch's losses; each balance loss is computed per layer, then averaged. `tape` hears the routing.
 
-    mask_BS: true where there is a token; None when everywhere. hidden: stands for `model.hidden` (a compiled one).
+    mask_BS: true where there is a token; None when everywhere. source: what an encoder-decoder reads.
+    mtp_coefficient: of the layers that predict further tokens, which do not run at 0. carried: stands for
+    `model.carried` (a compiled one).
     counts: of the step that this batch is a part of; it is added to them. None: the batch is the whole step.
+    shares: the part of the step's tokens that each layer sees in this batch, by which its balance losses count.
     """
-    hidden_BSD = (hidden or model.hidden)(inputs_BS, mask_BS, tape=tape, document_ids_BS=document_ids_BS)
-    x_TD, targets_T = hidden_BSD.flatten(0, 1), targets_BS.flatten()
+    beside: dict[str, Any] = {"document_ids_BS": document_ids_BS} if source is None else source._asdict()
+    h_0 = (carried or model.carried)(inputs_BS, mask_BS, tape=tape, **beside)
+    x_TD, targets_T = model.before_head(h_0).flatten(0, 1), targets_BS.flatten()
     cross_entropy = linear_cross_entropy(x_TD, model.head_weight, targets_T, model.head_bias)
+    mtp, prediction = [], cross_entropy
+    if mtp_coefficient and isinstance(model, Decoder):
+        places = {"mask_BS": mask_BS, "document_ids_BS": document_ids_BS}
+        for ahead in hidden_and_targets(model, h_0, inputs_BS, targets_BS, tape, **places):
+            mtp.append(_further_cross_entropy(model, *ahead, num_targets=int((targets_T >= 0).sum())))
+            prediction = prediction + mtp[-1] * (mtp_coefficient / len(model.mtp))
     counts = counts or StepCounts()
     counts.add(tape.decisions)
     penalty, balance = torch.zeros_like(cross_entropy), {}
     for name, coefficient in balance_losses if tape.decisions else ():
         loss = BALANCE_LOSSES[name]
-        by_layer = _by_layer(loss, model.config, tape.decisions, counts)
+        by_layer = _by_layer(loss, model.config, tape.decisions, counts, shares)
         balance[name] = torch.stack(list(by_layer.values())).mean()
         if coefficient:
             penalty = penalty + coefficient * _mean_times_own(loss, model, by_layer)
-    return Losses(cross_entropy, penalty, balance)
+    return Losses(cross_entropy, penalty, balance, tuple(mtp), prediction)
+
+
+def _further_cross_entropy(model: Decoder, ahead_BSD: Tensor, targets_BS: Tensor, *, num_targets: int) -> Tensor:
+    """Summed over a further layer's targets, over the number of the model's own."""
+    targets_T = targets_BS.flatten()
+    mean = linear_cross_entropy(ahead_BSD.flatten(0, 1), model.head_weight, targets_T, model.head_bias)
+    return mean * ((targets_T >= 0).sum() / max(1, num_targets))
 
 
 def _by_layer(
-    loss: BalanceLoss, config: ModelConfig, decisions: Mapping[int, RoutingDecision], counts: StepCounts
+    loss: BalanceLoss,
+    config: ModelConfig,
+    decisions: Mapping[int, RoutingDecision],
+    counts: StepCounts,
+    shares: Sequence[float] | None,
 ) -> dict[int, Tensor]:
-    """The loss of each layer that takes it."""
+    """The loss of each layer that takes it, times the layer's share."""
     routers = routers_of(config)
     return {
-        layer: loss.of(decision, counts.of(loss.scope, layer))
+        layer: loss.of(decision, counts.of(loss.scope, layer)) * (1.0 if shares is None else shares[layer])
         for layer, decision in decisions.items()
         if loss.refusal(routers[layer]) is None
     }
 
 
-def _mean_times_own(loss: BalanceLoss, model: Decoder, by_layer: Mapping[int, Tensor]) -> Tensor:
+def _mean_times_own(loss: BalanceLoss, model: Model, by_layer: Mapping[int, Tensor]) -> Tensor:
     """The mean over layers, each times its own coefficient where it has one."""
     if not loss.own_coefficient:
         return torch.stack(list(by_layer.values())).mean()
@@ -178,12 +209,12 @@ def _mean_times_own(loss: BalanceLoss, model: Decoder, by_layer: Mapping[int, Te
 
 
 def routers_of(config: ModelConfig) -> dict[int, RouterConfig]:
-    """The routers of a model, by layer."""
-    parts = {index: layer.feed_forward for index, layer in enumerate(config.layers)}
+    """The routers of a model, by the number of the layer."""
+    parts = {index: layer.feed_forward for index, layer in enumerate(config.every_layer)}
     return {index: part.router for index, part in parts.items() if isinstance(part, MoeConfig)}
 
 
-def penalties(model: Decoder) -> dict[int, Tensor]:
+def penalties(model: Model) -> dict[int, Tensor]:
     """The coefficients that ReLU routers keep for themselves, by layer; the very buffers."""
     layers = [module for module in model.modules() if isinstance(module, MoeLayer)]
     return {

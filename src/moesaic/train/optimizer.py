@@ -10,7 +10,7 @@ from torch import Tensor
 from moesaic.errors import CheckpointError, ConfigError
 from moesaic.kernels import ops
 from moesaic.kernels.adam import AdamStep
-from moesaic.models.decoder import Decoder
+from moesaic.models.build import Model
 from moesaic.train.ema import WeightAverage
 from moesaic.train.gradients import Gradients
 from moesaic.train.muon import Muon
@@ -63,7 +63,7 @@ class Optimizer:
     Building it brings the model's weights to the settings' precision, in place.
     """
 
-    def __init__(self, model: Decoder, settings: TrainSettings) -> None:
+    def __init__(self, model: Model, settings: TrainSettings) -> None:
         self.settings = settings
         self.weights = trained_weights(model, settings.precision)
         # A compiled backward pass knows nothing of buffers: ordinary gradients there.
@@ -108,14 +108,14 @@ class Optimizer:
                 yield f"{weight.name}|ema", self.average.of(weight)
 
 
-def written_in_place(model: Decoder) -> list[torch.nn.Parameter]:
+def written_in_place(model: Model) -> list[torch.nn.Parameter]:
     """The parameters whose gradient is written straight into a buffer: the experts' and the head's."""
     roles = {spec.name: spec.role for spec in model.config.tensors()}
     head = model.head_weight
     return [parameter for name, parameter in model.named_parameters() if roles[name] == "experts" or parameter is head]
 
 
-def _rule(model: Decoder, weight: Weight, settings: TrainSettings) -> Rule:
+def _rule(model: Model, weight: Weight, settings: TrainSettings) -> Rule:
     """Muon for the matrices of layers; AdamW for the rest. Matrices decay; norms, biases and embeddings do not."""
     is_matrix = weight.master.dim() >= 2 and weight.role != "embedding" and not weight.name.endswith("_bias")
     weight_decay = settings.weight_decay if is_matrix else 0.0
@@ -135,13 +135,13 @@ def _matrix_shape(weight: Weight) -> tuple[int, int]:
     return (rows // 2, columns) if weight.name.endswith(".gate_up") else (rows, columns)
 
 
-def named_state(model: Decoder, optimizer: Optimizer) -> Iterator[tuple[str, Tensor]]:
+def named_state(model: Model, optimizer: Optimizer) -> Iterator[tuple[str, Tensor]]:
     """Every tensor the optimizer keeps, as (parameter name + "|" + its name there, tensor itself, not a copy)."""
     return optimizer.state()
 
 
 @torch.no_grad()
-def restore_state(model: Decoder, optimizer: Optimizer, tensors: dict[str, Tensor]) -> None:
+def restore_state(model: Model, optimizer: Optimizer, tensors: dict[str, Tensor]) -> None:
     """The inverse of `named_state`, in place; rounded weights are made from their masters again.
 
     Raises CheckpointError when these are not the tensors that this optimizer keeps; then none has changed.

@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from moesaic.models.decoder import Decoder
+from moesaic.models.build import Model
 from moesaic.tensor_spec import Role
 
 Precision = Literal["fp32", "bf16"]
@@ -15,7 +15,8 @@ Precision = Literal["fp32", "bf16"]
 # The router layer multiplies in fp32 whatever its weight's dtype is, and the weight is tiny: rounding it would cost
 # nothing less and let masters and weights choose different experts. Norm weights do become bf16: the kernel that does
 # the norm's arithmetic in fp32 takes rows and weight of one dtype, and the master keeps what rounding hides.
-_ALWAYS_FP32: tuple[Role, ...] = ("router",)
+# What residual streams are mixed by is fp32 in every model.
+_ALWAYS_FP32: tuple[Role, ...] = ("router", "residual")
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,7 +63,7 @@ class Copies:
             self.average.view(-1)[part].lerp_(moved, self.newest)
 
 
-def trained_weights(model: Decoder, precision: Precision) -> tuple[Weight, ...]:
+def trained_weights(model: Model, precision: Precision) -> tuple[Weight, ...]:
     """The model's weights, brought to `precision` in place; masters begin as the weights were before rounding.
 
     Buffers (selection biases) stay as they are.
@@ -70,7 +71,7 @@ def trained_weights(model: Decoder, precision: Precision) -> tuple[Weight, ...]:
     return tuple(_trained_weights(model, precision))
 
 
-def _trained_weights(model: Decoder, precision: Precision) -> Iterator[Weight]:
+def _trained_weights(model: Model, precision: Precision) -> Iterator[Weight]:
     roles: dict[str, Role] = {spec.name: spec.role for spec in model.config.tensors()}
     for name, parameter in model.named_parameters():
         role = roles[name]

@@ -31,6 +31,8 @@ class TrainSettings:
     precision: "fp32", or "bf16" (weights and activations; masters and moments stay fp32).
     recompute: "none", or "layers" (activations are computed again in backward, with the routing replayed).
     ema_decay: of an exponential moving average of the weights, kept beside them; 0 keeps none.
+    mtp_coefficient: of the mean loss of the layers that predict further tokens, where a model has them (DeepSeek-V3,
+    arXiv:2412.19437, eq. 25, where it is 0.3 and later 0.1); at 0 they stay as they are.
     balance_losses: (name of `routing.balancers.BALANCE_LOSSES`, coefficient) pairs, each averaged over layers.
     selection_bias_rate: how far selection biases move a step, for routers that have one. selection_bias_rule: "sign",
     or "proportional" (times (mean - load) / mean). selection_bias_centered: the mean of each move is taken off it.
@@ -57,6 +59,7 @@ class TrainSettings:
     recompute: Literal["none", "layers"] = "none"
     compile: bool = False
     ema_decay: float = 0.0
+    mtp_coefficient: Scheduled = 0.3
     balance_losses: tuple[tuple[str, Scheduled], ...] = (("switch", 0.01),)
     selection_bias_rate: Scheduled = 0.001
     selection_bias_rule: Literal["sign", "proportional"] = "sign"
@@ -85,12 +88,20 @@ class TrainSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class DataSettings:
-    """Which text, in what shares.
+    """Which text, in what shares, and what is to be learnt of it.
 
+    task: "causal" (each token from those before it); for encoder-decoders "span_corruption" (what was taken out of a
+    text, as T5 does it: the part `noise_density` of its tokens, in spans of `mean_span_length` tokens on average), or
+    "translation" (of pairs of texts; then domains are directions, such as "en-fr").
     weights: "proportional" to tokens, "uniform", or domain -> weight (domains not named get none).
     epochs: domain -> how many times the whole run passes over it, instead of weights.
-    document_attention: whether a token sees only its own document; otherwise its whole window.
+    document_attention: whether a token sees only its own document; otherwise its whole window (always, where an encoder
+    reads it).
     """
+
+    task: Literal["causal", "span_corruption", "translation"] = "causal"
+    noise_density: float = 0.15
+    mean_span_length: float = 3.0
 
     weights: Literal["proportional", "uniform"] | dict[str, float] = "proportional"
     epochs: dict[str, float] | None = None
@@ -98,6 +109,10 @@ class DataSettings:
 
     def __post_init__(self) -> None:
         settle(self, "data")
+        if not 0 < self.noise_density < 1:
+            raise ConfigError(f"data.noise_density={self.noise_density}; it must be above 0 and below 1")
+        if self.mean_span_length < 1:
+            raise ConfigError(f"data.mean_span_length={self.mean_span_length}; use 1 or more")
         if self.epochs is not None and self.weights != "proportional":
             raise ConfigError(
                 f"data.weights={self.weights!r} and data.epochs={self.epochs!r} both say how much of each domain is "
@@ -130,7 +145,8 @@ class Recipe:
 
         Raises ConfigError for a model that cannot be, or that cannot be trained by these settings.
         """
-        hf = {"vocab_size": vocab_size, "eos_token_id": eos_token_id, "bos_token_id": None, **self.model}
+        own = {"vocab_size": vocab_size, "eos_token_id": eos_token_id}
+        hf = {**own, "bos_token_id": None, **self.model}
         if isinstance(hf["vocab_size"], int) and hf["vocab_size"] < vocab_size:
             raise ConfigError(
                 f"model.vocab_size={hf['vocab_size']} is smaller than the tokenizer's {vocab_size}; "
@@ -140,11 +156,14 @@ class Recipe:
         if "model_type" not in hf:
             raise ConfigError('a recipe without model.model_type; for example model_type = "qwen3_moe"')
         config = family(hf["model_type"]).from_hf(hf)
+        if config.encoder is not None and "decoder_start_token_id" not in self.model:
+            config = dataclasses.replace(config, decoder_start_token_id=eos_token_id)
         if self.train.sequence_length > config.context_length:
             raise ConfigError(
                 f"train.sequence_length={self.train.sequence_length} is more than "
                 f"model.max_position_embeddings={config.context_length}; shorten the one or raise the other"
             )
+        refuse_unfit_task(self.data, config)
         _refuse_unfit_balance(self.train, config)
         return config
 
@@ -290,12 +309,28 @@ def _check_balance(settings: TrainSettings) -> None:
             raise ConfigError(f"train.balance_losses names {name!r} twice; give one coefficient, or points over steps")
         _check_scheduled(f"train.balance_losses: {name!r}", coefficient)
     _check_scheduled("train.selection_bias_rate", settings.selection_bias_rate)
+    _check_scheduled("train.mtp_coefficient", settings.mtp_coefficient)
+
+
+def refuse_unfit_task(data: DataSettings, config: ModelConfig) -> None:
+    """Raise ConfigError where the task is for another kind of model."""
+    has_encoder, wants_encoder = config.encoder is not None, data.task != "causal"
+    if has_encoder and not wants_encoder:
+        raise ConfigError(
+            f"data.task={data.task!r} is for decoders and {config.family} has an encoder; "
+            "set data.task to 'span_corruption' or 'translation'"
+        )
+    if wants_encoder and not has_encoder:
+        raise ConfigError(
+            f"data.task={data.task!r} needs an encoder-decoder and {config.family} has no encoder; "
+            "use data.task='causal', or model.model_type='switch_transformers' or 'nllb_moe'"
+        )
 
 
 def _refuse_unfit_balance(settings: TrainSettings, config: ModelConfig) -> None:
     from moesaic.routing.balancers import refuse_unfit  # late, for it loads torch
 
-    parts = [layer.feed_forward for layer in config.layers]
+    parts = [layer.feed_forward for layer in config.every_layer]
     routers = [part.router for part in parts if isinstance(part, MoeConfig)]
     refuse_unfit((name for name, _ in settings.balance_losses), routers)
 

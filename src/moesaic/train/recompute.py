@@ -15,8 +15,10 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from moesaic.layers.attention import Sight
+from moesaic.layers.compressed_state import CompressedState
 from moesaic.layers.kv_cache import LayerState
-from moesaic.models.decoder import Decoder, DecoderLayer
+from moesaic.models.build import Model
+from moesaic.models.decoder import DecoderLayer
 from moesaic.routing import RoutingDecision, RoutingTape, TokenFacts
 
 
@@ -38,7 +40,7 @@ def _forward(
     self: DecoderLayer,
     x_BSD: Tensor,
     sight: Sight,
-    state: LayerState | None,
+    state: LayerState | CompressedState | None,
     facts: TokenFacts,
     tape: RoutingTape | None,
 ) -> Tensor:
@@ -71,13 +73,13 @@ class Recomputation:
         self.remove()
 
 
-def recompute_layers(model: Decoder) -> Recomputation:
+def recompute_layers(model: Model) -> Recomputation:
     """Keep only each layer's input while training, and compute its activations again in backward (arXiv:1604.06174).
 
     Results and gradients are the same bits; routing is neither chosen nor heard a second time. Names in the
     state dict do not change, and a copy of the model recomputes its own layers.
     """
-    layers = [layer for layer in model.layers if isinstance(layer, DecoderLayer)]
+    layers = [layer for layer in model.modules() if isinstance(layer, DecoderLayer)]
     for layer in layers:
         layer.forward = MethodType(_forward, layer)  # a bound method: deepcopy binds it to the copy
     return Recomputation(layers)

@@ -21,7 +21,7 @@ class StepReport:
 
     coefficients: what each balance loss was multiplied by. peak_memory_bytes: the most resident memory of the process
     so far. first_pass_s: what of the step's time went into counting its choices beforehand, for balance losses that
-    need them.
+    need them. mtp: the loss of each layer that predicts further tokens.
     """
 
     step: int
@@ -36,6 +36,7 @@ class StepReport:
     tokens_per_s: float
     peak_memory_bytes: int
     load: StepLoad
+    mtp: tuple[float, ...] = ()
     first_pass_s: float = 0.0
 
 
@@ -84,6 +85,7 @@ def metrics_line(report: StepReport, evaluation: Evaluation | None) -> dict[str,
         "tokens": report.tokens,
         "seconds": round(report.seconds, 3),
         "loss": report.loss,
+        **{f"mtp_loss/{depth}": value for depth, value in enumerate(report.mtp, 1)},
         **{f"balance/{name}": value for name, value in report.balance.items()},
         **{f"coefficient/{name}": value for name, value in report.coefficients.items()},
         "selection_bias_rate": report.selection_bias_rate,

@@ -20,7 +20,7 @@ from torch import Tensor
 from moesaic.errors import CheckpointError, ConfigError
 from moesaic.hub.loading import load
 from moesaic.hub.saving import SavesItself, write_checkpoint, write_json, write_tensors
-from moesaic.models.decoder import Decoder
+from moesaic.models.build import Model, build
 from moesaic.train.manifest import damage, write_manifest
 from moesaic.train.optimizer import Optimizer, named_state
 from moesaic.train.random_state import random_state, restore_random_state
@@ -35,13 +35,13 @@ RANDOM = "random.json"
 class Snapshot:
     """A moment of a run in memory. `facts` are JSON and hold at least the step."""
 
-    model: Decoder
+    model: Model
     optimizer_tensors: dict[str, Tensor]
     facts: dict[str, Any]
     random: dict[str, Any]
 
     @classmethod
-    def take(cls, model: Decoder, optimizer: Optimizer, facts: dict[str, Any], *, copy: bool) -> "Snapshot":
+    def take(cls, model: Model, optimizer: Optimizer, facts: dict[str, Any], *, copy: bool) -> "Snapshot":
         """The moment as it is now. With `copy` training may go on while the snapshot is kept; else it must wait."""
         tensors = dict(named_state(model, optimizer))
         if copy:
@@ -63,9 +63,9 @@ class Snapshot:
         write_manifest(folder)
 
 
-def copied(model: Decoder) -> Decoder:
+def copied(model: Model) -> Model:
     """The same weights in memory of their own; nothing else of the model, whatever training has hung on it."""
-    copy = Decoder(model.config, device="meta")
+    copy = build(model.config, device="meta")
     copy.load_state_dict(
         {name: tensor.to("cpu", copy=True) for name, tensor in model.state_dict().items()}, assign=True
     )

@@ -5,15 +5,17 @@ B batch, S sequence, E experts, P ranks.
 
 import math
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from moesaic.data.loader import Batch
 from moesaic.errors import NonFiniteError
+from moesaic.models.build import Model
 from moesaic.models.decoder import Decoder
 from moesaic.parallel import ALONE, Ranks
 from moesaic.routing import RoutingTape
@@ -23,8 +25,9 @@ from moesaic.telemetry.recorder import LoadRecorder
 from moesaic.train.balance import move_balance, running_statistics, statistics_kept_on_failure, with_own
 from moesaic.train.compilation import compiled
 from moesaic.train.counts import StepCounts
+from moesaic.train.further_tokens import hidden_and_targets
 from moesaic.train.loss import losses, routers_of
-from moesaic.train.micro_batches import Share, shares_of, tensors_of
+from moesaic.train.micro_batches import AnyBatch, Share, shares_of, tensors_of
 from moesaic.train.optimizer import Optimizer
 from moesaic.train.over_ranks import average_statistics, sum_gradients
 from moesaic.train.random_state import undisturbed
@@ -39,7 +42,8 @@ class StepResult:
 
     balance: each balance loss, mean over layers and tokens. coefficients: what each was multiplied by (times the mean
     of the layers' own coefficients, for losses that have these).
-    gradient_norm: before clipping. load: None when nobody recorded.
+    mtp: of each layer that predicts further tokens, where they were trained (see `train.loss.Losses`).
+    gradient_norm: before clipping. load: None when nobody recorded. num_tokens: read by the model, sources included.
     first_pass_s: how long it took to count the whole step's choices beforehand; 0 when no loss asked for them.
     """
 
@@ -50,6 +54,8 @@ class StepResult:
     selection_bias_rate: float
     gradient_norm: float
     load: StepLoad | None
+    num_tokens: int
+    mtp: tuple[float, ...] = ()
     first_pass_s: float = 0.0
 
 
@@ -64,14 +70,14 @@ class Stepper:
     """
 
     def __init__(
-        self, model: Decoder, settings: TrainSettings, *, document_attention: bool = True, ranks: Ranks = ALONE
+        self, model: Model, settings: TrainSettings, *, document_attention: bool = True, ranks: Ranks = ALONE
     ) -> None:
         self.model, self.settings, self.document_attention, self.ranks = model, settings, document_attention, ranks
         refuse_unfit((name for name, _ in settings.balance_losses), list(routers_of(model.config).values()))
         self.optimizer = Optimizer(model, settings)
-        self._hidden = compiled(model.hidden) if settings.compile else model.hidden
+        self._carried = compiled(model.carried) if settings.compile else model.carried
 
-    def run(self, step: int, micro_batches: Sequence[Batch], recorder: LoadRecorder | None = None) -> StepResult:
+    def run(self, step: int, micro_batches: Sequence[AnyBatch], recorder: LoadRecorder | None = None) -> StepResult:
         """Step `step`, counted from 0. `recorder` hears the routing and finishes its step as number `step` + 1.
 
         Every target counts the same, and so does every token in the balance losses, however the step is cut into
@@ -83,8 +89,8 @@ class Stepper:
         """
         self.model.train()
         shares = shares_of(micro_batches, self.ranks)
-        whole, first_pass_s = self._first_pass(micro_batches)
-        totals = _Totals(self.coefficients(step), StepCounts(self.ranks, whole))
+        whole, first_pass_s = self._first_pass(step, micro_batches)
+        totals = _Totals(self.coefficients(step), StepCounts(self.ranks, whole), self._num_further(step))
         with statistics_kept_on_failure(self.model), self.optimizer.gradients.collecting():
             for index, (batch, share) in enumerate(zip(micro_batches, shares, strict=True)):
                 self._accumulate(step, index, batch, share, totals, recorder)
@@ -107,6 +113,8 @@ class Stepper:
             selection_bias_rate=bias_rate,
             gradient_norm=float(norm),
             load=self._load(recorder, step + 1),
+            num_tokens=shares[0].step_tokens,
+            mtp=tuple(totals.mtp),
             first_pass_s=first_pass_s,
         )
 
@@ -129,11 +137,15 @@ class Stepper:
             return {}
         return {name: scheduled(value, step) for name, value in self.settings.balance_losses}
 
+    def _num_further(self, step: int) -> int:
+        """How many layers that predict further tokens take part."""
+        return len(self.model.mtp) if scheduled(self.settings.mtp_coefficient, step) else 0
+
     def _accumulate(
         self,
         step: int,
         index: int,
-        batch: Batch,
+        batch: AnyBatch,
         share: Share,
         totals: "_Totals",
         recorder: LoadRecorder | None,
@@ -149,10 +161,13 @@ class Stepper:
                 tape,
                 mask_BS=tensors.mask_BS,
                 document_ids_BS=tensors.document_ids_BS,
-                hidden=self._hidden,
+                source=tensors.source,
+                mtp_coefficient=scheduled(self.settings.mtp_coefficient, step),
+                carried=self._carried,
                 counts=totals.counts,
+                shares=share.by_layer(self.model.config),
             )
-            total = parts.cross_entropy * share.targets + parts.penalty * share.tokens
+            total = parts.prediction * share.targets + parts.penalty
             # Over ranks, so that all of them stop, and none waits for one that did.
             everywhere = self.ranks.sum_(total.detach().clone()).item()
             if not math.isfinite(everywhere):
@@ -160,15 +175,14 @@ class Stepper:
             total.backward()
         totals.loss += parts.cross_entropy.item() * share.targets
         for name, value in parts.balance.items():
-            totals.balance[name] += value.item() * share.tokens
-        if recorder and recorder.num_domains:
-            recorder.set_domains(torch.from_numpy(batch.domain_ids_B).repeat_interleave(batch.inputs_BS.shape[1]))
+            totals.balance[name] += value.item()
+        for index, value in enumerate(parts.mtp):
+            totals.mtp[index] += value.item() * share.targets
         if recorder:
-            for layer, decision in tape.decisions.items():
-                recorder.hear(layer, decision)
+            _tell(recorder, tape, torch.from_numpy(batch.domain_ids_B))
 
     @torch.no_grad()
-    def _first_pass(self, micro_batches: Sequence[Batch]) -> tuple[dict[int, Tensor] | None, float]:
+    def _first_pass(self, step: int, micro_batches: Sequence[AnyBatch]) -> tuple[dict[int, Tensor] | None, float]:
         """The whole step's choices where a loss needs them before the step's end, and the seconds it took.
 
         Routers draw the random numbers that they will draw again. One micro-batch needs no pass of its own: its
@@ -182,7 +196,11 @@ class Stepper:
         with _leaving_no_trace(self.model):
             for batch in micro_batches:
                 tape, tensors = RoutingTape(), tensors_of(batch, self.document_attention)
-                self._hidden(tensors.inputs_BS, tensors.mask_BS, tape=tape, document_ids_BS=tensors.document_ids_BS)
+                places: dict[str, Any] = {"mask_BS": tensors.mask_BS, **tensors.beside}
+                h_0 = self._carried(tensors.inputs_BS, **places, tape=tape)
+                if self._num_further(step) and isinstance(self.model, Decoder):
+                    further = hidden_and_targets(self.model, h_0, tensors.inputs_BS, tensors.targets_BS, tape, **places)
+                    deque(further, maxlen=0)  # to its end: the tape hears them
                 counts.add(tape.decisions)
         return counts.so_far, time.perf_counter() - started
 
@@ -195,8 +213,16 @@ class Stepper:
         return sum_loads(self.ranks.gather(recorder.finish_step(number))) if recorder else None
 
 
+def _tell(recorder: LoadRecorder, tape: RoutingTape, domain_ids_B: Tensor) -> None:
+    """Hand a batch's decisions on. An encoder sees other tokens of each row, and layers that look ahead see fewer."""
+    for layer, decision in tape.decisions.items():
+        if recorder.num_domains:
+            recorder.set_domains(domain_ids_B.repeat_interleave(decision.chosen.num_tokens // len(domain_ids_B)))
+        recorder.hear(layer, decision)
+
+
 @contextmanager
-def _leaving_no_trace(model: Decoder) -> Iterator[None]:
+def _leaving_no_trace(model: Model) -> Iterator[None]:
     """Random numbers and buffers (biases, running means) are after the block what they were before it."""
     before = [(buffer, buffer.clone()) for buffer in model.buffers()]
     try:
@@ -210,13 +236,15 @@ def _leaving_no_trace(model: Decoder) -> Iterator[None]:
 class _Totals:
     """What is added up over a step's micro-batches."""
 
-    def __init__(self, coefficients: dict[str, float], counts: StepCounts) -> None:
+    def __init__(self, coefficients: dict[str, float], counts: StepCounts, num_further: int) -> None:
         self.coefficients, self.counts = coefficients, counts
         self.loss = 0.0
+        self.mtp = [0.0] * num_further
         self.balance = dict.fromkeys(coefficients, 0.0)
 
     def sum_over(self, ranks: Ranks) -> None:
         """Add the other ranks' parts: what is a share of the step here is the step afterwards."""
-        numbers = torch.tensor([self.loss, *self.balance.values()], dtype=torch.float64)
-        self.loss, *balance = ranks.sum_(numbers).tolist()
+        numbers = torch.tensor([self.loss, *self.mtp, *self.balance.values()], dtype=torch.float64)
+        self.loss, *rest = ranks.sum_(numbers).tolist()
+        self.mtp, balance = rest[: len(self.mtp)], rest[len(self.mtp) :]
         self.balance = dict(zip(self.balance, balance, strict=True))

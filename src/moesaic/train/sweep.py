@@ -31,7 +31,10 @@ Axes = dict[str, list[Any]]
 
 @dataclass(frozen=True, kw_only=True)
 class RunResult:
-    """What a finished run has reached. `by_domain` and `bits_per_byte` are of held-out text."""
+    """What a finished run has reached. `by_domain` and `bits_per_byte` are of held-out text.
+
+    other_sources: the bits per byte of an encoder-decoder that is given the sources of other targets; None for others.
+    """
 
     model: str
     steps: int
@@ -40,6 +43,7 @@ class RunResult:
     training_seconds: float
     total_parameters: int
     active_parameters: int
+    other_sources: float | None = None
 
     def to_json(self) -> dict[str, Any]:
         """A JSON-ready tree."""

@@ -10,8 +10,10 @@ from moesaic.errors import ConfigError
 def dense_twin(config: ModelConfig, equal: Literal["active", "total"], family: str = "qwen3") -> ModelConfig:
     """The same model with dense feed-forward blocks, as wide as gives it the MoE's active or total parameters.
 
-    Routers count too, so the widths are rounded to the nearest whole channel. Raises ConfigError for a dense model.
+    Routers count too, so the widths are rounded to the nearest whole channel. Raises ConfigError for a dense model, and
+    for one with an encoder.
     """
+    config.check_decoder_only("a dense twin")
     if not config.moe_layers:
         raise ConfigError("a dense model has no twins; give a model with experts")
     layers = tuple(

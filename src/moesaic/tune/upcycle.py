@@ -25,6 +25,7 @@ from moesaic.hub.loading import load
 from moesaic.hub.resolve import PRESET_WEIGHTS
 from moesaic.hub.saving import is_weight_file, write_checkpoint, write_json
 from moesaic.hub.staging import replaced_folder
+from moesaic.models.build import decoder_only
 from moesaic.models.decoder import Decoder
 from moesaic.models.init import ROUTER_STD
 
@@ -143,7 +144,7 @@ def smollm2_moe(cache: Path | None = None) -> Path:
         return folder
     gguf = embedded_gguf()
     cut = Cut(copies=2, shards=4, top_k=4)
-    dense = load(gguf)
+    dense = decoder_only(load(gguf), "upcycling")
     moe = upcycle(dense, **cut._asdict())
     tokenizer = Tokenizer.from_gguf(read_metadata(gguf))
     difference = function_difference(dense, moe, torch.tensor([tokenizer.encode(MEASURED_ON)]))

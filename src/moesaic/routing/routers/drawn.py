@@ -8,7 +8,7 @@ T tokens, E experts, K choices a token. z are the logits.
 import torch
 from torch import Tensor
 
-from moesaic.config.router import NoisySettings, RouterConfig
+from moesaic.config.router import NoisySettings, RouterConfig, Top2Settings
 from moesaic.routing.routers.router import ROUTERS, Choice, RouterInput, select, softplus, weigh, weigh_by_softmax
 
 
@@ -37,18 +37,28 @@ def gshard_top2(seen: RouterInput, settings: RouterConfig) -> Choice:
     """The two largest of the softmax, the second of them at random (GShard, arXiv:2006.16668, alg. 1).
 
     s = softmax(z); g1, g2 = the two largest, divided by their sum. While training, the second stays with probability
-    min(1, 2 g2); when it goes, g1 remains as it is. Evaluation keeps both.
+    min(1, 2 g2); when it goes, g1 remains as it is. Evaluation keeps both. Other ways to a second: Top2Settings.
     """
+    own = settings.settings
+    assert isinstance(own, Top2Settings)
     scores_TE = torch.softmax(seen.logits_TE, dim=-1)
-    pair_T2 = select(scores_TE, seen._replace(dictated_TM=None), settings)
+    ranked_TE = _second_drawn(scores_TE) if seen.training and own.second == "sampling" else scores_TE
+    pair_T2 = select(ranked_TE, seen._replace(dictated_TM=None), settings)
     if seen.dictated_TM is not None:
         pair_T2 = _completed(seen.dictated_TM, pair_T2)
     weights_T2 = weigh(scores_TE, pair_T2, settings)
-    if seen.training:
+    if seen.training and own.second == "random":
         share_T = weights_T2.detach()[:, 1] / weights_T2.detach().sum(-1)
         goes_T = torch.rand_like(share_T) >= 2 * share_T
         pair_T2 = torch.stack([pair_T2[:, 0], pair_T2[:, 1].masked_fill(goes_T, -1)], dim=1)
     return Choice(pair_T2, weights_T2, scores_TE)
+
+
+def _second_drawn(scores_TE: Tensor) -> Tensor:
+    """Scores by which the best stays the best, and each other is second as often as its score says (Gumbel noise)."""
+    noisy_TE = scores_TE.detach().log() - torch.empty_like(scores_TE).exponential_().log()
+    best_T1 = scores_TE.detach().argmax(-1, keepdim=True)
+    return noisy_TE.scatter(1, best_T1, torch.inf)
 
 
 def _completed(dictated_T2: Tensor, best_T2: Tensor) -> Tensor:

@@ -1,0 +1,214 @@
+"""From files to files with weights rounded to whole numbers, in the format that compressed-tensors and vLLM read.
+
+What is rounded: the matrices of attention, MLPs, routed and shared experts, and the head where the files have one of its
+own. What stays: embeddings, norms, routers, shared experts' gates, biases, convolutions; and whole indexers and
+compressors, which choose what is attended to as routers choose experts, so that a small error is another choice.
+MLA's projections are rounded, the second expansion (`kv_b_proj`) too, though layers read it as a tensor: it is unpacked
+as it is read.
+"""
+
+import os
+import re
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from moesaic import families
+from moesaic.errors import ConfigError
+from moesaic.hub.checkpoint import CONFIG, read_json
+from moesaic.hub.encodings import Plain
+from moesaic.hub.layouts import fused
+from moesaic.hub.packed_ints import SCALES
+from moesaic.hub.quantization import IntGroups, describe_ints
+from moesaic.hub.resolve import weights_place
+from moesaic.hub.saving import SavesItself
+from moesaic.hub.sources import GgufWeights, SafetensorsFolder, open_source
+from moesaic.hub.stored import DTYPES
+from moesaic.hub.streaming import Converted, convert
+from moesaic.hub.targets import NEVER_PACKED, Target
+from moesaic.hub.values import Part
+from moesaic.kernels.blocks import GROUPS
+from moesaic.quantize.apply import BITS, GROUP
+from moesaic.quantize.encoding import RoundedInts, Squares
+from moesaic.quantize.rounding import Bits
+from moesaic.tensor_spec import Role
+
+KEPT = 16
+"""Bits of a head that stays as it is."""
+_ROUNDED: tuple[Role, ...] = ("attention", "mlp", "experts", "shared_experts", "head")
+_CHOOSERS = (".indexer.", ".compressor.", "relative_attention_bias")
+_EXPERTS = r"re:.*\.experts\.\d+\..*"
+_HEAD = r"re:.*lm_head$"
+_STATED = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+_LAYER = re.compile(r"(.*?)\blayers\.(\d+)\.")
+
+
+class RoundedTensor(NamedTuple):
+    """What became of one matrix. layer: its stack and number, as "3" or "encoder 3"; expert: None for all others."""
+
+    name: str
+    layer: str | None
+    role: Role
+    expert: int | None
+    numel: int
+    num_bytes: int
+    bits: Bits
+    squares: Squares
+
+    @property
+    def error(self) -> float:
+        """|w - q| over |w|, 2-norms."""
+        return self.squares.relative
+
+
+class QuantizedCheckpoint(NamedTuple):
+    """What was written, the bytes that the tensors took before, and every rounded matrix."""
+
+    written: Converted
+    num_bytes_before: int
+    tensors: list[RoundedTensor]
+
+
+def quantize_checkpoint(
+    path_or_preset: str | os.PathLike[str],
+    folder: str | os.PathLike[str],
+    bits: Bits,
+    *,
+    experts_bits: Bits | None = None,
+    head_bits: int = 8,
+    group: int = GROUP,
+    tokenizer: SavesItself | None = None,
+    max_shard_bytes: int = 2_000_000_000,
+    advance: Callable[[int, int], object] = lambda num_bytes, total_bytes: None,
+) -> QuantizedCheckpoint:
+    """Write a model's files with its matrices rounded to the nearest whole numbers; all else as `hub.convert` does.
+
+    bits: of matrices; experts_bits: of routed experts (`bits` unless given); head_bits: 4, 8, or 16 for one that stays.
+    group: inputs that share a scale, 32, 64 or 128. advance hears of bytes as they are written, and of all there will be.
+    A few megabytes are in memory at a time. A folder that is already there is replaced only when the new one is complete.
+    Raises ConfigError for other bits and groups, groups that do not divide a matrix's inputs, files that are packed
+    already, and families whose files stack experts; CheckpointError for files that are damaged or cannot be written.
+    """
+    _check_options(bits, experts_bits or bits, head_bits, group)
+    source = open_source(weights_place(path_or_preset))
+    _check_plain(source)
+    packer = _Packer({"experts": experts_bits or bits, "head": head_bits}, bits, group, source)
+    released = families.family(source.config.family).weight_map(source.config)
+    written = convert(
+        path_or_preset,
+        folder,
+        layout="per-expert" if source.config.moe_layers and fused(released) else None,
+        max_shard_bytes=max_shard_bytes,
+        tokenizer=tokenizer,
+        packer=packer,
+        advance=advance,
+    )
+    before = sum(header.num_bytes for header in source.tensors.values())
+    return QuantizedCheckpoint(written, before, packer.tensors())
+
+
+class _Packer:
+    """Says of every tensor of a conversion whether it is rounded, and how; see the file."""
+
+    def __init__(
+        self, of_roles: dict[Role, int], bits: int, group: int, source: SafetensorsFolder | GgufWeights
+    ) -> None:
+        self._bits: dict[Role, int] = dict.fromkeys(_ROUNDED, bits) | of_roles
+        self._group = group
+        self._family, self._scales = source.config.family, _dtype_of_scales(source)
+        self._rounded: list[tuple[Target, RoundedInts]] = []
+
+    def encoding(self, name: str, shape: tuple[int, ...], parts: tuple[Part, ...]) -> RoundedInts | None:
+        role = parts[0].spec.role
+        if role == "experts" and len(shape) == 3:
+            raise ConfigError(
+                f"files of {self._family} stack the experts ({name}), and compressed-tensors packs one matrix at a time; "
+                f"use `--bits` of `moesaic generate`, which packs as it loads"
+            )
+        if not self._is_rounded(name, shape, parts):
+            return None
+        if shape[1] % self._group:
+            fitting = [str(group) for group in GROUPS if shape[1] % group == 0]
+            remedy = f"use --group {fitting[-1]}" if fitting else "no group fits, so convert to fp8 or bf16 instead"
+            raise ConfigError(f"groups of {self._group} do not divide the {shape[1]} inputs of {name}; {remedy}")
+        bits: Any = self._bits[role]
+        encoding = RoundedInts(bits, self._group, self._scales)
+        self._rounded.append((Target(name, shape, parts, encoding), encoding))
+        return encoding
+
+    def _is_rounded(self, name: str, shape: tuple[int, ...], parts: tuple[Part, ...]) -> bool:
+        spec = parts[0].spec
+        is_matrix = len(shape) == 2 and min(shape) > 1 and name.endswith(".weight")
+        is_kept = name.endswith(NEVER_PACKED) or any(word in name for word in _CHOOSERS) or spec.dtype is not None
+        is_table = any(part.spec.role == "embedding" for part in parts)
+        return is_matrix and not is_kept and not is_table and self._bits.get(spec.role, KEPT) != KEPT
+
+    def describe(self, targets: list[Target]) -> dict[str, Any]:
+        """The groups: that of most modules, and those of experts and head where these have other bits.
+
+        In this order transformers 5.23, which takes one group for experts and one for all else, takes the right ones.
+        """
+        roles = {target.parts[0].spec.role for target, _ in self._rounded}
+        by_target: dict[str, Role] = {_EXPERTS: "experts", "Linear": "mlp", _HEAD: "head"}
+        groups = [
+            IntGroups(self._bits[role], self._group, (target,))
+            for target, role in by_target.items()
+            if role == "mlp" or (role in roles and self._bits[role] != self._bits["mlp"])
+        ]
+        kept = [
+            target.name.removesuffix(".weight")
+            for target in targets
+            if isinstance(target.encoding, Plain) and len(target.shape) == 2 and target.name.endswith(".weight")
+        ]
+        return describe_ints(tuple(groups), kept)
+
+    def tensors(self) -> list[RoundedTensor]:
+        """Every rounded matrix, once it is written."""
+        return [_told(target, encoding) for target, encoding in self._rounded]
+
+
+def _told(target: Target, encoding: RoundedInts) -> RoundedTensor:
+    spec, piece = target.parts[0]
+    found = _LAYER.search(spec.name)
+    layer = f"{found[1].replace('.', ' ').strip()} {found[2]}".strip() if found else None
+    first = piece.index[0] if piece.index else None
+    expert = first if spec.role == "experts" and isinstance(first, int) else None
+    numel = target.shape[0] * target.shape[1]
+    return RoundedTensor(
+        target.name, layer, spec.role, expert, numel, target.num_bytes, encoding.bits, encoding.squares
+    )
+
+
+def _dtype_of_scales(source: SafetensorsFolder | GgufWeights) -> torch.dtype:
+    """That of the model: transformers computes in the type of the scales, and other types cannot meet it there."""
+    if isinstance(source, GgufWeights):
+        return torch.float32  # in which the other tensors are written
+    described = read_json(source.where / CONFIG)
+    stated = str(described.get("dtype") or described.get("torch_dtype"))
+    kinds = Counter(header.dtype for header in source.tensors.values() if header.dtype in SCALES)
+    return DTYPES[_STATED.get(stated) or kinds.most_common(1)[0][0]]
+
+
+def _check_options(bits: int, experts_bits: int, head_bits: int, group: int) -> None:
+    for value, known in ((bits, BITS), (experts_bits, BITS), (head_bits, (*BITS, KEPT))):
+        if value not in known:
+            raise ConfigError(f"{value} bits; known: {', '.join(map(str, known))}")
+    if group not in GROUPS:
+        raise ConfigError(f"group {group}; known: {', '.join(map(str, GROUPS))}")
+
+
+def _check_plain(source: SafetensorsFolder | GgufWeights) -> None:
+    """Raise ConfigError for weights that are packed already."""
+    if isinstance(source, SafetensorsFolder) and source.quantization:
+        raise ConfigError(
+            f"the weights in {source.where} are packed already ({source.quantization.method}), and rounding twice adds "
+            f"up; start from the original, or first run `moesaic convert {source.where} OUT_FOLDER --dtype bf16`"
+        )
+
+
+def default_folder(path_or_preset: str, bits: int) -> Path:
+    """Where a model goes unless told: `NAME-4bit` in the current folder."""
+    return Path(f"{weights_place(path_or_preset).path.resolve().name.removesuffix('.gguf')}-{bits}bit")
