@@ -78,6 +78,19 @@ OPTIONS = {
         "--overwrite",
         "--json",
     ],
+    "quantize": [
+        "MODEL",
+        "--bits {8,4}",
+        "--experts-bits {8,4}",
+        "--head-bits {16,8,4}",
+        "--group {32,64,128}",
+        "--out FOLDER",
+        "--data [CORPUS]",
+        "--max-tokens N",
+        "--sequence-length N",
+        "--overwrite",
+        "--json",
+    ],
 }
 
 

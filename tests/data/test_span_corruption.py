@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from moesaic.data.loader import Batches
 from moesaic.data.sourced import IGNORED_TARGET, with_others_sources
 from moesaic.data.span_corruption import SpanBatches, SpanCorruption, held_out_spans
-from moesaic.data.tokenizer import Tokenizer, sentinels
+from moesaic.data.special_tokens import sentinels
+from moesaic.data.tokenizer import Tokenizer
 from moesaic.errors import DataError
 from tests.data.conftest import numbered
 

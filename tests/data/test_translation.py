@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from moesaic.data.pairs import Direction, read_pairs
 from moesaic.data.sourced import IGNORED_TARGET
-from moesaic.data.tokenizer import Tokenizer, language_token
+from moesaic.data.special_tokens import language_token
+from moesaic.data.tokenizer import Tokenizer
 from moesaic.data.translation import POOL_BATCHES, PairBatches, Pairs, held_out_pairs
 from moesaic.errors import DataError
 from tests.data.test_pairs import write

@@ -1,6 +1,7 @@
 """Encoder-decoders in the one trainer: they learn from their sources, padding counts nowhere, a stop changes no bit."""
 
 import dataclasses
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +15,8 @@ from moesaic.routing import RoutingTape
 from moesaic.train.loop import Trainer
 from moesaic.train.loss import losses
 from moesaic.train.micro_batches import tensors_of
+from moesaic.train.muon import Muon
+from moesaic.train.optimizer import AdamW
 from moesaic.train.recipe import DataSettings, Recipe
 from moesaic.train.resume import RunFolder
 from moesaic.train.step import Stepper
@@ -21,6 +24,7 @@ from tests.train.sourced_run import PACKED, SPANS, TRANSLATION, first_batch, log
 from tests.train.tiny_run import CONFIG, changed, seed_everything, state_of
 
 TASKS = ["span_corruption", "translation"]
+EXAMPLES = Path(__file__).parents[2] / "examples"
 LOUD = [("switch", 0.1)]
 
 
@@ -194,6 +198,27 @@ def small(model):
     if model["model_type"] == "llama":
         return {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2, "intermediate_size": 8}
     return {"d_kv": 4, "d_ff": 8, "num_heads": 2, "num_layers": 2}
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_relative_biases_are_moved_as_biases(optimizer):
+    """A table that nothing is multiplied by: no matrix for Muon, and no weight decay."""
+    stepper = Stepper(calm(), changed(optimizer=optimizer))
+    rules = stepper.optimizer.rules
+    biases = [name for name in rules if "relative_bias" in name]
+    assert biases == ["layers.0.attention.relative_bias.weight", "layers.2.attention.relative_bias.weight"]
+    for name in biases:
+        rule = rules[name]
+        assert isinstance(rule, AdamW) and rule.weight_decay == 0
+    assert isinstance(rules["layers.0.attention.q_proj.weight"], Muon if optimizer == "muon" else AdamW)
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_the_examples_are_recipes(name):
+    recipe = Recipe.from_toml(EXAMPLES / f"{name}.toml", [])
+    config = recipe.model_config(recipe.vocab_size, 0)
+    assert recipe.data.task == name
+    assert len(config.moe_layers) == 2 and config.total < 3e6
 
 
 def test_texts_of_the_wrong_kind():

@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
     folder = Path(args.folder)
     max_shard_bytes = parse_size(args.max_shard_size)
     upcycling = parse_upcycling(args.upcycle) if args.upcycle else None
-    _check_target(Path(args.model), folder, args.overwrite)
+    check_target(Path(args.model), folder, args.overwrite)
     document = _upcycle(args, upcycling, max_shard_bytes) if upcycling else _convert(args, max_shard_bytes)
     if args.json:
         output.print_json(document)
@@ -79,7 +79,7 @@ def _convert(args: argparse.Namespace, max_shard_bytes: int) -> dict[str, Any]:
     place = weights_place(args.model)
     tokenizer = None if place.kind == "folder" else open_tokenizer(args.model)
     with output.progress(f"writing {args.folder}", total=1000) as advance:
-        shown = _Thousandths(advance)
+        shown = Thousandths(advance)
         done = convert(
             args.model,
             args.folder,
@@ -96,7 +96,7 @@ def _convert(args: argparse.Namespace, max_shard_bytes: int) -> dict[str, Any]:
     return {"folder": str(args.folder), **done._asdict()}
 
 
-class _Thousandths:
+class Thousandths:
     """Bytes of very large files as steps of a progress bar."""
 
     def __init__(self, advance: Callable[..., None]) -> None:
@@ -155,10 +155,11 @@ def parse_upcycling(text: str) -> Upcycling:
     return Upcycling(int(found[1]), int(found[2]))
 
 
-def _check_target(source: Path, folder: Path, overwrite: bool) -> None:
+def check_target(source: Path, folder: Path, overwrite: bool, named: str = "OUT_FOLDER") -> None:
+    """Complain before the work about a folder, `named` so in messages, that is the source, a file or in use."""
     if folder.is_dir() and source.exists() and folder.samefile(source):
-        raise CheckpointError(f"{folder} is the checkpoint to convert; choose another OUT_FOLDER")
+        raise CheckpointError(f"{folder} is the checkpoint to read; choose another {named}")
     if folder.exists() and not folder.is_dir():
-        raise RunFolderError(f"{folder} is a file; choose another OUT_FOLDER")
+        raise RunFolderError(f"{folder} is a file; choose another {named}")
     if folder.is_dir() and any(folder.iterdir()) and not overwrite:
-        raise RunFolderError(f"{folder} is not empty; choose another OUT_FOLDER or add --overwrite")
+        raise RunFolderError(f"{folder} is not empty; choose another {named} or add --overwrite")

@@ -131,7 +131,7 @@ def _costs(config: ModelConfig, context: int | None, dtype: str) -> dict[str, An
         "moe_layers": len(config.moe_layers),
         "experts": sorted({_experts(layer) for layer in config.layers} - {""}),
         "context": num_tokens,
-        "state_bytes_per_token": config.state_bytes(1, state_element_bytes),
+        "state_bytes_per_token": config.state_bytes_per_token(state_element_bytes),
         "state_bytes": config.state_bytes(num_tokens, state_element_bytes),
         "flops_per_token": config.flops_per_token(num_tokens),
     }
@@ -196,13 +196,13 @@ def _cost_rows(document: dict[str, Any]) -> list[list[str]]:
     if not document["runs"]:
         return rows
     tokens = f"{document['context']:,} tokens"
-    one, another = "one token", "a token that sees"
+    another = "a token that sees"
     if document["encoder_layers"]:
         tokens = f"{tokens} read and as many written"
-        one, another = "one read and one written token", "one read and one written token that see"
+        another = "one read and one written token that see"
     return [
         *rows,
-        [f"state (keys and values) of {one}", output.size(document["state_bytes_per_token"])],
+        ["state (keys and values) that a further token adds", output.size(document["state_bytes_per_token"])],
         [f"state of {tokens}", output.size(document["state_bytes"])],
         [f"FLOPs of {another} {tokens}", output.number(document["flops_per_token"])],
     ]
@@ -236,8 +236,8 @@ def _count_all(args: argparse.Namespace) -> int:
         return 0
     rows = [_row(document) for document in documents]
     columns = ["model", *COUNTS, "published", "sparsity", "experts a token", f"weights ({args.dtype})"]
-    output.table([*columns, "state of a token", "licence"], rows)
-    output.talk(f"without a state of a token: {NOT_YET}")
+    output.table([*columns, "state a token adds", "licence"], rows)
+    output.talk(f"without a state: {NOT_YET}")
     output.talk(f"unverified: {UNVERIFIED}")
     output.next_command(f"moesaic count {documents[0]['model']}")
     return 0

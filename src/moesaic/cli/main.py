@@ -27,6 +27,7 @@ VERBS = {
     "trace": "record which expert serves which token, or show such a recording",
     "count": "count a model's parameters, bytes and FLOPs without loading it",
     "convert": "turn a checkpoint into a Hugging Face safetensors folder",
+    "quantize": "round a checkpoint's weights to 8 or 4 bits",
 }
 EXAMPLE = "example: moesaic count mixtral-8x7b"
 

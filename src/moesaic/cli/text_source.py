@@ -56,7 +56,7 @@ def gather_text(
     Raises DataError or MissingDependencyError with what to do when there is no usable text.
     """
     from moesaic.data.packed import is_packed, packed_digest
-    from moesaic.data.tokenizer import NUM_SENTINELS
+    from moesaic.data.special_tokens import NUM_SENTINELS
 
     if task == "translation":
         return _gather_pairs(corpus_folder, vocab_size, tokenizer_folder)
@@ -89,7 +89,8 @@ def make_tokenizer(
     A new one has `num_sentinels` sentinels, and a token for each language where the corpus has some.
     """
     from moesaic.data.corpus import Corpus
-    from moesaic.data.tokenizer import Tokenizer, language_token, sentinels
+    from moesaic.data.special_tokens import language_token, sentinels
+    from moesaic.data.tokenizer import Tokenizer
 
     if folder is not None and (folder / "tokenizer.json").exists():
         return Tokenizer.load(folder)

@@ -131,7 +131,7 @@ def _run_one(args: argparse.Namespace, source: Source) -> int:
 def _prompt(recipe: "Recipe", text: Text) -> str:
     """The options with which to try the model out."""
     from moesaic.data.packed import Packed
-    from moesaic.data.tokenizer import language_token, sentinel
+    from moesaic.data.special_tokens import language_token, sentinel
 
     if recipe.data.task == "span_corruption":
         return f'--prompt "In the {sentinel(0)} God created"'

@@ -334,6 +334,12 @@ class ModelConfig:
         """Bytes of all layers' states after `num_tokens` tokens of one sequence, and of its source if it has one."""
         return sum(state.num_bytes(num_tokens, bytes_per_element) for state in self.states())
 
+    def state_bytes_per_token(self, bytes_per_element: int = 2) -> int:
+        """Bytes that a further token adds to a text as long as the context: what windows keep no longer grows then."""
+        length = self.context_length
+        grown = self.state_bytes(2 * length, bytes_per_element) - self.state_bytes(length, bytes_per_element)
+        return grown // length
+
     def flops_per_token(self, context_length: int = 0) -> int:
         """FLOPs of one token's forward pass over `context_length` tokens: 2 per multiplied parameter, and attention.
 

@@ -19,12 +19,12 @@ import numpy as np  # noqa: E402
 import tokenizers  # noqa: E402
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, trainers  # noqa: E402
 
+from moesaic.data.special_tokens import language_token, sentinel  # noqa: E402
 from moesaic.errors import CheckpointError, ConfigError, DataError  # noqa: E402
 from moesaic.registry import Registry  # noqa: E402
 
 END_OF_TEXT = "<|endoftext|>"
 SPECIAL_TOKENS = (END_OF_TEXT, "<|im_start|>", "<|im_end|>")
-NUM_SENTINELS = 100  # as many as T5's vocabulary has
 TRAINING_BYTES = 8_000_000  # more changes few merges of a small vocabulary and costs seconds
 
 _TOKEN_TYPE_CONTROL, _TOKEN_TYPE_USER_DEFINED = 3, 4  # gguf's TokenType
@@ -32,21 +32,6 @@ _TOKEN_TYPE_CONTROL, _TOKEN_TYPE_USER_DEFINED = 3, 4  # gguf's TokenType
 _QWEN2_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-
-
-def sentinel(number: int) -> str:
-    """The text of a sentinel token, as T5's vocabulary has them."""
-    return f"<extra_id_{number}>"
-
-
-def sentinels(count: int) -> tuple[str, ...]:
-    """`count` sentinel tokens as T5 orders them: the first one has the largest id."""
-    return tuple(sentinel(number) for number in reversed(range(count)))
-
-
-def language_token(language: str) -> str:
-    """The text of a token that names a language."""
-    return f"<|{language}|>"
 
 
 class Splitting(NamedTuple):

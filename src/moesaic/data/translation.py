@@ -21,7 +21,8 @@ from moesaic.data.mixture import Mixture, Weights, weights_of, weights_of_epochs
 from moesaic.data.pairs import Direction, PairCorpus
 from moesaic.data.pieces import ids_dtype
 from moesaic.data.sourced import Example, SourcedBatch, collate
-from moesaic.data.tokenizer import Tokenizer, language_token
+from moesaic.data.special_tokens import language_token
+from moesaic.data.tokenizer import Tokenizer
 from moesaic.errors import DataError
 
 SPECIAL_TOKENS = 2  # around a text: its language and eos

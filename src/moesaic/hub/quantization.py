@@ -115,7 +115,8 @@ def _int_group(where: str, group: Any) -> IntGroups:
         raise ConfigError(f"{where} has no table of weights; known: groups whose weights are whole numbers")
     _check_fields(where, group, {"format": (None, _INT_FORMAT), "input_activations": (None,)})
     strategy = weights.get("strategy") or ("channel" if weights.get("group_size") == -1 else "group")
-    stated = {"type": "int", "num_bits": 8, "symmetric": True, "dynamic": False} | weights | {"strategy": strategy}
+    stated: dict[str, Any] = {"type": "int", "num_bits": 8, "symmetric": True, "dynamic": False} | weights
+    stated["strategy"] = strategy
     _check_fields(f"{where}.weights", stated, _OF_WEIGHTS)
     size, targets = weights.get("group_size"), group.get("targets")
     if strategy == "group" and not (isinstance(size, int) and size > 0):
@@ -148,12 +149,8 @@ def groups_of(module: str, groups: tuple[IntGroups, ...]) -> IntGroups:
         for group in groups:
             if any(map(test, group.targets)):
                 return group
-    raise ConfigError(f"{FIELD}.config_groups has none for {module}, which is packed; known: {describe_targets(groups)}")
-
-
-def describe_targets(groups: tuple[IntGroups, ...]) -> str:
-    """What groups are for, in the words of a message."""
-    return ", ".join(target for group in groups for target in group.targets)
+    known = ", ".join(target for group in groups for target in group.targets)
+    raise ConfigError(f"{FIELD}.config_groups has none for {module}, which is packed; known: {known}")
 
 
 def describe_ints(groups: tuple[IntGroups, ...], kept: list[str]) -> dict[str, Any]:

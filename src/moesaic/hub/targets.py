@@ -48,7 +48,7 @@ class Target(NamedTuple):
 
 
 class Packer(Protocol):
-    """A way to pack some tensors of a conversion, handed in from outside: which, how, and what config.json says of it."""
+    """A way to pack some tensors of a conversion, handed in from outside: which, how, and what config.json says."""
 
     def encoding(self, name: str, shape: tuple[int, ...], parts: tuple[Part, ...]) -> Encoding | None:
         """That of a tensor; None for those that stay."""
@@ -62,9 +62,9 @@ class Packer(Protocol):
 class Plan:
     """Every target of a conversion, in the order of the model's tensors.
 
-    dtype None keeps every tensor as it is, packed ones too; layout None keeps that of the files. What `packer` packs is
-    its affair. Raises ConfigError for a format or a layout that nothing could read for this family, CheckpointError for tensors that are missing, of the
-    wrong shape or, unless allowed, too many (`left_out` has those).
+    dtype None keeps every tensor as it is, packed ones too; layout None keeps that of the files; what `packer` packs is
+    its affair. Raises ConfigError for a format or a layout that nothing could read for this family, CheckpointError for
+    tensors that are missing, of the wrong shape or, unless allowed, too many (`left_out` has those).
     """
 
     def __init__(

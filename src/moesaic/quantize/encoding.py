@@ -40,7 +40,8 @@ class RoundedInts:
         self.squares = Squares()
 
     def stored(self, name: str, shape: Shape) -> dict[str, tuple[str, Shape]]:
-        return dict(zip(_names(name), packed_ints.stored(shape, self.bits, self.group, SPELLINGS[self.scales]), strict=True))
+        stored = packed_ints.stored(shape, self.bits, self.group, SPELLINGS[self.scales])
+        return dict(zip(_names(name), stored, strict=True))
 
     def boxes(self, shape: Shape, max_elements: int) -> Iterator[Box]:
         return boxes(shape, max_elements, (1, shape[-1]))

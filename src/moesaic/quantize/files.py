@@ -1,7 +1,7 @@
 """From files to files with weights rounded to whole numbers, in the format that compressed-tensors and vLLM read.
 
-What is rounded: the matrices of attention, MLPs, routed and shared experts, and the head where the files have one of its
-own. What stays: embeddings, norms, routers, shared experts' gates, biases, convolutions; and whole indexers and
+What is rounded: the matrices of attention, MLPs, routed and shared experts, and the head where the files have one of
+its own. What stays: embeddings, norms, routers, shared experts' gates, biases, convolutions; and whole indexers and
 compressors, which choose what is attended to as routers choose experts, so that a small error is another choice.
 MLA's projections are rounded, the second expansion (`kv_b_proj`) too, though layers read it as a tensor: it is unpacked
 as it is read.
@@ -9,7 +9,7 @@ as it is read.
 
 import os
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,7 +22,7 @@ from moesaic.hub.checkpoint import CONFIG, read_json
 from moesaic.hub.encodings import Plain
 from moesaic.hub.layouts import fused
 from moesaic.hub.packed_ints import SCALES
-from moesaic.hub.quantization import IntGroups, describe_ints
+from moesaic.hub.quantization import IntGroups, describe_ints, groups_of
 from moesaic.hub.resolve import weights_place
 from moesaic.hub.saving import SavesItself
 from moesaic.hub.sources import GgufWeights, SafetensorsFolder, open_source
@@ -40,8 +40,7 @@ KEPT = 16
 """Bits of a head that stays as it is."""
 _ROUNDED: tuple[Role, ...] = ("attention", "mlp", "experts", "shared_experts", "head")
 _CHOOSERS = (".indexer.", ".compressor.", "relative_attention_bias")
-_EXPERTS = r"re:.*\.experts\.\d+\..*"
-_HEAD = r"re:.*lm_head$"
+_EXPERTS = r"re:.*\.experts\.(expert_)?\d+\..*"
 _STATED = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 _LAYER = re.compile(r"(.*?)\blayers\.(\d+)\.")
 
@@ -87,8 +86,8 @@ def quantize_checkpoint(
     """Write a model's files with its matrices rounded to the nearest whole numbers; all else as `hub.convert` does.
 
     bits: of matrices; experts_bits: of routed experts (`bits` unless given); head_bits: 4, 8, or 16 for one that stays.
-    group: inputs that share a scale, 32, 64 or 128. advance hears of bytes as they are written, and of all there will be.
-    A few megabytes are in memory at a time. A folder that is already there is replaced only when the new one is complete.
+    group: inputs that share a scale, 32, 64 or 128. advance hears of bytes as they are written, and of all there will
+    be. A few megabytes are in memory at a time. What is there is replaced only when the new folder is complete.
     Raises ConfigError for other bits and groups, groups that do not divide a matrix's inputs, files that are packed
     already, and families whose files stack experts; CheckpointError for files that are damaged or cannot be written.
     """
@@ -123,17 +122,18 @@ class _Packer:
 
     def encoding(self, name: str, shape: tuple[int, ...], parts: tuple[Part, ...]) -> RoundedInts | None:
         role = parts[0].spec.role
-        if role == "experts" and len(shape) == 3:
+        if role == "experts" and len(shape) > 1 and _expert(parts) is None:
             raise ConfigError(
-                f"files of {self._family} stack the experts ({name}), and compressed-tensors packs one matrix at a time; "
-                f"use `--bits` of `moesaic generate`, which packs as it loads"
+                f"files of {self._family} stack the experts ({name}), and compressed-tensors packs single matrices; "
+                "use `--bits` of `moesaic generate`, which packs as it loads"
             )
         if not self._is_rounded(name, shape, parts):
             return None
-        if shape[1] % self._group:
-            fitting = [str(group) for group in GROUPS if shape[1] % group == 0]
+        inputs = max(shape[1:])  # of a matrix
+        if inputs % self._group:
+            fitting = [str(group) for group in GROUPS if inputs % group == 0]
             remedy = f"use --group {fitting[-1]}" if fitting else "no group fits, so convert to fp8 or bf16 instead"
-            raise ConfigError(f"groups of {self._group} do not divide the {shape[1]} inputs of {name}; {remedy}")
+            raise ConfigError(f"groups of {self._group} do not divide the {inputs} inputs of {name}; {remedy}")
         bits: Any = self._bits[role]
         encoding = RoundedInts(bits, self._group, self._scales)
         self._rounded.append((Target(name, shape, parts, encoding), encoding))
@@ -151,19 +151,23 @@ class _Packer:
 
         In this order transformers 5.23, which takes one group for experts and one for all else, takes the right ones.
         """
-        roles = {target.parts[0].spec.role for target, _ in self._rounded}
-        by_target: dict[str, Role] = {_EXPERTS: "experts", "Linear": "mlp", _HEAD: "head"}
-        groups = [
-            IntGroups(self._bits[role], self._group, (target,))
-            for target, role in by_target.items()
-            if role == "mlp" or (role in roles and self._bits[role] != self._bits["mlp"])
-        ]
+        names: dict[Role, set[str]] = defaultdict(set)
+        for target, _ in self._rounded:
+            names[target.parts[0].spec.role].add(target.name.removesuffix(".weight"))
+        by_role: dict[Role, list[str]] = {"experts": [_EXPERTS], "mlp": ["Linear"], "head": sorted(names["head"])}
+        groups = tuple(
+            IntGroups(self._bits[role], self._group, tuple(its_targets))
+            for role, its_targets in by_role.items()
+            if role == "mlp" or (names[role] and self._bits[role] != self._bits["mlp"])
+        )
+        for target, encoding in self._rounded:
+            assert groups_of(target.name.removesuffix(".weight"), groups).bits == encoding.bits, target.name
         kept = [
             target.name.removesuffix(".weight")
             for target in targets
             if isinstance(target.encoding, Plain) and len(target.shape) == 2 and target.name.endswith(".weight")
         ]
-        return describe_ints(tuple(groups), kept)
+        return describe_ints(groups, kept)
 
     def tensors(self) -> list[RoundedTensor]:
         """Every rounded matrix, once it is written."""
@@ -171,15 +175,20 @@ class _Packer:
 
 
 def _told(target: Target, encoding: RoundedInts) -> RoundedTensor:
-    spec, piece = target.parts[0]
+    spec = target.parts[0].spec
     found = _LAYER.search(spec.name)
     layer = f"{found[1].replace('.', ' ').strip()} {found[2]}".strip() if found else None
-    first = piece.index[0] if piece.index else None
-    expert = first if spec.role == "experts" and isinstance(first, int) else None
+    expert = _expert(target.parts) if spec.role == "experts" else None
     numel = target.shape[0] * target.shape[1]
     return RoundedTensor(
         target.name, layer, spec.role, expert, numel, target.num_bytes, encoding.bits, encoding.squares
     )
+
+
+def _expert(parts: tuple[Part, ...]) -> int | None:
+    """The one expert that a tensor of a file belongs to; None where it holds several."""
+    firsts = [part.piece.index[0] if part.piece.index else None for part in parts]
+    return firsts[0] if isinstance(firsts[0], int) and all(first == firsts[0] for first in firsts) else None
 
 
 def _dtype_of_scales(source: SafetensorsFolder | GgufWeights) -> torch.dtype:

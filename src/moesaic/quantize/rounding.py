@@ -76,17 +76,18 @@ def _in_both(scales: Tensor) -> Tensor:
     return scales.clamp(-65280.0, 65280.0).bfloat16().half().float()
 
 
-def _nearest(groups: Tensor, scales: Tensor, bits: Bits) -> Tensor:
+def _nearest(groups: Tensor, scales: Tensor, bits: Bits, out: Tensor | None = None) -> Tensor:
     inverse = torch.where(scales == 0, 0.0, 1.0 / scales)[..., None]
     low, high = (-127, 127) if bits == 8 else (-8, 7)
-    return (groups * inverse).round_().clamp_(low, high)
+    return torch.mul(groups, inverse, out=out).round_().clamp_(low, high)
 
 
 def _best_of_shares(groups: Tensor, scales: Tensor, storable: _Storable) -> Tensor:
     """For each group the scale with the least squared error, among shares of the given one."""
+    scratch = torch.empty_like(groups)  # fresh memory for each share would cost more than the arithmetic
     best, least = scales, torch.full_like(scales, torch.inf)
     for share in _SHARES:
         tried = storable(scales * share)
-        error = (_nearest(groups, tried, 4) * tried[..., None]).sub_(groups).square_().sum(-1)
+        error = _nearest(groups, tried, 4, scratch).mul_(tried[..., None]).sub_(groups).square_().sum(-1)
         best, least = torch.where(error < least, tried, best), torch.minimum(error, least)
     return best

@@ -116,8 +116,12 @@ def written_in_place(model: Model) -> list[torch.nn.Parameter]:
 
 
 def _rule(model: Model, weight: Weight, settings: TrainSettings) -> Rule:
-    """Muon for the matrices of layers; AdamW for the rest. Matrices decay; norms, biases and embeddings do not."""
-    is_matrix = weight.master.dim() >= 2 and weight.role != "embedding" and not weight.name.endswith("_bias")
+    """Muon for the matrices of layers; AdamW for the rest. Matrices decay; norms, biases and embeddings do not.
+
+    Relative biases are biases, though kept as a table of them: nothing is multiplied by it.
+    """
+    is_bias = weight.name.endswith(("_bias", ".relative_bias.weight"))
+    is_matrix = weight.master.dim() >= 2 and weight.role != "embedding" and not is_bias
     weight_decay = settings.weight_decay if is_matrix else 0.0
     if settings.optimizer == "muon" and is_matrix and weight.role not in ("head", "router"):
         return Muon(

@@ -323,7 +323,7 @@ def refuse_unfit_task(data: DataSettings, config: ModelConfig) -> None:
     if wants_encoder and not has_encoder:
         raise ConfigError(
             f"data.task={data.task!r} needs an encoder-decoder and {config.family} has no encoder; "
-            "use data.task='causal', or model.model_type='switch_transformers' or 'nllb_moe'"
+            "use data.task='causal', or model.model_type='switch_transformers' or 'nllb-moe'"
         )
 
 
