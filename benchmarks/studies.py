@@ -20,9 +20,11 @@ from typing import Any, NamedTuple
 
 from moesaic.cli import output
 from moesaic.cli.text_source import Text, add_corpus_argument, gather_text
+from moesaic.data.packed import Packed
 from moesaic.errors import ConfigError, DataError, MoesaicError
 from moesaic.evaluate.perplexity import HeldOutLoss, held_out_loss
 from moesaic.layers.moe import capacity_applied
+from moesaic.models.build import decoder_only
 from moesaic.models.decoder import Decoder
 from moesaic.telemetry.health import dead_experts, max_violation
 from moesaic.telemetry.load import StepLoad
@@ -117,7 +119,9 @@ class Results:
             os.fsync(file.fileno())
 
 
-def run(study: Study, cells: Sequence[Cell], seeds: Sequence[int], text: Text, results: Results) -> list[Result]:
+def run(
+    study: Study, cells: Sequence[Cell], seeds: Sequence[int], text: Text[Packed], results: Results
+) -> list[Result]:
     """Train what has no result yet, seed by seed, and return the results of all these cells.
 
     Raises ConfigError for a cell that cannot be, before the first one is trained, and DataError when the file holds
@@ -148,12 +152,12 @@ def _finished(results: Results, wanted: Mapping[tuple[str, int], str]) -> dict[t
     return {key: found[key] for key in wanted.keys() & found.keys()}
 
 
-def _digest(tree: Mapping[str, Any], text: Text) -> str:
+def _digest(tree: Mapping[str, Any], text: Text[Packed]) -> str:
     facts = json.dumps([tree, text.packed.digest, HELD_OUT_TOKENS], sort_keys=True)
     return hashlib.sha256(facts.encode()).hexdigest()[:16]
 
 
-def _train(cell: Cell, seed: int, recipe: Recipe, text: Text, what: str, remaining: float) -> Result:
+def _train(cell: Cell, seed: int, recipe: Recipe, text: Text[Packed], what: str, remaining: float) -> Result:
     config = recipe.model_config(text.tokenizer.vocab_size, text.packed.eos_id)
     trainer = Trainer(Decoder(config).initialize(seed), recipe.train, text.packed, recipe.data)
     started = time.perf_counter()
@@ -184,11 +188,11 @@ def _train(cell: Cell, seed: int, recipe: Recipe, text: Text, what: str, remaini
     }
 
 
-def _held_out(trainer: Trainer, text: Text) -> tuple[HeldOutLoss, StepLoad]:
+def _held_out(trainer: Trainer, text: Text[Packed]) -> tuple[HeldOutLoss, StepLoad]:
     """The held-out loss as the model stands, and what fell on each expert."""
     recorder = LoadRecorder.for_model(trainer.model.config, num_domains=len(text.packed.domains))
     loss = held_out_loss(
-        trainer.model,
+        decoder_only(trainer.model, "a study"),
         text.packed,
         sequence_length=trainer.settings.sequence_length,
         max_tokens=HELD_OUT_TOKENS,
@@ -198,7 +202,7 @@ def _held_out(trainer: Trainer, text: Text) -> tuple[HeldOutLoss, StepLoad]:
     return loss, recorder.finish_step()
 
 
-def _capacity_gap(trainer: Trainer, text: Text, loss: HeldOutLoss) -> float | None:
+def _capacity_gap(trainer: Trainer, text: Text[Packed], loss: HeldOutLoss) -> float | None:
     """How many more bits per byte it is with rows dropped as in training; None without a capacity."""
     with capacity_applied(trainer.model) as has_capacity:
         return _held_out(trainer, text)[0].bits_per_byte - loss.bits_per_byte if has_capacity else None

@@ -12,6 +12,7 @@ import torch
 from moesaic import hub
 from moesaic.cli.text import open_tokenizer
 from moesaic.data.tokenizer import Tokenizer
+from moesaic.models.build import decoder_only
 from moesaic.models.decoder import Decoder, route
 from moesaic.trace import Trace, TraceWriter
 from tests.cli.conftest import TEXT, tiny_config
@@ -43,7 +44,7 @@ def test_a_text_is_recorded_and_shown(moesaic, moe_folder, text_file, tmp_path):
     trace = Trace.open(out)
     assert trace.token_facts["token_ids"].tolist() == token_ids
     windows = [token_ids[:100], token_ids[100:]]
-    model, counts = hub.load(moe_folder), {0: np.zeros(5, int), 1: np.zeros(5, int)}
+    model, counts = decoder_only(hub.load(moe_folder), "a test"), {0: np.zeros(5, int), 1: np.zeros(5, int)}
     for ids in windows:
         for layer, rows in route(model, torch.tensor(ids).view(-1, min(50, len(ids)))).items():
             counts[layer] += rows.counts_E.numpy()

@@ -14,7 +14,7 @@ from moesaic.experts.packed import PackedExperts, PackedLinear
 from moesaic.hub import save
 from moesaic.models.decoder import Decoder
 from moesaic.quantize.apply import pack_weights, summary
-from moesaic.quantize.rounding import dequantized, round_to_ints
+from moesaic.quantize.rounding import Bits, dequantized, round_to_ints
 from tests.tiny import lively, tiny_config
 
 CONFIGS = {
@@ -31,7 +31,7 @@ def config(request: pytest.FixtureRequest) -> ModelConfig:
 
 
 @torch.no_grad()
-def rounded(model: Decoder, bits: int, experts_bits: int) -> Decoder:
+def rounded(model: Decoder, bits: Bits, experts_bits: Bits) -> Decoder:
     """A copy that computes in fp32 with the rounded weights."""
     other = copy.deepcopy(model)
     for name, module in other.named_modules():
@@ -46,7 +46,7 @@ def rounded(model: Decoder, bits: int, experts_bits: int) -> Decoder:
 
 @torch.no_grad()
 @pytest.mark.parametrize(("bits", "experts_bits"), [(8, 8), (4, 4), (8, 4)])
-def test_a_packed_model_computes_with_its_rounded_weights(config: ModelConfig, bits: int, experts_bits: int) -> None:
+def test_a_packed_model_computes_with_its_rounded_weights(config: ModelConfig, bits: Bits, experts_bits: Bits) -> None:
     """But for its rows, which are rounded to 8 bits at every product."""
     model = lively(config).eval()
     wanted, exact = rounded(model, bits, experts_bits)(IDS_BS), model(IDS_BS)

@@ -13,6 +13,7 @@ from moesaic.config.capacity import CapacityConfig, Overflow
 from moesaic.data.loader import Batch
 from moesaic.evaluate.perplexity import held_out_loss
 from moesaic.layers.moe import capacity_applied
+from moesaic.models.build import decoder_only
 from moesaic.routing import RoutingTape
 from moesaic.telemetry.health import max_violation
 from moesaic.telemetry.recorder import LoadRecorder
@@ -85,7 +86,7 @@ def test_a_run_reports_what_its_capacity_costs_and_evaluates_without_it(tmp_path
         gap = evaluation.capacity_loss.bits_per_byte - evaluation.loss.bits_per_byte
         assert evaluation.capacity_gap == pytest.approx(gap) and gap != 0
     seen = {"sequence_length": 16, "max_tokens": 64, "document_attention": True}
-    model, last = trainer.model, history.evaluations[-1]
+    model, last = decoder_only(trainer.model, "a test"), history.evaluations[-1]
     assert last.capacity_loss is not None
     assert held_out_loss(model, tiny_run.PACKED, **seen).by_domain == last.loss.by_domain
     with capacity_applied(model):

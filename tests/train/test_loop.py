@@ -13,6 +13,7 @@ import torch
 
 from moesaic.errors import MoesaicError, RunFolderError
 from moesaic.evaluate.perplexity import held_out_loss
+from moesaic.models.build import decoder_only
 from moesaic.train.interrupt import Interrupted, stop_on_signals
 from moesaic.train.profile import StepProfiler
 from moesaic.train.resume import RunFolder
@@ -85,7 +86,7 @@ def test_the_average_of_the_weights_is_evaluated_and_is_what_the_run_is_for(tmp_
     assert before.loss == plain.train().evaluations[-1].loss  # keeping an average changes no weight
     assert before.ema_loss is not None and before.ema_loss != before.loss
     assert json.loads(lines[-1])["ema_held_out_bits_per_byte"] == before.ema_loss.bits_per_byte
-    final = run.final_model()
+    final = decoder_only(run.final_model(), "a test")
     again = held_out_loss(final, PACKED, sequence_length=16, max_tokens=64, document_attention=True)
     assert again == before.ema_loss
     assert plain.final_model() is plain.model

@@ -17,6 +17,7 @@ from moesaic.errors import ConfigError, MoesaicError, RunFolderError
 
 if TYPE_CHECKING:
     from moesaic.config import ModelConfig
+    from moesaic.data.packed import Packed
     from moesaic.telemetry.report_data import ModelResult, ReportData
     from moesaic.train.compare import Contender, Outcome
     from moesaic.train.recipe import TrainSettings
@@ -84,14 +85,14 @@ def _fresh_folder(out: Path | None) -> Path:
     return next(name for name in names if not name.exists())
 
 
-def _moe_config(text: Text) -> "ModelConfig":
+def _moe_config(text: "Text[Packed]") -> "ModelConfig":
     from moesaic.train.compare import DEMO_MODEL
     from moesaic.train.recipe import Recipe
 
     return Recipe(model=DEMO_MODEL).model_config(text.tokenizer.vocab_size, text.packed.eos_id)
 
 
-def _schedule(config: "ModelConfig", text: Text, seed: int, seconds: float) -> Schedule:
+def _schedule(config: "ModelConfig", text: "Text[Packed]", seed: int, seconds: float) -> Schedule:
     """Time a few steps of each model, then fill the time that is left."""
     from moesaic.train.compare import contenders, demo_settings, evaluation_steps, step_seconds, with_steps
 
@@ -110,7 +111,7 @@ def _schedule(config: "ModelConfig", text: Text, seed: int, seconds: float) -> S
     return Schedule(settings, wide)
 
 
-def _train_all(config: "ModelConfig", schedule: Schedule, text: Text, folder: "RunFolder") -> "list[Outcome]":
+def _train_all(config: "ModelConfig", schedule: Schedule, text: "Text[Packed]", folder: "RunFolder") -> "list[Outcome]":
     from moesaic.hub.saving import save
     from moesaic.train.compare import contenders
 
@@ -123,7 +124,7 @@ def _train_all(config: "ModelConfig", schedule: Schedule, text: Text, folder: "R
     return outcomes
 
 
-def _train_one(contender: "Contender", settings: "TrainSettings", text: Text) -> "Outcome":
+def _train_one(contender: "Contender", settings: "TrainSettings", text: "Text[Packed]") -> "Outcome":
     from moesaic.train.compare import train_contender
 
     config = contender.config
@@ -137,7 +138,9 @@ def _train_one(contender: "Contender", settings: "TrainSettings", text: Text) ->
     return outcome
 
 
-def _report(outcomes: "list[Outcome]", text: Text, folder: "RunFolder", seed: int, schedule: Schedule) -> "ReportData":
+def _report(
+    outcomes: "list[Outcome]", text: "Text[Packed]", folder: "RunFolder", seed: int, schedule: Schedule
+) -> "ReportData":
     from moesaic.telemetry.report import write_report
     from moesaic.telemetry.report_data import Command, Continuation, ReportData
     from moesaic.train.resume import write_beside

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from moesaic.cli import output
 from moesaic.cli.recipes import Source
-from moesaic.cli.text_source import Text, gather_text
+from moesaic.cli.text_source import AnyText, gather_for
 from moesaic.cli.train import text_facts, train_run
 from moesaic.errors import MoesaicError, RunFolderError
 from moesaic.train.interrupt import Interrupted
@@ -49,7 +49,7 @@ class _PointTrainer:
 
     def __init__(self, args: argparse.Namespace, source: Source, folder: "RunFolder", corpus: Path | None) -> None:
         self.args, self.source, self.folder, self.corpus = args, source, folder, corpus
-        self._texts: dict[tuple[int, str], Text] = {}
+        self._texts: dict[tuple[int, str], AnyText] = {}
         self._text(source.recipe())  # text that cannot be used is the whole sweep's failure, not a point's
 
     def remember(self) -> None:
@@ -70,12 +70,12 @@ class _PointTrainer:
         with RunFolder.claim(self.folder.path / point.name) as folder:
             return train_run(recipe, text, folder, self.args, self.corpus).result
 
-    def _text(self, recipe: "Recipe") -> Text:
+    def _text(self, recipe: "Recipe") -> AnyText:
         vocab_size, task = recipe.vocab_size, recipe.data.task
         if (vocab_size, task) not in self._texts:
             name = "-".join(("tokenizer", str(vocab_size), *([] if task == "causal" else [task])))
             place = self.folder.path / name
-            text = gather_text(self.corpus, vocab_size, place, task=task)
+            text = gather_for(task, self.corpus, vocab_size, place)
             if not (place / "tokenizer.json").exists():
                 text.tokenizer.save(place)
             self._texts[vocab_size, task] = text

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, Protocol, TypeVar
 
 from moesaic.cli import output
 from moesaic.errors import DataError
@@ -20,13 +20,16 @@ if TYPE_CHECKING:
     from moesaic.data.translation import Pairs
 
 
-class Text(NamedTuple):
-    """A corpus ready to train on; `source` says in words where it is from. packed: pairs, for translation."""
+Material = TypeVar("Material")
+
+
+class Text(NamedTuple, Generic[Material]):
+    """A corpus ready to train on; `source` says in words where it is from. packed: text, or pairs for translation."""
 
     source: str
     num_bytes: int
     tokenizer: "Tokenizer"
-    packed: "Packed | Pairs"
+    packed: Material
 
 
 class _HowFar(Protocol):
@@ -47,23 +50,35 @@ def add_corpus_argument(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def gather_text(
-    corpus_folder: Path | None, vocab_size: int, tokenizer_folder: Path | None = None, *, task: str = "causal"
-) -> Text:
-    """Open packed text; or read a corpus, train a tokenizer on it (or load the one in `tokenizer_folder`), and pack.
+AnyText = Text[Any]
+"""Of either kind, where what is done with it does not depend on that."""
 
-    task: of the recipe; for translation `corpus_folder` holds pairs, or is a file of them.
-    Raises DataError or MissingDependencyError with what to do when there is no usable text.
-    """
-    from moesaic.data.packed import is_packed, packed_digest
+
+def gather_for(
+    task: str, corpus: Path | None, vocab_size: int, tokenizer_folder: Path | None = None
+) -> "Text[Packed] | Text[Pairs]":
+    """What a recipe's task learns from: for translation `corpus` holds pairs, or is a file of them; else text."""
     from moesaic.data.special_tokens import NUM_SENTINELS
 
     if task == "translation":
-        return _gather_pairs(corpus_folder, vocab_size, tokenizer_folder)
+        return _gather_pairs(corpus, vocab_size, tokenizer_folder)
+    num_sentinels = NUM_SENTINELS if task == "span_corruption" else 0
+    return gather_text(corpus, vocab_size, tokenizer_folder, num_sentinels=num_sentinels)
+
+
+def gather_text(
+    corpus_folder: Path | None, vocab_size: int, tokenizer_folder: Path | None = None, *, num_sentinels: int = 0
+) -> "Text[Packed]":
+    """Open packed text; or read a corpus, train a tokenizer on it (or load the one in `tokenizer_folder`), and pack.
+
+    num_sentinels: of a new tokenizer.
+    Raises DataError or MissingDependencyError with what to do when there is no usable text.
+    """
+    from moesaic.data.packed import is_packed, packed_digest
+
     if corpus_folder is not None and is_packed(corpus_folder):
         return _open_text(corpus_folder, tokenizer_folder)
     corpus = read_corpus(corpus_folder)
-    num_sentinels = NUM_SENTINELS if task == "span_corruption" else 0
     tokenizer = make_tokenizer(corpus, vocab_size, tokenizer_folder, num_sentinels=num_sentinels)
     place = cache_folder() / "packed" / packed_digest(corpus.digest, tokenizer.digest)[:24]
     packed = pack_with_progress(corpus, tokenizer, place)
@@ -113,7 +128,7 @@ def pack_with_progress(corpus: "Corpus", tokenizer: "Tokenizer", folder: Path, w
         return pack(corpus, tokenizer, folder, workers=workers or _usable_processors(), listen=listen)
 
 
-def _gather_pairs(path: Path | None, vocab_size: int, tokenizer_folder: Path | None) -> Text:
+def _gather_pairs(path: Path | None, vocab_size: int, tokenizer_folder: Path | None) -> "Text[Pairs]":
     from moesaic.data.pairs import read_pairs
     from moesaic.data.translation import Pairs
 
@@ -138,7 +153,7 @@ def _usable_processors() -> int:
     return os.cpu_count() or 1
 
 
-def _open_text(folder: Path, tokenizer_folder: Path | None) -> Text:
+def _open_text(folder: Path, tokenizer_folder: Path | None) -> "Text[Packed]":
     from moesaic.data.packed import TOKENIZER, Index, open_packed
     from moesaic.data.tokenizer import Tokenizer
 

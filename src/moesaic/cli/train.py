@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from moesaic.cli import output
 from moesaic.cli.recipes import Source, print_recipe, show_derived, source_of
-from moesaic.cli.text_source import Text, add_corpus_argument, gather_text
+from moesaic.cli.text_source import AnyText, add_corpus_argument, gather_for
 from moesaic.cli.watch import watch
 from moesaic.errors import ConfigError, RunFolderError
 
@@ -112,7 +112,7 @@ def _run_one(args: argparse.Namespace, source: Source) -> int:
     corpus = source.corpus_folder(args.corpus)
     with RunFolder.claim(args.out) as folder:
         _check_fresh(folder, args.resume)
-        text = gather_text(corpus, recipe.vocab_size, folder.path / "tokenizer", task=recipe.data.task)
+        text = gather_for(recipe.data.task, corpus, recipe.vocab_size, folder.path / "tokenizer")
         recipe = source.recipe(text=text_facts(text))
         document: dict[str, Any] = {}
         if source.size is not None and source.tree is None:
@@ -128,7 +128,7 @@ def _run_one(args: argparse.Namespace, source: Source) -> int:
     return 0
 
 
-def _prompt(recipe: "Recipe", text: Text) -> str:
+def _prompt(recipe: "Recipe", text: AnyText) -> str:
     """The options with which to try the model out."""
     from moesaic.data.packed import Packed
     from moesaic.data.special_tokens import language_token, sentinel
@@ -142,7 +142,7 @@ def _prompt(recipe: "Recipe", text: Text) -> str:
 
 
 def train_run(
-    recipe: "Recipe", text: Text, folder: "RunFolder", args: argparse.Namespace, corpus: Path | None
+    recipe: "Recipe", text: AnyText, folder: "RunFolder", args: argparse.Namespace, corpus: Path | None
 ) -> Finished:
     """Train one recipe in its folder, from its newest checkpoint if it has one, and evaluate what came of it."""
     trainer = _trainer(recipe, text, folder)
@@ -162,7 +162,7 @@ def train_run(
     return Finished(_finish(trainer, folder, text), profiled)
 
 
-def text_facts(text: Text) -> "TextFacts":
+def text_facts(text: AnyText) -> "TextFacts":
     """What a size needs to know of the text: its training tokens and its vocabulary."""
     from moesaic.data.packed import Packed
     from moesaic.train.size import TextFacts
@@ -214,7 +214,7 @@ def _check_fresh(folder: "RunFolder", resume: bool) -> None:
         )
 
 
-def _keep_tokenizer(text: Text, folder: "RunFolder") -> None:
+def _keep_tokenizer(text: AnyText, folder: "RunFolder") -> None:
     """A resumed run has read its tokenizer from here: written once, it cannot be lost to a full disk."""
     from moesaic.hub.staging import replaced_folder
 
@@ -224,7 +224,7 @@ def _keep_tokenizer(text: Text, folder: "RunFolder") -> None:
             text.tokenizer.save(new)
 
 
-def _trainer(recipe: "Recipe", text: Text, folder: "RunFolder") -> "Trainer":
+def _trainer(recipe: "Recipe", text: AnyText, folder: "RunFolder") -> "Trainer":
     from moesaic.models.build import build
     from moesaic.train.loop import Trainer
 
@@ -260,7 +260,7 @@ def _step_size(recipe: "Recipe") -> str:
     return f"{settings.micro_batches * settings.batch_size} pairs"
 
 
-def _say_passes(recipe: "Recipe", text: Text) -> None:
+def _say_passes(recipe: "Recipe", text: AnyText) -> None:
     from moesaic.data.packed import Packed
 
     settings = recipe.train
@@ -276,7 +276,7 @@ def _say_passes(recipe: "Recipe", text: Text) -> None:
         )
 
 
-def _finish(trainer: "Trainer", folder: "RunFolder", text: Text) -> "RunResult":
+def _finish(trainer: "Trainer", folder: "RunFolder", text: AnyText) -> "RunResult":
     """Write the finished model and look at it once more, over more text."""
     from moesaic.hub.saving import save
     from moesaic.train.sweep import RunResult

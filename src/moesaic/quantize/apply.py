@@ -80,8 +80,9 @@ def _replaceable(model: LanguageModel) -> Iterator[tuple[str, str, nn.Linear | G
     """(parent's name, own name, module) of what can be packed."""
     for full_name, module in model.named_modules():
         parent, _, name = full_name.rpartition(".")
-        is_projection = isinstance(module, nn.Linear) and name not in _READ_AS_TENSORS and name != "shared_gate"
-        if is_projection or isinstance(module, GroupedExperts):
+        if isinstance(module, nn.Linear) and name in (*_READ_AS_TENSORS, "shared_gate"):
+            continue
+        if isinstance(module, nn.Linear | GroupedExperts):
             yield parent, name, module
 
 
