@@ -294,14 +294,14 @@ void round_group(const float *x, int64_t size, int64_t group, int8_t *values, fl
         const __m512i whole = _mm512_maskz_cvtps_epi32(there, clamp(scaled, -127.0f, 127.0f).v);
         _mm512_mask_cvtepi32_storeu_epi8(values + i, first(n), whole);
         *sum_of_values += _mm512_reduce_add_epi32(whole);
-        return;
-#endif
+#else
         store(lanes, clamp(round(scaled), -127.0f, 127.0f));
         for (int64_t lane = 0; lane < n; ++lane) {
             const int32_t whole = lanes[lane] == lanes[lane] ? static_cast<int32_t>(lanes[lane]) : 0;
             values[i + lane] = static_cast<int8_t>(whole);
             *sum_of_values += whole;
         }
+#endif
     };
     along(
         size, [&](int64_t i) { put_bytes(i, load(x + i) * inverse, Vec::lanes); },

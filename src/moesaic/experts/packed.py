@@ -16,7 +16,7 @@ from moesaic.routing import Rows
 
 
 class PackedWeight(nn.Module):
-    """Packed matrices that move with their model from device to device, and are no part of its state dict."""
+    """Packed matrices. They move with their model from device to device, and are no part of its state dict."""
 
     data: Tensor
 
@@ -31,11 +31,6 @@ class PackedWeight(nn.Module):
             raise ConfigError("packed weights do not train; load the model without bits")
         packed = PackedMatrices(self.data, self.shape)
         return backend.kernels.packed_linear(x_RI.float(), packed, expert_offsets).to(x_RI.dtype)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PackedWeight":
-        """Bytes stay bytes: a model's change of dtype is not theirs."""
-        self.data = fn(self.data.view(torch.uint8)) if fn(self.data[:0]).dtype == torch.uint8 else self.data
-        return self
 
 
 class PackedLinear(nn.Module):
