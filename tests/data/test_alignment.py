@@ -75,8 +75,17 @@ def test_a_missing_paragraph_harms_its_neighbour_alone():
     """Lengths cannot tell a paragraph that is missing from one that was joined to the one before."""
     without = FRENCH.replace("Personne ne sait à quoi elle pense du matin jusqu'au soir.\n\n", "")
     long = ENGLISH.replace("all day long.", "all day long, for cats keep silent about everything that matters to them.")
+    # Enough other text that one wrong pair does not tell how long French is.
+    long += (
+        "\n\n1.3. About birds\n\nBirds wake up long before the sun does, and they sing in every tree of the old garden "
+    )
+    long += "until the last star has gone and the people of the house open their windows."
+    without += (
+        "\n\n1.3. Des oiseaux\n\nLes oiseaux se réveillent bien avant le soleil, et ils chantent dans chaque arbre "
+    )
+    without += "du vieux jardin jusqu'à ce que la dernière étoile ait disparu et que les gens ouvrent leurs fenêtres."
     aligned = align({"en": long, "fr": without})
-    assert (aligned.sections, aligned.even_sections) == (2, 1)
+    assert (aligned.sections, aligned.even_sections) == (3, 2)
     assert {"en": "1.2. About dogs", "fr": "1.2. Des chiens"} in aligned.groups
     assert [group["fr"][:9] for group in aligned.groups if group["en"].startswith("Dogs")] == ["Les chien"]
     assert sum("Le chat" in group["fr"] for group in aligned.groups) <= 1
