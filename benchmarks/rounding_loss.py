@@ -40,6 +40,7 @@ def search(weight: torch.Tensor, bits: Bits, group: int) -> torch.Tensor:
 
 @torch.no_grad()
 def main() -> None:
+    """Print the held-out loss at 16 bits and, for every number of bits and group, of both ways of choosing scales."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model")
     parser.add_argument("--corpus", type=Path)

@@ -152,7 +152,6 @@ def test_names_are_those_of_the_gguf_package(tmp_path: Path, family: str) -> Non
 @torch.no_grad()
 @pytest.mark.parametrize("family", ["qwen2", "qwen2_moe", "qwen3_moe"])
 def test_transformers_reads_the_same_model(tmp_path: Path, family: str) -> None:
-    pytest.importorskip("accelerate", reason="transformers reads GGUF files only with accelerate installed")
     from transformers import AutoConfig, AutoModelForCausalLM
 
     model = tiny(family, mlp_only_layers=[])
@@ -238,7 +237,6 @@ def test_smollm2_is_read_as_its_preset() -> None:
 @pytest.mark.slow
 @torch.no_grad()
 def test_smollm2_gives_the_logits_of_transformers_reading() -> None:
-    pytest.importorskip("accelerate", reason="transformers reads GGUF files only with accelerate installed")
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     path = smollm2()

@@ -1,7 +1,7 @@
 """Words of whole numbers: there and back, and bit for bit as the format says."""
 
-import pytest
 import torch
+from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -30,9 +30,8 @@ def test_what_is_packed_comes_back(rows: int, inputs: int, bits: int) -> None:
 @given(**MATRICES)
 @settings(max_examples=30, deadline=None)
 def test_words_are_theirs(rows: int, inputs: int, bits: int) -> None:
-    theirs = pytest.importorskip("compressed_tensors.compressors.pack_quantized.helpers")
     values = numbers(max(rows, 1), inputs, bits)
-    assert torch.equal(packed_ints.pack(values, bits), theirs.pack_to_int32(values, bits))
+    assert torch.equal(packed_ints.pack(values, bits), pack_to_int32(values, bits))
 
 
 def test_the_first_number_stands_lowest() -> None:

@@ -164,7 +164,6 @@ def test_latent_attention_is_rounded_and_choosers_stay(tmp_path: Path) -> None:
 def test_transformers_reads_what_we_write(
     tmp_path: Path, raw: dict[str, Any], bits: Any, experts_bits: Any, head_bits: int
 ) -> None:
-    pytest.importorskip("compressed_tensors")
     from transformers import AutoModelForCausalLM
 
     quantize_checkpoint(

@@ -145,6 +145,7 @@ class CompressedAttentionConfig:
             yield from self.compression.tensors(prefix, self.head_dim, hidden_size, self.query_rank)
 
     def state(self) -> StateSpec:
+        """The last `window` tokens, an entry for each compressed window, and the tokens of windows not yet full."""
         spec = StateSpec(
             kind="compressed",
             elements_per_token=self.head_dim,

@@ -121,6 +121,7 @@ class _Packer:
         self._rounded: list[tuple[Target, RoundedInts]] = []
 
     def encoding(self, name: str, shape: tuple[int, ...], parts: tuple[Part, ...]) -> RoundedInts | None:
+        """How a tensor of a file is rounded; None where it stays. Stacked experts and odd groups are a ConfigError."""
         role = parts[0].spec.role
         if role == "experts" and len(shape) > 1 and _expert(parts) is None:
             raise ConfigError(

@@ -1,5 +1,6 @@
 """What a model learns: which batches it is trained on, and what it is judged by. `data.task` names one of `TASKS`."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple, Protocol
 
@@ -104,7 +105,7 @@ class Causal:
         return None
 
 
-class _WithSources:
+class _WithSources(ABC):
     """What the tasks of encoder-decoders have in common."""
 
     num_left_out = 0
@@ -112,9 +113,9 @@ class _WithSources:
     def __init__(self, setting: Setting) -> None:
         self.setting = setting
 
+    @abstractmethod
     def held_out(self, max_tokens: int) -> dict[str, Iterator[SourcedBatch]]:
         """Held-out batches by name, of at most about `max_tokens` each."""
-        raise NotImplementedError
 
     def held_out_loss(self, model: Model, max_tokens: int) -> HeldOutLoss:
         """See Task."""
