@@ -21,7 +21,7 @@ from moesaic.evaluate.perplexity import held_out_loss
 from moesaic.experts.grouped import GroupedExperts
 from moesaic.models.build import decoder_only
 from moesaic.quantize import rounding
-from moesaic.quantize.rounding import Bits, dequantized, round_to_ints
+from moesaic.kernels.rounding import Bits, dequantized, round_to_ints
 
 Rule = Callable[[torch.Tensor, Bits, int], torch.Tensor]
 
