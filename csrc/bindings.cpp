@@ -4,6 +4,10 @@
 
 using namespace moesaic;
 
+namespace moesaic {
+void bind_route(nb::module_ &m);
+}
+
 namespace {
 
 void bound_silu_mul(const Array &gate_up, const Array &y, int threads) {
@@ -320,6 +324,7 @@ void bound_gather_rows(const Array &x, const Array &token_ids, const Array &rows
 }  // namespace
 
 NB_MODULE(_native, m) {
+    bind_route(m);
     m.doc() = "Compiled kernels of moesaic; use moesaic.kernels.ops.";
     m.def("available_isas", &available_isas, "Instruction sets compiled in that this processor has, worst first.");
     m.def("isa", [] { return std::string(chosen().isa); }, "The instruction set in use.");

@@ -1,40 +1,13 @@
-// The k best experts of each token, best first; among equals the lower id wins, NaN counts as the greatest.
-#include <cstring>
-
+// The k best experts of each token (topk.h).
 #include "kernels.h"
 #include "parallel.h"
+#include "topk.h"
 
 namespace moesaic {
-namespace {
-
-// A whole number that orders as the float does: -0 equals +0, every NaN is the greatest.
-inline int32_t order_of(float x) {
-    if (x != x) return INT32_MAX;
-    x += 0.0f;
-    int32_t bits;
-    std::memcpy(&bits, &x, 4);
-    return bits ^ ((bits >> 31) & INT32_MAX);
-}
-
-void topk_of_token(const float *scores, int64_t *ids, int64_t num_experts, int64_t top_k) {
-    int64_t kept = 0;
-    int32_t worst = INT32_MIN;
-    for (int64_t e = 0; e < num_experts; ++e) {
-        const int32_t key = order_of(scores[e]);
-        if (kept == top_k && key <= worst) continue;
-        int64_t place = kept < top_k ? kept++ : top_k - 1;
-        for (; place > 0 && order_of(scores[ids[place - 1]]) < key; --place) ids[place] = ids[place - 1];
-        ids[place] = e;
-        worst = order_of(scores[ids[kept - 1]]);
-    }
-}
-
-}  // namespace
 
 void select_topk(const float *scores, int64_t *ids, int64_t tokens, int64_t num_experts, int64_t top_k, int threads) {
-    if (top_k == 0) return;
     parallel_for(tokens, 16, threads_for(tokens * num_experts, 8192, threads), [=](int64_t token) {
-        topk_of_token(scores + token * num_experts, ids + token * top_k, num_experts, top_k);
+        topk_of_row(scores + token * num_experts, ids + token * top_k, num_experts, top_k);
     });
 }
 

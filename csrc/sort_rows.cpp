@@ -2,6 +2,7 @@
 #include <vector>
 
 #include "kernels.h"
+#include "route.h"
 
 namespace moesaic {
 
@@ -25,6 +26,27 @@ int64_t sort_rows(const int64_t *expert_ids, int64_t *token_ids, int64_t *choice
             choices[row] = choice;
         }
     }
+    return offsets[num_experts];
+}
+
+int64_t sort_by_expert(const int64_t *ids, const float *weights, int64_t tokens, int64_t columns, int64_t num_experts,
+                       int64_t *offsets, int64_t *token_ids, float *row_weights, int64_t *row_of) {
+    for (int64_t e = 0; e <= num_experts; ++e) offsets[e] = 0;
+    for (int64_t i = 0; i < tokens * columns; ++i)
+        if (ids[i] >= 0) ++offsets[ids[i] + 1];
+    for (int64_t e = 0; e < num_experts; ++e) offsets[e + 1] += offsets[e];
+    const int64_t *id = ids;
+    for (int64_t token = 0; token < tokens; ++token) {
+        for (int64_t k = 0; k < columns; ++k, ++id, ++weights, ++row_of) {
+            *row_of = *id < 0 ? -1 : offsets[*id]++;
+            if (*id < 0) continue;
+            token_ids[*row_of] = token;
+            row_weights[*row_of] = *weights;
+        }
+    }
+    // Each offset has moved to its expert's end, where the next expert begins.
+    for (int64_t e = num_experts; e > 0; --e) offsets[e] = offsets[e - 1];
+    offsets[0] = 0;
     return offsets[num_experts];
 }
 
