@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "packed.h"
+#include "row_ops.h"
 
 namespace moesaic {
 
@@ -89,6 +90,9 @@ struct Kernels {
     void (*adamw)(const AdamTensors &tensors, const AdamStep &step, int64_t size, int threads);
     void (*packed_linear)(const float *x, const uint8_t *weights, float *y, const PackedShape &shape,
                           const int64_t *offsets, int64_t num_experts, int threads);
+    void (*norm_rows)(const NormRows &norm, int threads);
+    void (*rotate_rows)(const RotateRows &turn, int threads);
+    void (*add_rows)(const AddRows &add, int threads);
 
     const Typed<float> &of(const float *) const { return f32; }
     const Typed<bf16> &of(const bf16 *) const { return b16; }

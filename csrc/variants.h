@@ -8,6 +8,9 @@ namespace moesaic::MOESAIC_ISA {
 void adamw(const AdamTensors &tensors, const AdamStep &step, int64_t size, int threads);
 void packed_linear(const float *x, const uint8_t *weights, float *y, const PackedShape &shape, const int64_t *offsets,
                    int64_t num_experts, int threads);
+void norm_rows(const NormRows &norm, int threads);
+void rotate_rows(const RotateRows &turn, int threads);
+void add_rows(const AddRows &add, int threads);
 template <class T>
 void causal_attention(const T *q, const T *k, const T *v, T *out, float *log_sum, const AttentionShape &shape,
                       int threads);
