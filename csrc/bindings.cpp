@@ -4,6 +4,10 @@
 
 using namespace moesaic;
 
+namespace moesaic {
+void bind_paged_attention(nb::module_ &m);
+}
+
 namespace {
 
 void bound_silu_mul(const Array &gate_up, const Array &y, int threads) {
@@ -388,4 +392,5 @@ NB_MODULE(_native, m) {
           nb::arg("dx"), nb::arg("d_weight"), nb::arg("threads"));
     m.def("silu_mul_grad", &bound_silu_mul_grad, nb::arg("dy"), nb::arg("gate_up"), nb::arg("d_gate_up"),
           nb::arg("threads"));
+    bind_paged_attention(m);
 }
