@@ -7,6 +7,7 @@ using namespace moesaic;
 namespace moesaic {
 void bind_route(nb::module_ &m);
 void bind_program(nb::module_ &m);
+void bind_paged_attention(nb::module_ &m);
 }
 
 namespace {
@@ -377,4 +378,5 @@ NB_MODULE(_native, m) {
           nb::arg("dx"), nb::arg("d_weight"), nb::arg("threads"));
     m.def("silu_mul_grad", &bound_silu_mul_grad, nb::arg("dy"), nb::arg("gate_up"), nb::arg("d_gate_up"),
           nb::arg("threads"));
+    bind_paged_attention(m);
 }

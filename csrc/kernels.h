@@ -6,6 +6,7 @@
 
 #include "packed.h"
 #include "row_ops.h"
+#include "paged.h"
 
 namespace moesaic {
 
@@ -93,6 +94,12 @@ struct Kernels {
     void (*norm_rows)(const NormRows &norm, int threads);
     void (*rotate_rows)(const RotateRows &turn, int threads);
     void (*add_rows)(const AddRows &add, int threads);
+    // k [tokens, groups, key_dim], v [tokens, groups, value_dim] (null where shared), q [tokens, heads, key_dim] and
+    // out [tokens, heads, value_dim]; strides in floats, from token to token.
+    void (*write_cache)(const PagedCache &cache, const PagedTokens &tokens, const float *k, int64_t k_stride,
+                        const float *v, int64_t v_stride, int threads);
+    void (*paged_attention)(const PagedCache &cache, const PagedTokens &tokens, const PagedSight &sight, const float *q,
+                            int64_t q_stride, float *out, int64_t out_stride, int threads);
 
     const Typed<float> &of(const float *) const { return f32; }
     const Typed<bf16> &of(const bf16 *) const { return b16; }

@@ -11,6 +11,10 @@ void packed_linear(const float *x, const uint8_t *weights, float *y, const Packe
 void norm_rows(const NormRows &norm, int threads);
 void rotate_rows(const RotateRows &turn, int threads);
 void add_rows(const AddRows &add, int threads);
+void write_cache(const PagedCache &cache, const PagedTokens &tokens, const float *k, int64_t k_stride, const float *v,
+                 int64_t v_stride, int threads);
+void paged_attention(const PagedCache &cache, const PagedTokens &tokens, const PagedSight &sight, const float *q,
+                     int64_t q_stride, float *out, int64_t out_stride, int threads);
 template <class T>
 void causal_attention(const T *q, const T *k, const T *v, T *out, float *log_sum, const AttentionShape &shape,
                       int threads);
