@@ -14,6 +14,7 @@ static constexpr Typed<T> typed = {
     grouped_linear_weight_grad<T>, grouped_linear_weight_grad_wide<T>,
 };
 
-extern const Kernels kernels = {MOESAIC_TEXT(MOESAIC_ISA), typed<float>, typed<bf16>, adamw, packed_linear};
+extern const Kernels kernels = {MOESAIC_TEXT(MOESAIC_ISA), typed<float>, typed<bf16>, adamw,
+                                 prepare_rows,        multiply_rows, packed_linear};
 
 }  // namespace moesaic::MOESAIC_ISA
