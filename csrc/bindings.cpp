@@ -282,8 +282,9 @@ void bound_packed_linear(const Array &x, const Array &weights, const Array &offs
     check("offsets", offsets, {Kind::i64}, {num_experts + 1});
     check_offsets("offsets", offsets, size(x, 0));
     nb::gil_scoped_release release;
-    chosen().packed_linear(data<float>(x), data<uint8_t>(weights), data<float>(y), shape, data<int64_t>(offsets),
-                           num_experts, threads);
+    const PackedLinear linear{shape,       data<uint8_t>(weights), nullptr, data<int64_t>(offsets),
+                              num_experts, data<float>(y),         shape.outputs, false, 1.0f};
+    chosen().packed_linear(data<float>(x), shape.inputs, size(x, 0), linear, threads);
 }
 
 void bound_select_topk(const Array &scores, const Array &ids, int threads) {

@@ -59,6 +59,19 @@ struct AdamStep {
     float clip, kept, fresh1, beta2, fresh2, rate, second_root, eps, newest;
 };
 
+// Rows, sorted by expert, times each expert's packed matrix: y = x w + bias, or y += multiplier * (x w + bias).
+struct PackedLinear {
+    PackedShape shape;
+    const uint8_t *weights;  // [E][shape.bytes()]
+    const float *bias;       // [E, O], or null
+    const int64_t *offsets;  // [E+1], or null: one matrix for all rows
+    int64_t num_experts;
+    float *y;
+    int64_t y_stride;
+    bool add;
+    float multiplier;
+};
+
 template <class T>
 struct Typed {
     void (*causal_attention)(const T *q, const T *k, const T *v, T *out, float *log_sum, const AttentionShape &shape,
@@ -89,8 +102,9 @@ struct Kernels {
     Typed<float> f32;
     Typed<bf16> b16;
     void (*adamw)(const AdamTensors &tensors, const AdamStep &step, int64_t size, int threads);
-    void (*packed_linear)(const float *x, const uint8_t *weights, float *y, const PackedShape &shape,
-                          const int64_t *offsets, int64_t num_experts, int threads);
+    void (*prepare_rows)(const float *x, int64_t x_stride, const PackedShape &shape, const PackedRows &rows, int threads);
+    void (*multiply_rows)(const PackedRows &rows, const PackedLinear &linear, int threads);
+    void (*packed_linear)(const float *x, int64_t x_stride, int64_t rows, const PackedLinear &linear, int threads);
     void (*norm_rows)(const NormRows &norm, int threads);
     void (*rotate_rows)(const RotateRows &turn, int threads);
     void (*add_rows)(const AddRows &add, int threads);
