@@ -23,12 +23,14 @@ GROUP = 32
 class Precision:
     """bits: of projections; None: as the files have them. experts_bits: of routed experts; None: `bits`.
 
+    dtype: of what is not rounded, fp32 or bf16; None: as the files have it (other formats become fp32).
     The head has 8 bits where others have 4 or 8, and so have matrices that heads read one by one (MLA). Routers, norms
     and embeddings are never rounded. Raises ConfigError for other bits.
     """
 
     bits: Bits | None = None
     experts_bits: Bits | None = None
+    dtype: torch.dtype | None = None
 
     def __post_init__(self) -> None:
         for value in (self.bits, self.experts_bits):
@@ -52,11 +54,14 @@ class Packer:
     precision: Precision
     packed_bytes: dict[str, int] = field(default_factory=dict)
 
-    def matrix(
-        self, names: Sequence[str], bits: Bits | None, part: str, *, paired: bool = False
-    ) -> PackedMatrices:
+    def read(self, name: str, expert: int | None = None) -> Tensor:
+        """The tensor, or what one expert has of it, in the dtype that is asked for."""
+        values = self.weights.read(name, expert)
+        return values if self.precision.dtype is None else values.to(self.precision.dtype)
+
+    def matrix(self, names: Sequence[str], bits: Bits | None, part: str, *, paired: bool = False) -> PackedMatrices:
         """One matrix: those of the names, one below the other."""
-        rows = [self.weights.read(name) for name in names]
+        rows = [self.read(name) for name in names]
         whole = torch.cat(rows) if len(rows) > 1 else rows[0]
         return self._count(part, packed_as(whole[None], bits, paired=paired))
 
@@ -72,7 +77,7 @@ class Packer:
         """All experts' matrices of a name, read and packed one after the other."""
         data, shape = None, None
         for expert in range(num_experts):
-            packed, shape = packed_as(self.weights.read(name, expert)[None], bits, paired=paired)
+            packed, shape = packed_as(self.read(name, expert)[None], bits, paired=paired)
             data = empty((num_experts, packed.shape[1]), torch.uint8, "cpu") if data is None else data
             data[expert] = packed[0]
         assert data is not None and shape is not None, "a layer has experts"
