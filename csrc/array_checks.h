@@ -23,7 +23,7 @@ namespace moesaic {
 using Array = nb::ndarray<nb::device::cpu>;
 
 
-enum class Kind { f32, bf16, f16, i32, i64, u8 };
+enum class Kind { f32, bf16, f16, i8, i32, i64, u8 };
 constexpr auto floats = {Kind::f32, Kind::bf16};
 
 inline const char *name_of(Kind kind) {
@@ -31,6 +31,7 @@ inline const char *name_of(Kind kind) {
         case Kind::f32: return "float32";
         case Kind::bf16: return "bfloat16";
         case Kind::f16: return "float16";
+        case Kind::i8: return "int8";
         case Kind::i32: return "int32";
         case Kind::i64: return "int64";
         default: return "uint8";
@@ -42,6 +43,7 @@ inline bool is(const Array &array, Kind kind) {
     if (type.lanes != 1) return false;
     switch (kind) {
         case Kind::f32: return type == nb::dtype<float>();
+        case Kind::i8: return type == nb::dtype<int8_t>();
         case Kind::i32: return type == nb::dtype<int32_t>();
         case Kind::i64: return type == nb::dtype<int64_t>();
         case Kind::u8: return type == nb::dtype<uint8_t>();
@@ -119,5 +121,24 @@ inline void check_offsets(const char *name, const Array &array, int64_t end) {
 }
 
 inline void check_rank_2(const char *name, const Array &array) { check(name, array, floats, {any, any}); }
+
+// What Python calls a format, as a shape. Raises ValueError for what there is not.
+inline PackedShape check_packed(const std::string &format, int64_t outputs, int64_t inputs, int64_t group, bool paired) {
+    const std::array<std::pair<const char *, Format>, 6> known = {{{"fp32", Format::f32},
+                                                                   {"bf16", Format::b16},
+                                                                   {"fp8", Format::fp8},
+                                                                   {"int8", Format::int8},
+                                                                   {"int4", Format::int4},
+                                                                   {"mxfp4", Format::mxfp4}}};
+    if (outputs < 0 || inputs < 0) refuse("weights", "have a negative size");
+    if (paired && outputs % 2) refuse("outputs", "are odd in number; paired ones are gate and up, equally many");
+    for (const auto &[name, value] : known) {
+        if (format != name) continue;
+        const bool grouped = value == Format::int8 || value == Format::int4;
+        if (grouped && group != 32 && group != 64 && group != 128) refuse("group", "must be 32, 64 or 128");
+        return {value, outputs, inputs, group, paired};
+    }
+    refuse("format", "is not known; use fp32, bf16, fp8, int8, int4 or mxfp4");
+}
 
 }  // namespace moesaic

@@ -5,6 +5,7 @@
 using namespace moesaic;
 
 namespace moesaic {
+void bind_pack(nb::module_ &m);
 void bind_route(nb::module_ &m);
 }
 
@@ -266,24 +267,6 @@ void bound_grouped_linear_weight_grad(const Array &dy, const Array &x, const Arr
     });
 }
 
-PackedShape check_packed(const std::string &format, int64_t outputs, int64_t inputs, int64_t group, bool paired) {
-    const std::array<std::pair<const char *, Format>, 6> known = {{{"fp32", Format::f32},
-                                                                   {"bf16", Format::b16},
-                                                                   {"fp8", Format::fp8},
-                                                                   {"int8", Format::int8},
-                                                                   {"int4", Format::int4},
-                                                                   {"mxfp4", Format::mxfp4}}};
-    if (outputs < 0 || inputs < 0) refuse("weights", "have a negative size");
-    if (paired && outputs % 2) refuse("outputs", "are odd in number; paired ones are gate and up, equally many");
-    for (const auto &[name, value] : known) {
-        if (format != name) continue;
-        const bool grouped = value == Format::int8 || value == Format::int4;
-        if (grouped && group != 32 && group != 64 && group != 128) refuse("group", "must be 32, 64 or 128");
-        return {value, outputs, inputs, group, paired};
-    }
-    refuse("format", "is not known; use fp32, bf16, fp8, int8, int4 or mxfp4");
-}
-
 int64_t bound_packed_bytes(const std::string &format, int64_t outputs, int64_t inputs, int64_t group, bool paired) {
     return check_packed(format, outputs, inputs, group, paired).bytes();
 }
@@ -342,6 +325,7 @@ void bound_gather_rows(const Array &x, const Array &token_ids, const Array &rows
 }  // namespace
 
 NB_MODULE(_native, m) {
+    bind_pack(m);
     bind_route(m);
     m.doc() = "Compiled kernels of moesaic; use moesaic.kernels.ops.";
     m.def("available_isas", &available_isas, "Instruction sets compiled in that this processor has, worst first.");

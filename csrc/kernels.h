@@ -4,6 +4,7 @@
 
 #include <cstdint>
 
+#include "pack.h"
 #include "packed.h"
 
 namespace moesaic {
@@ -89,6 +90,7 @@ struct Kernels {
     void (*adamw)(const AdamTensors &tensors, const AdamStep &step, int64_t size, int threads);
     void (*packed_linear)(const float *x, const uint8_t *weights, float *y, const PackedShape &shape,
                           const int64_t *offsets, int64_t num_experts, int threads);
+    void (*pack)(const PackSource &source, const PackedShape &shape, int64_t matrices, uint8_t *out, int threads);
 
     const Typed<float> &of(const float *) const { return f32; }
     const Typed<bf16> &of(const bf16 *) const { return b16; }

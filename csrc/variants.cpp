@@ -14,6 +14,6 @@ static constexpr Typed<T> typed = {
     grouped_linear_weight_grad<T>, grouped_linear_weight_grad_wide<T>,
 };
 
-extern const Kernels kernels = {MOESAIC_TEXT(MOESAIC_ISA), typed<float>, typed<bf16>, adamw, packed_linear};
+extern const Kernels kernels = {MOESAIC_TEXT(MOESAIC_ISA), typed<float>, typed<bf16>, adamw, packed_linear, pack};
 
 }  // namespace moesaic::MOESAIC_ISA

@@ -8,6 +8,7 @@ namespace moesaic::MOESAIC_ISA {
 void adamw(const AdamTensors &tensors, const AdamStep &step, int64_t size, int threads);
 void packed_linear(const float *x, const uint8_t *weights, float *y, const PackedShape &shape, const int64_t *offsets,
                    int64_t num_experts, int threads);
+void pack(const PackSource &source, const PackedShape &shape, int64_t matrices, uint8_t *out, int threads);
 template <class T>
 void causal_attention(const T *q, const T *k, const T *v, T *out, float *log_sum, const AttentionShape &shape,
                       int threads);
