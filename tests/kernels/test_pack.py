@@ -15,7 +15,7 @@ from moesaic.kernels.blocks import PackedMatrices
 from moesaic.quantize.rounding import Bits, round_to_ints
 
 native = pytest.importorskip("moesaic.kernels.native", reason="the kernels were not built: no C++ compiler")
-from moesaic.kernels import native_packing  # noqa: E402
+from moesaic.kernels import native_packing
 
 _native = native._native
 
@@ -147,9 +147,7 @@ def test_any_number_of_threads(threads: int) -> None:
 def test_what_is_not_finite_stays_in_its_group(poison: float, isa: str) -> None:
     weight = torch.randn(1, 40, 100)
     weight[0, 33, 70] = poison
-    assert bool(
-        blocks.unpack(native_packing.pack_floats(weight, "bf16"))[0, 33, 70].isnan() == (poison != poison)
-    )
+    assert bool(blocks.unpack(native_packing.pack_floats(weight, "bf16"))[0, 33, 70].isnan() == (poison != poison))
     for bits in (8, 4):
         found = blocks.unpack(native_packing.pack_rounded(weight, bits, group=32))
         wanted = blocks.unpack(rounded(weight, bits, 32, False))
