@@ -122,7 +122,7 @@ inline void check_offsets(const char *name, const Array &array, int64_t end) {
 
 inline void check_rank_2(const char *name, const Array &array) { check(name, array, floats, {any, any}); }
 
-// What Python calls a format, as a shape. Raises ValueError for what there is not.
+// Raises ValueError for an unknown format, a group that it does not have, or odd paired outputs.
 inline PackedShape check_packed(const std::string &format, int64_t outputs, int64_t inputs, int64_t group, bool paired) {
     const std::array<std::pair<const char *, Format>, 6> known = {{{"fp32", Format::f32},
                                                                    {"bf16", Format::b16},

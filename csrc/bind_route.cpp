@@ -1,6 +1,5 @@
 // Routing as Python sees it: a router's settings become a RouterSpec, and ids are checked that would be read past an end.
-#include "array_checks.h"
-#include "route.h"
+#include "bind_route.h"
 
 namespace moesaic {
 namespace {
@@ -28,14 +27,6 @@ const T *optional_data(const char *name, const Optional &array, Kind kind, std::
     check(name, *array, {kind}, shape);
     return data<T>(*array);
 }
-
-
-// A router's settings and tensors, kept as long as Python keeps it.
-struct BoundRouter {
-    RouterSpec spec;
-    int64_t vocab_size = 0;
-    Optional bias, running_mean, running_var, selection_bias, table;
-};
 
 void check_spec(const RouterSpec &spec) {
     if (spec.num_experts < 1 || spec.num_null_experts < 0) refuse("num_experts", "must be 1 or more");

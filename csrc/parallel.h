@@ -1,9 +1,12 @@
-// The one parallel_for. Every item is computed whole by one thread, in an order that does not depend on the number of
-// threads: no sum is ever split, so results are bit-equal for any thread count.
+// The one parallel_for, on the threads of the pool that is current or else on OpenMP's. Every item is computed whole by
+// one thread, in an order that does not depend on the number of threads: no sum is ever split, so results are bit-equal
+// for any thread count.
 #pragma once
 
 #include <cstdint>
 #include <new>
+
+#include "pool.h"
 
 namespace moesaic {
 
@@ -22,6 +25,12 @@ void parallel_for(int64_t items, int64_t chunk, int threads, const F &f) {
     if (threads <= 1 || items <= chunk) {
         for (int64_t i = 0; i < items; ++i) f(i);
         return;
+    }
+    if (Pool *pool = Pool::current()) {
+        const auto piece = [](const void *context, int64_t begin, int64_t end) {
+            for (int64_t i = begin; i < end; ++i) (*static_cast<const F *>(context))(i);
+        };
+        return pool->run(items, chunk, piece, &f);
     }
     bool failed = false;
 #ifdef _OPENMP

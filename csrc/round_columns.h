@@ -1,5 +1,5 @@
 // Columns of a group rounded to whole numbers times a scale: step for step the arithmetic of
-// src/moesaic/quantize/rounding.py, whose bits it has. Needs -ffp-contract=off.
+// src/moesaic/kernels/rounding.py, whose bits it has. Needs -ffp-contract=off.
 #pragma once
 
 #include "pack_columns.h"

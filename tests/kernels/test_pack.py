@@ -12,10 +12,10 @@ from torch import Tensor
 
 from moesaic.kernels import blocks
 from moesaic.kernels.blocks import PackedMatrices
-from moesaic.quantize.rounding import Bits, round_to_ints
+from moesaic.kernels.rounding import Bits, round_to_ints
 
 native = pytest.importorskip("moesaic.kernels.native", reason="the kernels were not built: no C++ compiler")
-from moesaic.kernels import native_packing
+from moesaic.kernels import native_packing  # noqa: E402
 
 _native = native._native
 
@@ -44,7 +44,7 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
 
 @cache
 def weights(dtype: torch.dtype, outputs: int, inputs: int) -> Tensor:
-    """Two matrices of numbers large and small, equal and 0, below normal and beyond fp16; they begin at an odd place."""
+    """Two matrices of numbers large and small, equal and 0, below normal and beyond fp16, from an odd address on."""
     generator = torch.Generator().manual_seed(outputs * inputs)
     count = 2 * outputs * inputs
     magnitudes = torch.tensor([1.0, 1.0, 1.0, 0.01, 1e-7, 1e-40, 3e4, 3e7])

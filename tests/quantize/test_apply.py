@@ -14,7 +14,7 @@ from moesaic.experts.packed import PackedExperts, PackedLinear
 from moesaic.hub import save
 from moesaic.models.decoder import Decoder
 from moesaic.quantize.apply import pack_weights, summary
-from moesaic.quantize.rounding import Bits, dequantized, round_to_ints
+from moesaic.kernels.rounding import Bits, dequantized, round_to_ints
 from tests.tiny import lively, tiny_config
 
 CONFIGS = {

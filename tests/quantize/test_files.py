@@ -17,7 +17,7 @@ from moesaic.hub.streaming import convert
 from moesaic.models.decoder import Decoder
 from moesaic.quantize.files import quantize_checkpoint
 from moesaic.quantize.report import report
-from moesaic.quantize.rounding import Bits, dequantized, round_to_ints
+from moesaic.kernels.rounding import Bits, dequantized, round_to_ints
 from tests.full_disk import full_disk
 
 TINY: dict[str, Any] = {

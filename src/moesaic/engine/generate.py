@@ -9,6 +9,7 @@ from typing import TypedDict, Unpack, cast, overload
 import torch
 from torch import Tensor
 
+from moesaic.config import ModelConfig
 from moesaic.engine.sampling import Sampling, sample
 from moesaic.errors import GenerationError
 from moesaic.layers.kv_cache import KeyValueCache
@@ -77,7 +78,7 @@ def generate(
     and for a cache that is handed to a model with an encoder, or a target_prefix to one without.
     """
     prompts, single = _as_lists(prompt_ids)
-    _check(model, prompts, max_new_tokens)
+    check_prompts(model.config, prompts, max_new_tokens, model.config.context_length)
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
     stops = frozenset(model.config.eos_token_ids if eos_token_ids is None else eos_token_ids)
     sources = prompts
@@ -160,8 +161,9 @@ def _as_lists(prompt_ids: Prompts) -> tuple[list[list[int]], bool]:
     return [cast(list[int], ids)], True
 
 
-def _check(model: Model, prompts: list[list[int]], max_new_tokens: int) -> None:
-    context, vocab = model.config.context_length, model.config.vocab_size
+def check_prompts(config: ModelConfig, prompts: list[list[int]], max_new_tokens: int, context: int) -> None:
+    """Raise GenerationError for prompts that are empty, as long as the context, or of unknown token ids."""
+    vocab = config.vocab_size
     if max_new_tokens < 0:
         raise GenerationError(f"max_new_tokens={max_new_tokens}; use 0 or more")
     for prompt in prompts:

@@ -27,7 +27,7 @@ def pack_floats(
 def pack_rounded(
     weight_EOI: Parts, bits: Literal[4, 8], *, group: int, paired: bool = False, out: Tensor | None = None
 ) -> PackedMatrices:
-    """What blocks.pack_ints makes of quantize.rounding.round_to_ints, in one pass; weights are fp32, bf16 or fp16.
+    """What blocks.pack_ints makes of rounding.round_to_ints, in one pass; weights are fp32, bf16 or fp16.
 
     Groups with NaN have a scale of NaN.
     """

@@ -65,7 +65,7 @@ class NativeRouter:
             name: None if tensor is None else _array(tensor.detach().contiguous())
             for name, tensor in tensors._asdict().items()
         }
-        self._router = _native.Router(
+        self.native = _native.Router(
             config.name,
             (config.num_experts, num_null, config.top_k),
             renormalize=bool(config.renormalize),
@@ -85,15 +85,15 @@ class NativeRouter:
         """
         seen = logits_TC if logits_TC is not None else token_ids_T
         tokens = 0 if seen is None else len(seen)
-        ids_TM = torch.empty(tokens, self._router.columns, dtype=torch.int64)
-        weights_TM = torch.empty(tokens, self._router.columns)
-        self._router.route(_optional(logits_TC), _optional(token_ids_T), _array(ids_TM), _array(weights_TM), _threads())
+        ids_TM = torch.empty(tokens, self.native.columns, dtype=torch.int64)
+        weights_TM = torch.empty(tokens, self.native.columns)
+        self.native.route(_optional(logits_TC), _optional(token_ids_T), _array(ids_TM), _array(weights_TM), _threads())
         return ids_TM, weights_TM
 
     def weigh_choices(self, logits_TC: Tensor | None, expert_ids_TM: Tensor) -> Tensor:
         """weights_TM of experts that were chosen before; -1 where a token has no M-th, whose weight is 0."""
         weights_TM = torch.empty(expert_ids_TM.shape)
-        self._router.weigh_choices(
+        self.native.weigh_choices(
             _optional(logits_TC), _array(expert_ids_TM.contiguous()), _array(weights_TM), _threads()
         )
         return weights_TM

@@ -10,7 +10,7 @@ from moesaic.hub import packed_ints
 from moesaic.hub.encodings import Shape, Written
 from moesaic.hub.parts import Box, boxes
 from moesaic.hub.stored import SPELLINGS
-from moesaic.quantize.rounding import Bits, dequantized, round_to_ints
+from moesaic.kernels.rounding import Bits, dequantized, round_to_ints
 
 
 @dataclass

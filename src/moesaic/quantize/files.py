@@ -33,7 +33,7 @@ from moesaic.hub.values import Part
 from moesaic.kernels.blocks import GROUPS
 from moesaic.quantize.apply import BITS, GROUP
 from moesaic.quantize.encoding import RoundedInts, Squares
-from moesaic.quantize.rounding import Bits
+from moesaic.kernels.rounding import Bits
 from moesaic.tensor_spec import Role
 
 KEPT = 16

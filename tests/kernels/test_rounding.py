@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moesaic.quantize.rounding import dequantized, round_to_ints
+from moesaic.kernels.rounding import dequantized, round_to_ints
 
 
 @given(

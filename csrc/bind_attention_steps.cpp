@@ -1,0 +1,116 @@
+// Steps of attention: what each head multiplies for itself, and queries that meet what is cached.
+#include "bind_program.h"
+#include "scratch.h"
+
+namespace moesaic {
+namespace {
+
+constexpr int heads_in_slot = 28, heads_out_slot = 29, offsets_slot = 30;
+
+// Groups, key and value size, and whether values are the keys' beginnings: CacheShape in Python.
+using ShapeTuple = std::tuple<int64_t, int64_t, int64_t, bool>;
+
+PagedCache cache_of(const ShapeTuple &shape) {
+    const auto &[groups, key_dim, value_dim, shared] = shape;
+    return {nullptr, nullptr, false, 0, groups, key_dim, value_dim, shared};
+}
+
+// Each head's matrix times `inputs` floats of each row, every `stride` of them; results every `step` floats.
+void per_head(Program &program, const Label &label, Place from, int64_t stride, Place to, int64_t step,
+              const Packed &packed) {
+    const int64_t heads = packed.count, inputs = packed.shape.inputs, outputs = packed.shape.outputs;
+    check_place("source", program, from, (heads - 1) * stride + inputs);
+    check_place("target", program, to, (heads - 1) * step + outputs);
+    program.add_step({label.part, label.layer, to.buffer, to.offset, outputs, [=](const Batch &batch, Program &p) {
+        const int64_t tokens = batch.tokens;
+        auto *x = static_cast<float *>(scratch(heads_in_slot, heads * tokens * inputs * 4));
+        auto *y = static_cast<float *>(scratch(heads_out_slot, heads * tokens * outputs * 4));
+        auto *offsets = static_cast<int64_t *>(scratch(offsets_slot, (heads + 1) * 8));
+        const RowsOf source = p.rows(from.buffer, from.offset), target = p.rows(to.buffer, to.offset);
+        for (int64_t h = 0; h < heads; ++h)
+            for (int64_t t = 0; t < tokens; ++t)
+                std::memcpy(x + (h * tokens + t) * inputs, source.row(t) + h * stride, static_cast<size_t>(inputs) * 4);
+        for (int64_t h = 0; h <= heads; ++h) offsets[h] = h * tokens;
+        const PackedLinear linear = {packed.shape, packed.bytes(), nullptr, offsets, heads, y, outputs, false, 1.0f};
+        chosen().packed_linear(x, inputs, heads * tokens, linear, p.threads());
+        for (int64_t h = 0; h < heads; ++h)
+            for (int64_t t = 0; t < tokens; ++t)
+                std::memcpy(target.row(t) + h * step, y + (h * tokens + t) * outputs, static_cast<size_t>(outputs) * 4);
+    }});
+}
+
+void copy_heads(Program &program, const Label &label, Place from, int64_t stride, Place to, int64_t step, int64_t heads,
+                int64_t size) {
+    check_place("source", program, from, (heads - 1) * stride + size);
+    check_place("target", program, to, (heads - 1) * step + size);
+    program.add_step({label.part, label.layer, to.buffer, to.offset, size, [=](const Batch &batch, Program &p) {
+        const RowsOf source = p.rows(from.buffer, from.offset), target = p.rows(to.buffer, to.offset);
+        for (int64_t t = 0; t < batch.tokens; ++t)
+            for (int64_t h = 0; h < heads; ++h)
+                std::memcpy(target.row(t) + h * step, source.row(t) + h * stride, static_cast<size_t>(size) * 4);
+    }});
+}
+
+// What the batch's tokens bring goes into the cache; then their queries meet all that they see of it.
+void attend(Program &program, const Label &label, Place queries, Place keys, Place values, Place to, int64_t number,
+            const ShapeTuple &cache_shape, int64_t heads, int64_t window, int64_t chunk, float scale,
+            const std::optional<Array> &sinks) {
+    const PagedCache shape = cache_of(cache_shape);
+    check_place("queries", program, queries, heads * shape.key_dim);
+    check_place("keys", program, keys, shape.num_groups * shape.key_dim);
+    check_place("values", program, values, shape.num_groups * shape.value_dim);
+    check_place("target", program, to, heads * shape.value_dim);
+    check_floats("sinks", sinks, heads);
+    program.add_step({label.part, label.layer, to.buffer, to.offset, heads * shape.value_dim,
+                      [=](const Batch &batch, Program &p) {
+        const PagedCache &cache = p.caches().at(static_cast<size_t>(number));
+        const PagedTokens tokens = {batch.tokens, batch.positions, batch.text_of, batch.tables, batch.table_width};
+        const PagedSight sight = {heads, window, chunk, scale, floats_or_null(sinks)};
+        const RowsOf q = p.rows(queries.buffer, queries.offset), out = p.rows(to.buffer, to.offset);
+        const RowsOf k = p.rows(keys.buffer, keys.offset), v = p.rows(values.buffer, values.offset);
+        chosen().write_cache(cache, tokens, k.data, k.stride, shape.shared ? nullptr : v.data, v.stride, p.threads());
+        chosen().paged_attention(cache, tokens, sight, q.data, q.stride, out.data, out.stride, p.threads());
+    }});
+    program.caches().resize(std::max(program.caches().size(), static_cast<size_t>(number) + 1));
+    program.caches()[static_cast<size_t>(number)] = shape;
+}
+
+// (bytes of keys, bytes of values) of one block.
+std::tuple<int64_t, int64_t> block_bytes(const ShapeTuple &shape, bool in_bf16) {
+    PagedCache cache = cache_of(shape);
+    cache.is_bf16 = in_bf16;
+    return {cache.key_block_bytes(), cache.value_block_bytes()};
+}
+
+void set_caches(Program &program, const std::vector<std::tuple<Array, Array>> &layers, bool in_bf16) {
+    if (layers.size() != program.caches().size()) refuse("layers", "are not as many as attend");
+    for (size_t i = 0; i < layers.size(); ++i) {
+        const auto &[keys, values] = layers[i];
+        PagedCache &cache = program.caches()[i];
+        cache.is_bf16 = in_bf16;
+        cache.num_blocks = size(keys, 0);
+        check("keys", keys, {Kind::u8}, {cache.num_blocks, cache.key_block_bytes()});
+        check("values", values, {Kind::u8}, {cache.num_blocks, cache.value_block_bytes()});
+        cache.keys = keys.data();
+        cache.values = cache.shared ? nullptr : values.data();
+    }
+}
+
+}  // namespace
+
+void bind_attention_steps(nb::class_<Program> &program) {
+    program
+        .def("per_head", &per_head, nb::arg("label"), nb::arg("source"), nb::arg("stride"), nb::arg("target"),
+             nb::arg("step"), nb::arg("packed"))
+        .def("copy_heads", &copy_heads, nb::arg("label"), nb::arg("source"), nb::arg("stride"), nb::arg("target"),
+             nb::arg("step"), nb::arg("heads"), nb::arg("size"))
+        .def("attend", &attend, nb::arg("label"), nb::arg("queries"), nb::arg("keys"), nb::arg("values"),
+             nb::arg("target"), nb::arg("cache"), nb::arg("shape"), nb::arg("heads"), nb::arg("window"),
+             nb::arg("chunk"), nb::arg("scale"), nb::arg("sinks").none())
+        .def("set_caches", &set_caches, nb::arg("layers"), nb::arg("in_bf16"),
+             "Keys and values, uint8 [blocks, bytes of one], of every layer that attends. They stay the caller's.")
+        .def_static("cache_block_bytes", &block_bytes, nb::arg("shape"), nb::arg("in_bf16"));
+    program.attr("block_tokens") = block_tokens;
+}
+
+}  // namespace moesaic

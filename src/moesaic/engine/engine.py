@@ -1,0 +1,236 @@
+"""The engine: a program, a cache, and texts that go through them, one at a time or many together."""
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from moesaic.engine.cache import BlockCache, Text
+from moesaic.engine.generate import check_prompts
+from moesaic.engine.memory import require_memory
+from moesaic.engine.packing import Precision
+from moesaic.engine.program import Batch, Program
+from moesaic.engine.sampling import Sampling, sample
+from moesaic.engine.weights import FileWeights, ModelWeights
+from moesaic.errors import GenerationError
+from moesaic.hub.resolve import weights_place
+from moesaic.hub.sources import open_source
+from moesaic.kernels.rounding import Bits
+from moesaic.models.base import LanguageModel
+
+# Of a prompt that go through the program together: enough that weights are read for many tokens at once, few enough
+# that the rows in between stay small.
+PREFILL_TOKENS = 512
+
+
+class Piece(NamedTuple):
+    """New tokens of a text, in their order, and of which of them logits are wanted."""
+
+    text: Text
+    token_ids: Sequence[int]
+    wants: Literal["last", "all", "none"] = "last"
+
+
+class Engine:
+    """A model packed for this machine's processors.
+
+    path_or_model: a folder, a .gguf file, a preset that brings its weights, or a model in memory. bits: 8 or 4, of
+    projections and experts; None: as the files have them. experts_bits: of routed experts, where these differ.
+    threads: None: every processor that this process may use. max_length: the most tokens of a text; None: as many as
+    the model was made for. cache_in_bf16: None: where the model is not in fp32, or is packed in few bits.
+
+    Within one instruction set and one packed format a token gets the same bits whatever batch, pieces, number of
+    threads or blocks of the cache it runs with.
+    Raises ConfigError for a model with parts that have no lowering, CheckpointError for damaged files.
+    """
+
+    def __init__(
+        self,
+        path_or_model: str | os.PathLike[str] | LanguageModel,
+        *,
+        bits: Bits | None = None,
+        experts_bits: Bits | None = None,
+        threads: int | None = None,
+        max_length: int | None = None,
+        cache_in_bf16: bool | None = None,
+    ) -> None:
+        in_memory = isinstance(path_or_model, LanguageModel)
+        weights = ModelWeights(path_or_model) if in_memory else FileWeights(open_source(weights_place(path_or_model)))
+        precision = Precision(bits=bits, experts_bits=experts_bits)
+        require_memory(weights.config, precision, weights.dtype.itemsize)
+        self.program = Program(weights, precision, threads=threads or _processors(), max_length=max_length)
+        self.config, self.max_length = weights.config, self.program.max_length
+        if cache_in_bf16 is None:
+            cache_in_bf16 = bits is not None or weights.dtype != torch.float32
+        self.cache = BlockCache(self.program.caches, in_bf16=cache_in_bf16)
+        self.program.connect(self.cache)
+
+    def step(self, pieces: Sequence[Piece]) -> Tensor:
+        """Run new tokens of any number of texts, each once: logits [N, V], of the wanted tokens in their order.
+
+        Raises GenerationError for token ids that the model does not know, texts that would become too long, and
+        numbers that are infinite or none (where they first appear is said).
+        """
+        batch = self._batch(pieces)
+        logits_NV = self.program.run(batch)
+        if not bool(torch.isfinite(logits_NV.sum())):
+            self._refuse_not_finite(batch, logits_NV)
+        for piece in pieces:
+            piece.text.length += len(piece.token_ids)
+        return logits_NV
+
+    def free(self, text: Text) -> None:
+        """Forget a text; its blocks serve others."""
+        self.cache.cut(text, 0)
+
+    def generate(
+        self,
+        prompt_ids: Sequence[int],
+        max_new_tokens: int = 128,
+        *,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: int | None = None,
+        eos_token_ids: Iterable[int] | None = None,
+        on_token: Callable[[int, int], None] | None = None,
+        text: Text | None = None,
+    ) -> list[int]:
+        """Continue one prompt; see `moesaic.generate` for the arguments. text: holds a prefix of the prompt already,
+        and all but the last new token afterwards."""
+        sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
+        texts = None if text is None else [text]
+        return self._generate([list(prompt_ids)], max_new_tokens, sampling, eos_token_ids, on_token, texts)[0]
+
+    def generate_batch(
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: int = 128,
+        *,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: int | None = None,
+        eos_token_ids: Iterable[int] | None = None,
+        on_token: Callable[[int, int], None] | None = None,
+    ) -> list[list[int]]:
+        """Continue several prompts together. `on_token(prompt, token_id)` hears each token as it is made."""
+        sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
+        lists = [list(prompt) for prompt in prompts]
+        return self._generate(lists, max_new_tokens, sampling, eos_token_ids, on_token, None)
+
+    def _generate(
+        self,
+        prompts: list[list[int]],
+        max_new_tokens: int,
+        sampling: Sampling,
+        eos_token_ids: Iterable[int] | None,
+        on_token: Callable[[int, int], None] | None,
+        texts: list[Text] | None,
+    ) -> list[list[int]]:
+        check_prompts(self.config, prompts, max_new_tokens, self.max_length)
+        stops = frozenset(self.config.eos_token_ids if eos_token_ids is None else eos_token_ids)
+        owned = [Text() for _ in prompts] if texts is None else []
+        writing = texts or owned
+        try:
+            return self._write(prompts, writing, max_new_tokens, sampling, stops, on_token)
+        finally:
+            for text in owned:
+                self.free(text)
+
+    def _write(
+        self,
+        prompts: list[list[int]],
+        texts: list[Text],
+        max_new_tokens: int,
+        sampling: Sampling,
+        stops: frozenset[int],
+        on_token: Callable[[int, int], None] | None,
+    ) -> list[list[int]]:
+        written: list[list[int]] = [[] for _ in prompts]
+        budgets = [min(max_new_tokens, self.max_length - len(prompt)) for prompt in prompts]
+        running = [index for index, budget in enumerate(budgets) if budget > 0]
+        generator = sampling.generator()
+        new_ids = {index: prompts[index][texts[index].length :] for index in running}
+        while running:
+            steps = _in_steps([(texts[index], new_ids[index]) for index in running])
+            logits_NV = torch.cat([self.step(pieces) for pieces in steps])
+            chosen = sample(logits_NV, sampling, generator).tolist()
+            for index, token in zip(running, chosen, strict=True):
+                written[index].append(token)
+                new_ids[index] = [token]
+                if on_token:
+                    on_token(index, token)
+            running = [
+                index
+                for index in running
+                if written[index][-1] not in stops and len(written[index]) < budgets[index]
+            ]
+        return written
+
+    def _batch(self, pieces: Sequence[Piece]) -> Batch:
+        grown = False
+        for piece in pieces:
+            length = piece.text.length + len(piece.token_ids)
+            if length > self.max_length:
+                raise GenerationError(f"a text of {length} tokens; this engine's texts have {self.max_length} or fewer")
+            grown = self.cache.make_room(piece.text, length) or grown
+        if grown:
+            self.program.connect(self.cache)
+        counts = [len(piece.token_ids) for piece in pieces]
+        token_ids_T = np.fromiter((token for piece in pieces for token in piece.token_ids), np.int64, sum(counts))
+        vocab = self.config.vocab_size
+        if len(token_ids_T) and not 0 <= int(token_ids_T.min()) <= int(token_ids_T.max()) < vocab:
+            raise GenerationError(f"token ids {token_ids_T.min()} to {token_ids_T.max()}; the model knows 0 to {vocab - 1}")
+        starts = [piece.text.length for piece in pieces]
+        tables_SW = np.zeros((len(pieces), max((len(piece.text.blocks) for piece in pieces), default=0)), np.int32)
+        for table, piece in zip(tables_SW, pieces, strict=True):
+            table[: len(piece.text.blocks)] = piece.text.blocks
+        places = [np.arange(start, start + count) for start, count in zip(starts, counts, strict=True)]
+        return Batch(
+            token_ids_T,
+            np.concatenate(places) if places else np.zeros(0, np.int64),
+            np.repeat(np.arange(len(pieces), dtype=np.int32), counts),
+            tables_SW,
+            np.fromiter(_output_rows(pieces), np.int64),
+        )
+
+    def _refuse_not_finite(self, batch: Batch, logits_NV: Tensor) -> None:
+        if bool(torch.isfinite(logits_NV).all()):  # a sum may overflow where its terms do not
+            return
+        where = self.program.find_not_finite(batch)
+        raise GenerationError(
+            f"a number that is infinite or none: {where or 'in the logits alone'}; look at the weights there "
+            "(moesaic convert --check)"
+        )
+
+
+def _in_steps(texts: list[tuple[Text, list[int]]]) -> Iterator[list[Piece]]:
+    """New tokens of texts in steps of limited size; of each text's last one logits are wanted."""
+    pieces: list[Piece] = []
+    room = PREFILL_TOKENS
+    for text, left in texts:
+        while left:
+            now, left = left[:room], left[room:]
+            pieces.append(Piece(text, now, "none" if left else "last"))
+            room -= len(now)
+            if room == 0:
+                yield pieces
+                pieces, room = [], PREFILL_TOKENS
+    if pieces:
+        yield pieces
+
+
+def _output_rows(pieces: Sequence[Piece]) -> Iterator[int]:
+    end = 0
+    for piece in pieces:
+        start, end = end, end + len(piece.token_ids)
+        if piece.wants != "none" and end > start:
+            yield from range(end - 1 if piece.wants == "last" else start, end)
+
+
+def _processors() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,0 +1,45 @@
+"""Whether a packed model fits into memory, said before it is read."""
+
+import os
+
+from moesaic.config import ModelConfig
+from moesaic.engine.packing import GROUP, Precision
+from moesaic.errors import ConfigError
+from moesaic.kernels.rounding import Bits
+
+
+def packed_bytes(config: ModelConfig, precision: Precision, bytes_per_parameter: float) -> int:
+    """What a model's tensors will take, scales included. bytes_per_parameter: of what is not rounded."""
+
+    def each(bits: Bits | None) -> float:
+        return bytes_per_parameter if bits is None else bits / 8 + 2 / GROUP
+
+    per_role = {"experts": each(precision.of_experts), "head": each(precision.of_head)}
+    total = 0.0
+    for spec in config.parameters():
+        rounded = per_role.get(spec.role, each(precision.bits)) if len(spec.shape) > 1 else 4.0
+        total += spec.numel * (bytes_per_parameter if spec.role == "embedding" else rounded)
+    if config.tie_word_embeddings:
+        total += config.vocab_size * config.hidden_size * each(precision.of_head)
+    return round(total)
+
+
+def require_memory(config: ModelConfig, precision: Precision, bytes_per_parameter: float) -> None:
+    """Raise ConfigError where the packed weights are more than there is memory now."""
+    needed, available = packed_bytes(config, precision, bytes_per_parameter), available_bytes()
+    if available is not None and needed > available:
+        advice = "use fewer bits (8 or 4)" if precision.bits != 4 else "use a smaller model"
+        raise ConfigError(
+            f"the weights take {needed / 1e9:,.1f} GB packed and {available / 1e9:,.1f} GB of memory are free; {advice}, "
+            "or end other programs"
+        )
+
+
+def available_bytes() -> int | None:
+    """Memory that a program can have without others being swapped out; None where the system does not say."""
+    try:
+        with open("/proc/meminfo", encoding="ascii") as lines:
+            found = {name: value for name, _, value in (line.partition(":") for line in lines)}
+        return int(found["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError, ValueError):
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else None

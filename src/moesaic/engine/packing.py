@@ -1,0 +1,91 @@
+"""Which format each part of a model gets in a program, and how its matrices come to be in it.
+
+E experts, O outputs, I inputs.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from moesaic.engine.weights import Weights
+from moesaic.errors import ConfigError
+from moesaic.hub.memory import empty
+from moesaic.kernels.blocks import PackedMatrices, pack_floats, pack_ints
+from moesaic.kernels.rounding import Bits, round_to_ints
+
+BITS: tuple[Bits, ...] = (4, 8)
+GROUP = 32
+
+
+@dataclass(frozen=True, kw_only=True)
+class Precision:
+    """bits: of projections; None: as the files have them. experts_bits: of routed experts; None: `bits`.
+
+    The head has 8 bits where others have 4 or 8, and so have matrices that heads read one by one (MLA). Routers, norms
+    and embeddings are never rounded. Raises ConfigError for other bits.
+    """
+
+    bits: Bits | None = None
+    experts_bits: Bits | None = None
+
+    def __post_init__(self) -> None:
+        for value in (self.bits, self.experts_bits):
+            if value is not None and value not in BITS:
+                raise ConfigError(f"{value} bits; known: {', '.join(map(str, BITS))}, or none to keep what files have")
+
+    @property
+    def of_experts(self) -> Bits | None:
+        return self.experts_bits or self.bits
+
+    @property
+    def of_head(self) -> Bits | None:
+        return None if self.bits is None else 8
+
+
+@dataclass
+class Packer:
+    """Reads matrices and packs them. packed_bytes: of all so far, by part."""
+
+    weights: Weights
+    precision: Precision
+    packed_bytes: dict[str, int] = field(default_factory=dict)
+
+    def matrix(
+        self, names: Sequence[str], bits: Bits | None, part: str, *, paired: bool = False
+    ) -> PackedMatrices:
+        """One matrix: those of the names, one below the other."""
+        rows = [self.weights.read(name) for name in names]
+        whole = torch.cat(rows) if len(rows) > 1 else rows[0]
+        return self._count(part, packed_as(whole[None], bits, paired=paired))
+
+    def tensor(self, values_EOI: Tensor, bits: Bits | None, part: str) -> PackedMatrices:
+        """Matrices that are in memory."""
+        return self._count(part, packed_as(values_EOI, bits))
+
+    def exact(self, name: str, part: str) -> PackedMatrices:
+        """A matrix in fp32, whatever the others have."""
+        return self._count(part, pack_floats(self.weights.read(name).float()[None], "fp32"))
+
+    def experts(self, name: str, num_experts: int, bits: Bits | None, *, paired: bool) -> PackedMatrices:
+        """All experts' matrices of a name, read and packed one after the other."""
+        data, shape = None, None
+        for expert in range(num_experts):
+            packed, shape = packed_as(self.weights.read(name, expert)[None], bits, paired=paired)
+            data = empty((num_experts, packed.shape[1]), torch.uint8, "cpu") if data is None else data
+            data[expert] = packed[0]
+        assert data is not None and shape is not None, "a layer has experts"
+        return self._count("experts", PackedMatrices(data, shape))
+
+    def _count(self, part: str, packed: PackedMatrices) -> PackedMatrices:
+        self.packed_bytes[part] = self.packed_bytes.get(part, 0) + packed.data.nbytes
+        return packed
+
+
+def packed_as(weight_EOI: Tensor, bits: Bits | None, *, paired: bool = False) -> PackedMatrices:
+    """Matrices rounded to `bits`, or as they are: fp32, or bf16 where they are that."""
+    if bits is None:
+        return pack_floats(weight_EOI, "bf16" if weight_EOI.dtype == torch.bfloat16 else "fp32", paired=paired)
+    rounded = round_to_ints(weight_EOI, bits, GROUP)
+    return pack_ints(rounded.values, rounded.scales, bits, group=GROUP, paired=paired)

@@ -1,0 +1,106 @@
+"""A model built once into flat native steps over preallocated buffers, for ragged batches.
+
+T tokens of S texts, N rows of logits, V vocab.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from moesaic.config import AttentionConfig, LayerConfig, MlaConfig, MlpConfig, MoeConfig
+from moesaic.engine.builder import Builder, Label, longest, native_packed
+from moesaic.engine.cache import BlockCache
+from moesaic.engine.lower.attention import lower_attention
+from moesaic.engine.lower.feed_forward import lower_mlp, lower_moe
+from moesaic.engine.lower.mla import lower_mla
+from moesaic.engine.lower.refusal import check_lowerable
+from moesaic.engine.packing import Packer, Precision
+from moesaic.engine.weights import Weights
+
+
+class Batch(NamedTuple):
+    """The tokens of one step, text by text in their order.
+
+    token_ids_T, positions_T (in their texts): int64; text_of_T, tables_SW (the blocks of each text): int32;
+    output_rows_N: of the tokens whose logits are wanted, int64.
+    """
+
+    token_ids_T: np.ndarray
+    positions_T: np.ndarray
+    text_of_T: np.ndarray
+    tables_SW: np.ndarray
+    output_rows_N: np.ndarray
+
+
+class Program:
+    """What runs: one native call for each batch.
+
+    Raises ConfigError for parts that have no lowering.
+    """
+
+    def __init__(self, weights: Weights, precision: Precision, *, threads: int, max_length: int | None = None) -> None:
+        self.config = config = weights.config
+        check_lowerable(config)
+        self.max_length = min(longest(config), max_length or longest(config))
+        packer = Packer(weights, precision)
+        build = Builder(packer, threads, self.max_length)
+        self.native, self.caches = build.native, build.caches
+        _lower(build)
+        self.packed_bytes = packer.packed_bytes
+
+    def connect(self, cache: BlockCache) -> None:
+        """Read and write this cache's blocks from now on."""
+        self.native.set_caches(cache.layers, cache.in_bf16)
+
+    def run(self, batch: Batch) -> Tensor:
+        """logits_NV in fp32."""
+        logits_NV = torch.empty(len(batch.output_rows_N), self.config.vocab_size)
+        self.native.run(*batch, logits_NV)
+        return logits_NV
+
+    def find_not_finite(self, batch: Batch) -> str | None:
+        """Run a batch again, looking at all that is written: where the first number is that is infinite or none.
+
+        The same tokens at the same places write the same to the cache, so nothing is lost.
+        """
+        logits_NV = torch.empty(len(batch.output_rows_N), self.config.vocab_size)
+        found = self.native.run_checked(*batch, logits_NV)
+        if found is None:
+            return None
+        part, layer, row, experts = found
+        where = part if layer < 0 else f"{part} of layer {layer}"
+        of = f", expert {' or '.join(map(str, experts))}" if experts else ""
+        return f"{where}{of}, at token {batch.positions_T[row]} of its text"
+
+
+def _lower(build: Builder) -> None:
+    config = build.config
+    table = build.packer.weights.read("embedding.weight")
+    table = table if table.dtype == torch.bfloat16 else table.float()
+    build.native.embed(table.contiguous(), build.residual, config.embedding_multiplier)
+    for index, layer in enumerate(config.layers):
+        _lower_layer(build, layer, index)
+    final = config.decoder.final_norm
+    build.norm(Label("norm"), final, "final_norm", build.residual, build.normed, config.hidden_size)
+    head = "embedding.weight" if config.tie_word_embeddings else "head.weight"
+    packed = build.packer.matrix([head], build.packer.precision.of_head, "head")
+    bias = build.floats("head.bias") if config.head_bias else None
+    build.native.output(build.normed, native_packed(packed), bias, config.logits_divisor)
+
+
+def _lower_layer(build: Builder, layer: LayerConfig, index: int) -> None:
+    """norm → attention → add, norm → feed-forward → add."""
+    name, size, multiplier = f"layers.{index}", build.config.hidden_size, layer.residual_multiplier
+    label = Label("norm", index)
+    build.norm(label, layer.norm, f"{name}.attention_norm", build.residual, build.normed, size)
+    if isinstance(layer.attention, AttentionConfig):
+        lower_attention(build, layer.attention, f"{name}.attention", index, multiplier)
+    elif isinstance(layer.attention, MlaConfig):
+        lower_mla(build, layer.attention, f"{name}.attention", index, multiplier)
+    build.norm(label, layer.norm, f"{name}.feed_forward_norm", build.residual, build.normed, size)
+    if isinstance(layer.feed_forward, MoeConfig):
+        lower_moe(build, layer.feed_forward, f"{name}.feed_forward", index, multiplier)
+    elif isinstance(layer.feed_forward, MlpConfig):
+        lower_mlp(build, layer.feed_forward, f"{name}.feed_forward", Label("mlp", index), build.residual, multiplier)
