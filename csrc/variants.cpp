@@ -15,6 +15,6 @@ static constexpr Typed<T> typed = {
 };
 
 extern const Kernels kernels = {MOESAIC_TEXT(MOESAIC_ISA), typed<float>, typed<bf16>, adamw,
-                                 prepare_rows,        multiply_rows, packed_linear};
+                                 prepare_rows,        multiply_rows, packed_linear, packed_experts};
 
 }  // namespace moesaic::MOESAIC_ISA
