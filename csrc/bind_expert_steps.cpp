@@ -1,7 +1,6 @@
 // Steps of feed-forward parts: routers, experts, and dense blocks.
 #include <algorithm>
 
-#include "bind_packed.h"
 #include "bind_program.h"
 #include "bind_route.h"
 #include "scratch.h"
