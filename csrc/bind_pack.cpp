@@ -1,5 +1,5 @@
 // Packing as Python sees it: matrices arrive as a list of arrays [E, rows, I] that stand one below the other.
-#include "array_checks.h"
+#include "packed_checks.h"
 
 namespace moesaic {
 namespace {

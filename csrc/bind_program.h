@@ -5,7 +5,7 @@
 
 #include <tuple>
 
-#include "array_checks.h"
+#include "packed_checks.h"
 #include "program.h"
 
 namespace moesaic {

@@ -5,6 +5,7 @@
 using namespace moesaic;
 
 namespace moesaic {
+void bind_packed(nb::module_ &m);
 void bind_pack(nb::module_ &m);
 void bind_route(nb::module_ &m);
 void bind_program(nb::module_ &m);
@@ -269,25 +270,6 @@ void bound_grouped_linear_weight_grad(const Array &dy, const Array &x, const Arr
     });
 }
 
-int64_t bound_packed_bytes(const std::string &format, int64_t outputs, int64_t inputs, int64_t group, bool paired) {
-    return check_packed(format, outputs, inputs, group, paired).bytes();
-}
-
-void bound_packed_linear(const Array &x, const Array &weights, const Array &offsets, const Array &y,
-                         const std::string &format, int64_t group, bool paired, int threads) {
-    check("x_RI", x, {Kind::f32}, {any, any});
-    check("y_RO", y, {Kind::f32}, {size(x, 0), any});
-    const PackedShape shape = check_packed(format, size(y, 1), size(x, 1), group, paired);
-    check("weights", weights, {Kind::u8}, {any, shape.bytes()});
-    const int64_t num_experts = size(weights, 0);
-    check("offsets", offsets, {Kind::i64}, {num_experts + 1});
-    check_offsets("offsets", offsets, size(x, 0));
-    nb::gil_scoped_release release;
-    const PackedLinear linear{shape,       data<uint8_t>(weights), nullptr, data<int64_t>(offsets),
-                              num_experts, data<float>(y),         shape.outputs, false, 1.0f};
-    chosen().packed_linear(data<float>(x), shape.inputs, size(x, 0), linear, threads);
-}
-
 void bound_select_topk(const Array &scores, const Array &ids, int threads) {
     check("scores_TE", scores, {Kind::f32}, {any, any});
     check("ids_TK", ids, {Kind::i64}, {size(scores, 0), any});
@@ -342,10 +324,6 @@ NB_MODULE(_native, m) {
         return false;
 #endif
     }, "Whether the kernels were built with OpenMP.");
-    m.def("packed_bytes", &bound_packed_bytes, nb::arg("format"), nb::arg("outputs"), nb::arg("inputs"),
-          nb::arg("group"), nb::arg("paired"), "Bytes of one packed matrix.");
-    m.def("packed_linear", &bound_packed_linear, nb::arg("x_RI"), nb::arg("weights"), nb::arg("offsets"),
-          nb::arg("y_RO"), nb::arg("format"), nb::arg("group"), nb::arg("paired"), nb::arg("threads"));
     m.def("select_topk", &bound_select_topk, nb::arg("scores_TE"), nb::arg("ids_TK"), nb::arg("threads"));
     m.def("sort_rows", &bound_sort_rows, nb::arg("expert_ids_TK"), nb::arg("token_ids_R"), nb::arg("choice_R"),
           nb::arg("offsets"));
@@ -382,4 +360,5 @@ NB_MODULE(_native, m) {
     m.def("silu_mul_grad", &bound_silu_mul_grad, nb::arg("dy"), nb::arg("gate_up"), nb::arg("d_gate_up"),
           nb::arg("threads"));
     bind_paged_attention(m);
+    bind_packed(m);
 }

@@ -60,6 +60,10 @@ struct AdamStep {
     float clip, kept, fresh1, beta2, fresh2, rate, second_root, eps, newest;
 };
 
+struct PackedExperts;  // packed_experts.h
+struct ExpertRows;
+struct ExpertTokens;
+
 // Rows, sorted by expert, times each expert's packed matrix: y = x w + bias, or y += multiplier * (x w + bias).
 struct PackedLinear {
     PackedShape shape;
@@ -106,6 +110,7 @@ struct Kernels {
     void (*prepare_rows)(const float *x, int64_t x_stride, const PackedShape &shape, const PackedRows &rows, int threads);
     void (*multiply_rows)(const PackedRows &rows, const PackedLinear &linear, int threads);
     void (*packed_linear)(const float *x, int64_t x_stride, int64_t rows, const PackedLinear &linear, int threads);
+    void (*packed_experts)(const PackedExperts &experts, const ExpertRows &rows, const ExpertTokens &tokens, int threads);
     void (*norm_rows)(const NormRows &norm, int threads);
     void (*rotate_rows)(const RotateRows &turn, int threads);
     void (*add_rows)(const AddRows &add, int threads);

@@ -15,7 +15,7 @@ static constexpr Typed<T> typed = {
 };
 
 extern const Kernels kernels = {MOESAIC_TEXT(MOESAIC_ISA), typed<float>, typed<bf16>, adamw, prepare_rows,
-                                multiply_rows, packed_linear, norm_rows, rotate_rows, add_rows, write_cache,
-                                paged_attention, pack};
+                                multiply_rows, packed_linear, packed_experts, norm_rows, rotate_rows, add_rows,
+                                write_cache, paged_attention, pack};
 
 }  // namespace moesaic::MOESAIC_ISA

@@ -4,7 +4,6 @@ R rows sorted by expert, E experts, I inputs, O outputs, G groups of inputs that
 """
 
 from collections.abc import Iterator
-from functools import cache
 
 import pytest
 import torch
@@ -12,12 +11,12 @@ from torch import Tensor
 
 from moesaic.errors import ConfigError
 from moesaic.kernels import blocks, reference
-from moesaic.kernels.blocks import PackedMatrices, PackedShape
+from moesaic.kernels.blocks import PackedShape
+from tests.packed_kinds import KINDS, packed_and_weights
 
 native = pytest.importorskip("moesaic.kernels.native", reason="the kernels were not built: no C++ compiler")
 _native = native._native
 
-KINDS = ["fp32", "bf16", "fp8", "mxfp4", *(f"int{bits}/{group}" for bits in (8, 4) for group in blocks.GROUPS)]
 # outputs, inputs, paired: one, primes, whole strips and blocks, one more and one less
 SIZES = [
     (1, 1, False),
@@ -37,43 +36,6 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     assert _native.use_isa(request.param)
     yield request.param
     _native.use_isa(before)
-
-
-@cache
-def packed_and_weights(kind: str, outputs: int, inputs: int, paired: bool) -> tuple[PackedMatrices, Tensor]:
-    """Three random matrices, and the values that they stand for, computed without the layout."""
-    generator = torch.Generator().manual_seed(outputs + inputs)
-    shape = (3, outputs, inputs)
-    weight = torch.randn(shape, generator=generator)
-    name, _, group = kind.partition("/")
-    if name in ("fp32", "bf16"):
-        dtype = torch.float32 if name == "fp32" else torch.bfloat16
-        return blocks.pack_floats(weight, name, paired=paired), weight.to(dtype).float()
-    size = {"fp8": 128, "mxfp4": 32}.get(name) or int(group)
-    num_groups = -(-inputs // size)
-    if name == "fp8":
-        values = weight.to(torch.float8_e4m3fn)
-        values.view(torch.uint8)[0, 0, : min(inputs, 8)] = torch.arange(
-            min(inputs, 8), dtype=torch.uint8
-        )  # below normal
-        scales = (torch.rand(3, 1, num_groups, generator=generator) + 0.5).expand(3, outputs, num_groups)
-        return blocks.pack_fp8(values, scales, paired=paired), _scaled(values.float(), scales, size)
-    if name == "mxfp4":
-        codes = torch.randint(16, shape, generator=generator, dtype=torch.uint8)
-        exponents = torch.randint(120, 131, (3, outputs, num_groups), generator=generator, dtype=torch.uint8)
-        values = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])[codes.long() & 7] * torch.where(codes > 7, -1.0, 1.0)
-        return blocks.pack_mxfp4(codes, exponents, paired=paired), _scaled(
-            values, 2.0 ** (exponents.float() - 127), size
-        )
-    bits = 8 if name == "int8" else 4
-    most = 2 ** (bits - 1)
-    numbers = torch.randint(-most + (bits == 8), most, shape, generator=generator, dtype=torch.int8)
-    scales = (torch.rand(3, outputs, num_groups, generator=generator) + 0.1).half().float()
-    return blocks.pack_ints(numbers, scales, bits, group=size, paired=paired), _scaled(numbers.float(), scales, size)
-
-
-def _scaled(values: Tensor, scales_EOG: Tensor, group: int) -> Tensor:
-    return values * scales_EOG.repeat_interleave(group, dim=-1)[..., : values.shape[-1]]
 
 
 def rows(counts: list[int], inputs: int) -> tuple[Tensor, Tensor]:

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from moesaic.checks import require
+from moesaic.config.activation import Activation
 
 Format = Literal["fp32", "bf16", "fp8", "int8", "int4", "mxfp4"]
 FORMATS: tuple[Format, ...] = get_args(Format)
@@ -79,6 +80,30 @@ class PackedMatrices(NamedTuple):
     def bits_per_weight(self) -> float:
         """What is read for a weight, scales and padding included."""
         return 8 * self.data.shape[1] / (self.shape.outputs * self.shape.inputs)
+
+
+class PackedExperts(NamedTuple):
+    """A feed-forward block of E experts (E = 1: a dense one).
+
+    into: F inner outputs of D inputs, or 2F where its shape is paired: gate and up. down: D outputs of F inputs. Biases
+    fp32, into_bias_EG like the outputs of `into`. activation: silu, gelu, gelu_new, relu, relu2 (relu squared) or a
+    clamped SwiGLU, of the gate where there is one.
+    """
+
+    into: PackedMatrices
+    down: PackedMatrices
+    activation: Activation
+    into_bias_EG: Tensor | None = None
+    down_bias_ED: Tensor | None = None
+
+
+class ExpertRows(NamedTuple):
+    """Rows sorted by expert: offsets [E+1], a weight each, and the rows of a token's choices (-1 for none)."""
+
+    offsets: Tensor
+    weights_R: Tensor
+    row_of_TK: Tensor
+    weight_on_input: bool = False
 
 
 def pack_floats(weight_EOI: Tensor, format_: Literal["fp32", "bf16"], *, paired: bool = False) -> PackedMatrices:

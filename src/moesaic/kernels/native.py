@@ -5,6 +5,7 @@ Results are bit-equal for any number of threads, but for those of torch.mm (see 
 lower instruction set than the best.
 """
 
+import math
 import os
 import re
 import sys
@@ -16,10 +17,11 @@ import torch  # before _native, whose OpenMP is the libgomp.so.1 that torch brin
 from torch import Tensor
 from torch.utils.dlpack import to_dlpack  # pyright: ignore[reportPrivateImportUsage]  documented, not exported
 
+from moesaic.config.activation import ClampedSwiglu
 from moesaic.errors import ConfigError
 from moesaic.kernels import reference
 from moesaic.kernels.adam import AdamStep
-from moesaic.kernels.blocks import PackedMatrices
+from moesaic.kernels.blocks import ExpertRows, PackedExperts, PackedMatrices
 from moesaic.kernels.paged import PagedCache, PagedTokens
 
 _FLOATS = (torch.float32, torch.bfloat16)
@@ -199,16 +201,85 @@ def grouped_linear(x_RI: Tensor, weight_EOI: Tensor, offsets: Tensor) -> Tensor:
     return y_RO
 
 
-def packed_linear(x_RI: Tensor, packed: PackedMatrices, offsets: Tensor) -> Tensor:
+def packed_linear(x_RI: Tensor, packed: PackedMatrices, offsets: Tensor, bias_EO: Tensor | None = None) -> Tensor:
     """See reference.packed_linear."""
-    if x_RI.dtype != torch.float32 or not _takes(x_RI) or not packed.data.is_cpu:
-        return reference.packed_linear(x_RI, packed, offsets)
-    shape = packed.shape
-    y_RO = torch.empty(len(x_RI), shape.outputs)
-    inputs = (x_RI.contiguous(), packed.data.contiguous(), offsets.contiguous())
-    settings = (shape.format, shape.group, shape.paired, _threads())
-    _native.packed_linear(*map(_array, inputs), _array(y_RO), *settings)
+    if not _takes_packed(x_RI, packed):
+        return reference.packed_linear(x_RI, packed, offsets, bias_EO)
+    y_RO = torch.empty(len(x_RI), packed.shape.outputs)
+    _packed_linear(x_RI, packed, offsets, y_RO, bias_EO, None)
     return y_RO
+
+
+def add_packed_linear(
+    x_RI: Tensor,
+    packed: PackedMatrices,
+    offsets: Tensor,
+    sum_RO: Tensor,
+    multiplier: float,
+    bias_EO: Tensor | None = None,
+) -> None:
+    """See reference.add_packed_linear."""
+    if not (_takes_packed(x_RI, packed) and _takes_packed(sum_RO, packed) and sum_RO.stride(-1) == 1):
+        reference.add_packed_linear(x_RI, packed, offsets, sum_RO, multiplier, bias_EO)
+        return
+    _packed_linear(x_RI, packed, offsets, sum_RO, bias_EO, multiplier)
+
+
+def _packed_linear(
+    x_RI: Tensor,
+    packed: PackedMatrices,
+    offsets: Tensor,
+    y_RO: Tensor,
+    bias_EO: Tensor | None,
+    multiplier: float | None,
+) -> None:
+    shape = packed.shape
+    inputs = (_with_whole_rows(x_RI), packed.data.contiguous(), offsets.contiguous())
+    settings = (shape.format, shape.group, shape.paired, _threads())
+    _native.packed_linear(*map(_array, inputs), _array(y_RO), *settings, _array_or_none(bias_EO), multiplier)
+
+
+def packed_experts(
+    x_TD: Tensor, experts: PackedExperts, rows: ExpertRows | None, out_TD: Tensor, multiplier: float = 1.0
+) -> None:
+    """See reference.packed_experts."""
+    into, down = experts.into, experts.down
+    taken = _takes_packed(x_TD, into) and _takes_packed(out_TD, down) and out_TD.stride(-1) == 1
+    if not taken:
+        reference.packed_experts(x_TD, experts, rows, out_TD, multiplier)
+        return
+    activation, figures = experts.activation, (math.inf, 1.0, 0.0)
+    if isinstance(activation, ClampedSwiglu):
+        activation, figures = "silu", (activation.limit, activation.alpha, activation.shift)
+    choice = (None, None, None) if rows is None else (rows.offsets, rows.weights_R, rows.row_of_TK)
+    _native.packed_experts(
+        *map(_array, (_with_whole_rows(x_TD), into.data.contiguous(), down.data.contiguous(), out_TD)),
+        _array_or_none(experts.into_bias_EG),
+        _array_or_none(experts.down_bias_ED),
+        (into.shape.format, into.shape.group),
+        (down.shape.format, down.shape.group),
+        down.shape.inputs,
+        into.shape.paired,
+        activation,
+        figures,
+        *map(_array_or_none, choice),
+        rows is not None and rows.weight_on_input,
+        multiplier,
+        _threads(),
+    )
+
+
+def _takes_packed(x: Tensor, packed: PackedMatrices) -> bool:
+    return x.dtype == torch.float32 and x.is_cpu and packed.data.is_cpu
+
+
+def _with_whole_rows(x: Tensor) -> Tensor:
+    """Rows may be apart, what is in one may not."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _array_or_none(tensor: Tensor | None) -> object:
+    return None if tensor is None else _array(tensor.contiguous())
 
 
 def grouped_gated(x_RI: Tensor, gate_up_EGI: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:

@@ -7,13 +7,15 @@ B batch, S tokens of a row, H heads, G key/value heads, A head dim.
 `offsets` is int64 [E+1] on the CPU: expert e owns rows offsets[e] to offsets[e+1].
 """
 
+from functools import partial
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
+from moesaic.config.activation import Activation, ClampedSwiglu
 from moesaic.kernels.adam import AdamStep
-from moesaic.kernels.blocks import PackedMatrices, unpack, whole_numbers
+from moesaic.kernels.blocks import ExpertRows, PackedExperts, PackedMatrices, unpack, whole_numbers
 from moesaic.kernels.paged import PagedCache, PagedTokens
 
 
@@ -297,12 +299,76 @@ def adamw_(
         average.lerp_(weight, step.newest)
 
 
-def packed_linear(x_RI: Tensor, packed: PackedMatrices, offsets: Tensor) -> Tensor:
-    """y_RO in fp32: each expert's rows (fp32) times its own packed matrix.
+def packed_linear(x_RI: Tensor, packed: PackedMatrices, offsets: Tensor, bias_EO: Tensor | None = None) -> Tensor:
+    """y_RO in fp32: each expert's rows (fp32) times its own packed matrix, and its bias.
 
     bf16 weights multiply rows rounded to bf16, whole numbers (int8, int4, mxfp4) rows rounded to 8 bits; both are
     summed in fp32, whole numbers exactly within a group. A row with a number that is not finite becomes NaN.
     """
+    y_RO = _packed_product(x_RI, packed, offsets)
+    return y_RO if bias_EO is None else y_RO + bias_EO.repeat_interleave(offsets.diff(), dim=0)
+
+
+def add_packed_linear(
+    x_RI: Tensor,
+    packed: PackedMatrices,
+    offsets: Tensor,
+    sum_RO: Tensor,
+    multiplier: float,
+    bias_EO: Tensor | None = None,
+) -> None:
+    """sum_RO += multiplier * packed_linear(...)."""
+    sum_RO.add_(packed_linear(x_RI, packed, offsets, bias_EO), alpha=multiplier)
+
+
+def packed_experts(
+    x_TD: Tensor, experts: PackedExperts, rows: ExpertRows | None, out_TD: Tensor, multiplier: float = 1.0
+) -> None:
+    """out_TD += multiplier * what the experts make of each token (fp32), choices added in their order.
+
+    Without rows every token is a row of the one expert, with weight 1. Weights multiply what comes out of an expert, or
+    with `weight_on_input` what goes in (Llama 4).
+    """
+    tokens = torch.arange(len(x_TD))[:, None]
+    if rows is None:
+        rows = ExpertRows(torch.tensor([0, len(x_TD)]), x_TD.new_ones(len(x_TD)), tokens)
+    chosen_TK = rows.row_of_TK >= 0
+    row_ids = rows.row_of_TK[chosen_TK]
+    x_RD = x_TD.new_zeros(len(rows.weights_R), x_TD.shape[1])
+    x_RD[row_ids] = x_TD[tokens.expand_as(chosen_TK)[chosen_TK]]
+    if rows.weight_on_input:
+        x_RD *= rows.weights_R[:, None]
+    into_RG = packed_linear(x_RD, experts.into, rows.offsets, experts.into_bias_EG)
+    h_RF = _activated(into_RG, experts.activation, gated=experts.into.shape.paired)
+    y_RD = packed_linear(h_RF, experts.down, rows.offsets, experts.down_bias_ED)
+    if not rows.weight_on_input:
+        y_RD *= rows.weights_R[:, None]
+    sum_TD = torch.zeros_like(x_TD)
+    for row_of_T, chosen_T in zip(rows.row_of_TK.T, chosen_TK.T, strict=True):
+        sum_TD[chosen_T] += y_RD[row_of_T[chosen_T]]
+    out_TD.add_(sum_TD, alpha=multiplier)
+
+
+def _activated(x: Tensor, activation: Activation, *, gated: bool) -> Tensor:
+    """The activation, or its product with the second half of the last dimension."""
+    if isinstance(activation, ClampedSwiglu):
+        gate, up = x.chunk(2, dim=-1)
+        gate, up = gate.clamp(max=activation.limit), up.clamp(-activation.limit, activation.limit)
+        return (up + activation.shift) * gate * torch.sigmoid(activation.alpha * gate)
+    function = {
+        "silu": torch.nn.functional.silu,
+        "gelu": torch.nn.functional.gelu,
+        "gelu_new": partial(torch.nn.functional.gelu, approximate="tanh"),
+        "relu": torch.relu,
+        "relu2": lambda wide: torch.relu(wide).square(),
+    }[activation]
+    if not gated:
+        return function(x)
+    gate, up = x.chunk(2, dim=-1)
+    return function(gate) * up
+
+
+def _packed_product(x_RI: Tensor, packed: PackedMatrices, offsets: Tensor) -> Tensor:
     shape = packed.shape
     if shape.format in ("fp32", "bf16", "fp8"):
         rows = x_RI.bfloat16().float() if shape.format == "bf16" else x_RI
