@@ -1,4 +1,5 @@
 // Packing as Python sees it: matrices arrive as a list of arrays [E, rows, I] that stand one below the other.
+#include "pack.h"
 #include "packed_checks.h"
 
 namespace moesaic {

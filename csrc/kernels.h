@@ -4,12 +4,13 @@
 
 #include <cstdint>
 
-#include "pack.h"
 #include "packed.h"
 #include "row_ops.h"
 #include "paged.h"
 
 namespace moesaic {
+
+struct PackSource;  // pack.h
 
 // The upper half of a float; arithmetic happens in float.
 struct bf16 {

@@ -21,12 +21,6 @@ struct RowBlock {
 struct RowBlocks {
     const RowBlock *blocks;
     int64_t row_bytes;
-
-    const uint8_t *row(int64_t matrix, int64_t output) const {
-        const RowBlock *block = blocks;
-        for (; output >= block->rows; ++block) output -= block->rows;
-        return block->first + (matrix * block->rows + output) * row_bytes;
-    }
 };
 
 // values: [O, I] of the element. scales: none for floats, which are rounded to whole numbers where the format has such;

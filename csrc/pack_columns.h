@@ -15,12 +15,18 @@ struct StripRows {
     int64_t bytes;
 };
 
+inline const uint8_t *row_of(const RowBlocks &rows, int64_t matrix, int64_t output) {
+    const RowBlock *block = rows.blocks;
+    for (; output >= block->rows; ++block) output -= block->rows;
+    return block->first + (matrix * block->rows + output) * rows.row_bytes;
+}
+
 inline StripRows strip_rows(const RowBlocks &rows, const PackedShape &shape, int64_t matrix, int64_t strip) {
     const int64_t parts = shape.paired ? 2 : 1, width = strip_outputs / parts, outputs = shape.outputs / parts;
     StripRows found{{}, rows.row_bytes};
     for (int64_t lane = 0; lane < strip_outputs; ++lane) {
         const int64_t output = strip * width + lane % width;
-        if (output < outputs) found.row[lane] = rows.row(matrix, lane / width * outputs + output);
+        if (output < outputs) found.row[lane] = row_of(rows, matrix, lane / width * outputs + output);
     }
     return found;
 }

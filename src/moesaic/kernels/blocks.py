@@ -62,6 +62,13 @@ class PackedShape:
     def num_strips(self) -> int:
         return -(-(self.outputs // 2) // (STRIP // 2)) if self.paired else -(-self.outputs // STRIP)
 
+    @property
+    def num_bytes(self) -> int:
+        """What a packed matrix takes, scales and padding included: a multiple of 64."""
+        bits = {"fp32": 32, "bf16": 16, "int4": 4, "mxfp4": 4}.get(self.format, 8)
+        scales = 64 if self.scale_group else 0
+        return self.num_strips * self.num_blocks * (scales + STRIP * self.block * bits // 8)
+
 
 class PackedMatrices(NamedTuple):
     """E matrices of one shape; data uint8 [E, bytes of one]."""
