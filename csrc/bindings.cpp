@@ -7,6 +7,7 @@ using namespace moesaic;
 namespace moesaic {
 void bind_route(nb::module_ &m);
 void bind_program(nb::module_ &m);
+void bind_probe(nb::module_ &m);
 }
 
 namespace {
@@ -327,6 +328,7 @@ void bound_gather_rows(const Array &x, const Array &token_ids, const Array &rows
 NB_MODULE(_native, m) {
     bind_route(m);
     bind_program(m);
+    bind_probe(m);
     m.doc() = "Compiled kernels of moesaic; use moesaic.kernels.ops.";
     m.def("available_isas", &available_isas, "Instruction sets compiled in that this processor has, worst first.");
     m.def("isa", [] { return std::string(chosen().isa); }, "The instruction set in use.");

@@ -93,6 +93,7 @@ struct Kernels {
     void (*norm_rows)(const NormRows &norm, int threads);
     void (*rotate_rows)(const RotateRows &turn, int threads);
     void (*add_rows)(const AddRows &add, int threads);
+    uint64_t (*read_words)(const uint64_t *words, int64_t count);
 
     const Typed<float> &of(const float *) const { return f32; }
     const Typed<bf16> &of(const bf16 *) const { return b16; }

@@ -15,6 +15,6 @@ static constexpr Typed<T> typed = {
 };
 
 extern const Kernels kernels = {MOESAIC_TEXT(MOESAIC_ISA), typed<float>, typed<bf16>, adamw, packed_linear, norm_rows,
-                               rotate_rows, add_rows};
+                               rotate_rows, add_rows, read_words};
 
 }  // namespace moesaic::MOESAIC_ISA

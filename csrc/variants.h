@@ -11,6 +11,7 @@ void packed_linear(const float *x, const uint8_t *weights, float *y, const Packe
 void norm_rows(const NormRows &norm, int threads);
 void rotate_rows(const RotateRows &turn, int threads);
 void add_rows(const AddRows &add, int threads);
+uint64_t read_words(const uint64_t *words, int64_t count);
 template <class T>
 void causal_attention(const T *q, const T *k, const T *v, T *out, float *log_sum, const AttentionShape &shape,
                       int threads);
