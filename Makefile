@@ -6,9 +6,11 @@ ARGS ?=
 BIN := .venv/bin
 STAMP := .venv/installed
 DEMO_STAMP := .venv/installed-demo-model
+SANITIZED := .venv-sanitized
+SANITIZED_TESTS := tests/kernels/test_packed.py tests/kernels/test_route.py
 SOURCES := pyproject.toml CMakeLists.txt $(wildcard csrc/*)
 
-.PHONY: help install demo test test-slow lint format docs clean
+.PHONY: help install demo test test-slow test-sanitized lint format docs clean
 .DEFAULT_GOAL := help
 
 help:  ## show this list
@@ -38,6 +40,20 @@ test: $(STAMP)  ## run the tests
 test-slow: $(DEMO_STAMP)  ## run the slow tests, with the embedded model
 	$(BIN)/python -m pytest -m slow $(ARGS) || test $$? -eq 5
 
+# An own environment that borrows the other's packages: what is tested there is a build of its own, not an editable one.
+# Sanitizers must be in the process before anything else; CPython's own leaks are not ours.
+$(SANITIZED)/installed: $(STAMP) $(SOURCES)
+	test -x $(SANITIZED)/bin/python || $(PYTHON) -m venv --without-pip $(SANITIZED)
+	$(BIN)/python -c "import site; print(site.getsitepackages()[0])" \
+	  > "$$($(SANITIZED)/bin/python -c 'import site; print(site.getsitepackages()[0])')/borrowed.pth"
+	$(BIN)/python -m pip --python $(SANITIZED)/bin/python install --quiet --no-deps --force-reinstall . \
+	  -C cmake.define.MOESAIC_SANITIZE=ON -C build-dir=build/sanitized
+	touch $@
+
+test-sanitized: $(SANITIZED)/installed  ## run the kernels' tests under address and undefined behaviour sanitizers
+	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
+	  $(SANITIZED)/bin/python -m pytest -p no:cacheprovider $(SANITIZED_TESTS) $(ARGS)
+
 lint: $(STAMP)  ## check style, format and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -51,4 +67,4 @@ docs: $(STAMP)  ## write the pages that the program generates
 	$(BIN)/python -m moesaic.cli.reference > docs/cli.md
 
 clean:  ## remove what was built or installed here
-	rm -rf .venv build dist .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv $(SANITIZED) build dist .pytest_cache .ruff_cache .hypothesis

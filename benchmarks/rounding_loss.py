@@ -19,9 +19,9 @@ from moesaic.cli.text_source import gather_text
 from moesaic.data.packed import Packed
 from moesaic.evaluate.perplexity import held_out_loss
 from moesaic.experts.grouped import GroupedExperts
-from moesaic.models.build import decoder_only
-from moesaic.quantize import rounding
+from moesaic.kernels import rounding
 from moesaic.kernels.rounding import Bits, dequantized, round_to_ints
+from moesaic.models.build import decoder_only
 
 Rule = Callable[[torch.Tensor, Bits, int], torch.Tensor]
 

@@ -31,7 +31,8 @@ void per_head(Program &program, const Label &label, Place from, int64_t stride, 
             for (int64_t t = 0; t < tokens; ++t)
                 std::memcpy(x + (h * tokens + t) * inputs, source.row(t) + h * stride, static_cast<size_t>(inputs) * 4);
         for (int64_t h = 0; h <= heads; ++h) offsets[h] = h * tokens;
-        chosen().packed_linear(x, packed.bytes(), y, packed.shape, offsets, heads, p.threads());
+        const PackedLinear linear = {packed.shape, packed.bytes(), nullptr, offsets, heads, y, outputs, false, 1.0f};
+        chosen().packed_linear(x, inputs, heads * tokens, linear, p.threads());
         for (int64_t h = 0; h < heads; ++h)
             for (int64_t t = 0; t < tokens; ++t)
                 std::memcpy(target.row(t) + h * step, y + (h * tokens + t) * outputs, static_cast<size_t>(outputs) * 4);

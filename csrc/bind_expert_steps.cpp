@@ -45,7 +45,7 @@ void add_router(Program &program, const Label &label, Place from, const std::opt
         if (matrix) {
             const int64_t width = router.spec.choices();
             logits = static_cast<float *>(scratch(logits_slot, batch.tokens * width * 4));
-            multiply_rows(*matrix, p.rows(from.buffer, from.offset), {logits, width}, batch.tokens, nullptr, {},
+            multiply(*matrix, p.rows(from.buffer, from.offset), {logits, width}, batch.tokens, nullptr, {},
                           p.threads());
         }
         choose(p.choices(), p.choices().layers[place], router, logits, batch, p.threads());

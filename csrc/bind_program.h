@@ -46,8 +46,13 @@ inline void check_floats(const char *name, const std::optional<Array> &array, in
 }
 
 // to = W from + bias, or to += multiplier * (W from + bias).
-void multiply_rows(const Packed &packed, const RowsOf &from, const RowsOf &to, int64_t rows, const float *bias,
-                   std::optional<float> multiplier, int threads);
+inline void multiply(const Packed &packed, const RowsOf &from, const RowsOf &to, int64_t rows, const float *bias,
+                     std::optional<float> multiplier, int threads) {
+    const PackedLinear linear = {packed.shape, packed.bytes(), bias,      nullptr,
+                                 1,            to.data,        to.stride, multiplier.has_value(),
+                                 multiplier.value_or(1.0f)};
+    chosen().packed_linear(from.data, from.stride, rows, linear, threads);
+}
 
 // Steps of the parts that have a file of their own.
 void bind_row_steps(nb::class_<Program> &program);

@@ -58,7 +58,7 @@ void linear(Program &program, const Label &label, Place from, Place to, const Pa
     check_place("to", program, to, shape.outputs);
     check_floats("bias", bias, shape.outputs);
     program.add_step({label.part, label.layer, to.buffer, to.offset, shape.outputs, [=](const Batch &batch, Program &p) {
-        multiply_rows(packed, p.rows(from.buffer, from.offset), p.rows(to.buffer, to.offset), batch.tokens,
+        multiply(packed, p.rows(from.buffer, from.offset), p.rows(to.buffer, to.offset), batch.tokens,
                       floats_or_null(bias), adding, p.threads());
     }});
 }
@@ -113,7 +113,7 @@ void add(Program &program, const Label &label, Place from, Place to, int64_t siz
                         nullptr};
         if (gate) {
             auto *gates = static_cast<float *>(scratch(gates_slot, batch.tokens * 4));
-            multiply_rows(*gate, p.rows(seen.buffer, seen.offset), {gates, 1}, batch.tokens, nullptr, {}, p.threads());
+            multiply(*gate, p.rows(seen.buffer, seen.offset), {gates, 1}, batch.tokens, nullptr, {}, p.threads());
             for (int64_t t = 0; t < batch.tokens; ++t) gates[t] = 1.0f / (1.0f + std::exp(-gates[t]));
             rows.gates = gates;
         }
@@ -139,7 +139,7 @@ void output(Program &program, Place from, const Packed &packed, const std::optio
         const RowsOf rows = p.rows(from.buffer, from.offset);
         for (int64_t n = 0; n < batch.outputs; ++n)
             std::memcpy(wanted + n * shape.inputs, rows.row(batch.output_rows[n]), static_cast<size_t>(shape.inputs) * 4);
-        multiply_rows(packed, {wanted, shape.inputs}, {batch.logits, shape.outputs}, batch.outputs,
+        multiply(packed, {wanted, shape.inputs}, {batch.logits, shape.outputs}, batch.outputs,
                       floats_or_null(bias), {}, p.threads());
         if (divisor == 1.0f) return;
         for (int64_t i = 0; i < batch.outputs * shape.outputs; ++i) batch.logits[i] /= divisor;

@@ -5,9 +5,10 @@
 using namespace moesaic;
 
 namespace moesaic {
+void bind_probe(nb::module_ &m);
 void bind_route(nb::module_ &m);
 void bind_program(nb::module_ &m);
-void bind_probe(nb::module_ &m);
+void bind_paged_attention(nb::module_ &m);
 }
 
 namespace {
@@ -282,8 +283,9 @@ void bound_packed_linear(const Array &x, const Array &weights, const Array &offs
     check("offsets", offsets, {Kind::i64}, {num_experts + 1});
     check_offsets("offsets", offsets, size(x, 0));
     nb::gil_scoped_release release;
-    chosen().packed_linear(data<float>(x), data<uint8_t>(weights), data<float>(y), shape, data<int64_t>(offsets),
-                           num_experts, threads);
+    const PackedLinear linear{shape,       data<uint8_t>(weights), nullptr, data<int64_t>(offsets),
+                              num_experts, data<float>(y),         shape.outputs, false, 1.0f};
+    chosen().packed_linear(data<float>(x), shape.inputs, size(x, 0), linear, threads);
 }
 
 void bound_select_topk(const Array &scores, const Array &ids, int threads) {
@@ -326,9 +328,9 @@ void bound_gather_rows(const Array &x, const Array &token_ids, const Array &rows
 }  // namespace
 
 NB_MODULE(_native, m) {
+    bind_probe(m);
     bind_route(m);
     bind_program(m);
-    bind_probe(m);
     m.doc() = "Compiled kernels of moesaic; use moesaic.kernels.ops.";
     m.def("available_isas", &available_isas, "Instruction sets compiled in that this processor has, worst first.");
     m.def("isa", [] { return std::string(chosen().isa); }, "The instruction set in use.");
@@ -379,4 +381,5 @@ NB_MODULE(_native, m) {
           nb::arg("dx"), nb::arg("d_weight"), nb::arg("threads"));
     m.def("silu_mul_grad", &bound_silu_mul_grad, nb::arg("dy"), nb::arg("gate_up"), nb::arg("d_gate_up"),
           nb::arg("threads"));
+    bind_paged_attention(m);
 }

@@ -15,10 +15,10 @@ namespace {
 // Whether the processor has the tile unit and the system lends it to this process (Linux asks for it, per process).
 bool has_tiles() {
 #if defined(__linux__)
-    constexpr unsigned bf16_and_tiles = 1u << 22 | 1u << 24;
+    constexpr unsigned tiles = 1u << 22 | 1u << 24 | 1u << 25;  // of bf16, the unit, of int8
     constexpr int request_permission = 0x1023, tile_data = 18;
     unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
-    if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) || (edx & bf16_and_tiles) != bf16_and_tiles) return false;
+    if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) || (edx & tiles) != tiles) return false;
     static const bool lent = syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
     return lent;
 #else

@@ -6,6 +6,7 @@
 
 #include "packed.h"
 #include "row_ops.h"
+#include "paged.h"
 
 namespace moesaic {
 
@@ -58,6 +59,19 @@ struct AdamStep {
     float clip, kept, fresh1, beta2, fresh2, rate, second_root, eps, newest;
 };
 
+// Rows, sorted by expert, times each expert's packed matrix: y = x w + bias, or y += multiplier * (x w + bias).
+struct PackedLinear {
+    PackedShape shape;
+    const uint8_t *weights;  // [E][shape.bytes()]
+    const float *bias;       // [E, O], or null
+    const int64_t *offsets;  // [E+1], or null: one matrix for all rows
+    int64_t num_experts;
+    float *y;
+    int64_t y_stride;
+    bool add;
+    float multiplier;
+};
+
 template <class T>
 struct Typed {
     void (*causal_attention)(const T *q, const T *k, const T *v, T *out, float *log_sum, const AttentionShape &shape,
@@ -87,13 +101,20 @@ struct Kernels {
     const char *isa;
     Typed<float> f32;
     Typed<bf16> b16;
+    uint64_t (*read_words)(const uint64_t *words, int64_t count);
     void (*adamw)(const AdamTensors &tensors, const AdamStep &step, int64_t size, int threads);
-    void (*packed_linear)(const float *x, const uint8_t *weights, float *y, const PackedShape &shape,
-                          const int64_t *offsets, int64_t num_experts, int threads);
+    void (*prepare_rows)(const float *x, int64_t x_stride, const PackedShape &shape, const PackedRows &rows, int threads);
+    void (*multiply_rows)(const PackedRows &rows, const PackedLinear &linear, int threads);
+    void (*packed_linear)(const float *x, int64_t x_stride, int64_t rows, const PackedLinear &linear, int threads);
     void (*norm_rows)(const NormRows &norm, int threads);
     void (*rotate_rows)(const RotateRows &turn, int threads);
     void (*add_rows)(const AddRows &add, int threads);
-    uint64_t (*read_words)(const uint64_t *words, int64_t count);
+    // k [tokens, groups, key_dim], v [tokens, groups, value_dim] (null where shared), q [tokens, heads, key_dim] and
+    // out [tokens, heads, value_dim]; strides in floats, from token to token.
+    void (*write_cache)(const PagedCache &cache, const PagedTokens &tokens, const float *k, int64_t k_stride,
+                        const float *v, int64_t v_stride, int threads);
+    void (*paged_attention)(const PagedCache &cache, const PagedTokens &tokens, const PagedSight &sight, const float *q,
+                            int64_t q_stride, float *out, int64_t out_stride, int threads);
 
     const Typed<float> &of(const float *) const { return f32; }
     const Typed<bf16> &of(const bf16 *) const { return b16; }

@@ -46,6 +46,10 @@ struct PackedShape {
             default: return 0;
         }
     }
+    int64_t row_groups() const { return row_group() ? padded_inputs() / row_group() : 0; }
+    // Elements from one row to the next; tiles take 32 of bf16 at a time.
+    int64_t row_stride() const { return format == Format::b16 ? (inputs + 31) / 32 * 32 : padded_inputs(); }
+    int64_t row_bytes() const { return row_stride() * (row_group() ? 1 : format == Format::b16 ? 2 : 4); }
     int64_t blocks() const { return (inputs + block() - 1) / block(); }
     int64_t padded_inputs() const { return blocks() * block(); }
     int64_t block_bytes() const {
@@ -66,13 +70,34 @@ struct PackedShape {
     int64_t bytes() const { return strips() * strip_bytes(); }
 };
 
-// Rows to be multiplied, each `padded_inputs` long: floats (f32, fp8), bf16 (b16), or bytes with a scale and a sum of
-// the bytes for every group.
+// Rows to be multiplied, `row_stride` apart: floats (f32, fp8), bf16 (b16), or bytes. Of bytes each group has a scale
+// and what its sum begins with (see packed_lanes.h), at [group * groups_apart + row].
 struct PackedRows {
     int64_t rows;
     void *values;
     float *scales;
-    int32_t *sums;
+    int32_t *starts;
+    int64_t groups_apart;
 };
+
+// Rows are read in whole tiles, also where fewer are left.
+constexpr int64_t spare_rows = 15;
+
+inline int64_t packed_rows_bytes(int64_t rows, const PackedShape &shape) {
+    return (rows + spare_rows) * (shape.row_bytes() + 8 * shape.row_groups());
+}
+
+// Rows in memory of that size, aligned to 64 bytes.
+inline PackedRows packed_rows_at(void *memory, int64_t rows, const PackedShape &shape) {
+    const int64_t all = rows + spare_rows;
+    float *scales = reinterpret_cast<float *>(static_cast<uint8_t *>(memory) + all * shape.row_bytes());
+    return {rows, memory, scales, reinterpret_cast<int32_t *>(scales + all * shape.row_groups()), all};
+}
+
+// `count` of them, from `row` on.
+inline PackedRows rows_from(const PackedRows &rows, int64_t row, int64_t count, const PackedShape &shape) {
+    return {count, static_cast<uint8_t *>(rows.values) + row * shape.row_bytes(), rows.scales + row, rows.starts + row,
+            rows.groups_apart};
+}
 
 }  // namespace moesaic

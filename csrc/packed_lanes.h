@@ -1,8 +1,7 @@
-// The 32 outputs of a strip, as integer and as float sums of one row.
+// A strip's outputs, as many as one pass over its numbers sums: as integers of a group and as floats.
 //
-// Numbers of few bits are unsigned with an offset where they are multiplied (the instruction takes them so), and the
-// sums of a group begin with minus the offset times the sum of the row. signed_has_offset: whether that is so for eight
-// bits, too.
+// Numbers of few bits are unsigned with an offset where they are multiplied (the instructions take them so), and the
+// sums of a group start with minus the offset times the sum of the row's bytes.
 #pragma once
 
 #include "packed.h"
@@ -17,19 +16,23 @@
 
 namespace moesaic::MOESAIC_ISA {
 
-#if defined(__AVX512VNNI__)
+#if defined(__AVX512F__)
 
 constexpr int row_tile = 6;  // rows whose sums fit the registers beside the weights
+constexpr int64_t pass_outputs = 32;
 struct Bytes {
     __m512i v[2];
 };
 struct Ints {
     __m512i v[2];
 };
-constexpr bool signed_has_offset = true;
 
 MOESAIC_INLINE Ints ints(int32_t x) { return {{_mm512_set1_epi32(x), _mm512_set1_epi32(x)}}; }
 MOESAIC_INLINE Bytes bytes(const uint8_t *p) { return {{_mm512_loadu_si512(p), _mm512_loadu_si512(p + 64)}}; }
+MOESAIC_INLINE void store(uint8_t *p, const Bytes &x) {
+    _mm512_storeu_si512(p, x.v[0]);
+    _mm512_storeu_si512(p + 64, x.v[1]);
+}
 MOESAIC_INLINE Bytes low_halves(const Bytes &x) {
     const __m512i mask = _mm512_set1_epi8(15);
     return {{_mm512_and_si512(x.v[0], mask), _mm512_and_si512(x.v[1], mask)}};
@@ -41,81 +44,44 @@ MOESAIC_INLINE Bytes look_up(const uint8_t *table16, const Bytes &x) {
     const __m512i table = _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i *>(table16)));
     return {{_mm512_shuffle_epi8(table, x.v[0]), _mm512_shuffle_epi8(table, x.v[1])}};
 }
-// += weights [32][4] times four bytes of a row.
-template <bool Signed>
-MOESAIC_INLINE void add_dot(Ints &sums, const Bytes &weights, const int8_t *x) {
-    int32_t four;
-    std::memcpy(&four, x, 4);
-    const __m512i xs = _mm512_set1_epi32(four);
-    sums.v[0] = _mm512_dpbusd_epi32(sums.v[0], weights.v[0], xs);
-    sums.v[1] = _mm512_dpbusd_epi32(sums.v[1], weights.v[1], xs);
+MOESAIC_INLINE Bytes less(const Bytes &x, int8_t y) {
+    const __m512i all = _mm512_set1_epi8(y);
+    return {{_mm512_sub_epi8(x.v[0], all), _mm512_sub_epi8(x.v[1], all)}};
 }
 MOESAIC_INLINE Vec to_floats(const Ints &sums, int i) { return {_mm512_cvtepi32_ps(sums.v[i])}; }
 
 #elif defined(__AVX2__)
 
-constexpr int row_tile = 1;
+constexpr int row_tile = 4;
+constexpr int64_t pass_outputs = 8;
 struct Bytes {
-    __m256i v[4];
+    __m256i v[1];
 };
 struct Ints {
-    __m256i v[4];
+    __m256i v[1];
 };
-constexpr bool signed_has_offset = false;
 
-MOESAIC_INLINE Ints ints(int32_t x) {
-    const __m256i v = _mm256_set1_epi32(x);
-    return {{v, v, v, v}};
-}
-MOESAIC_INLINE Bytes bytes(const uint8_t *p) {
-    Bytes x;
-    for (int i = 0; i < 4; ++i) x.v[i] = _mm256_loadu_si256(reinterpret_cast<const __m256i *>(p) + i);
-    return x;
-}
-MOESAIC_INLINE Bytes low_halves(const Bytes &x) {
-    Bytes y;
-    for (int i = 0; i < 4; ++i) y.v[i] = _mm256_and_si256(x.v[i], _mm256_set1_epi8(15));
-    return y;
-}
-MOESAIC_INLINE Bytes high_halves(const Bytes &x) {
-    Bytes y;
-    for (int i = 0; i < 4; ++i) y.v[i] = _mm256_srli_epi16(x.v[i], 4);
-    return low_halves(y);
-}
+MOESAIC_INLINE Ints ints(int32_t x) { return {{_mm256_set1_epi32(x)}}; }
+MOESAIC_INLINE Bytes bytes(const uint8_t *p) { return {{_mm256_loadu_si256(reinterpret_cast<const __m256i *>(p))}}; }
+MOESAIC_INLINE void store(uint8_t *p, const Bytes &x) { _mm256_storeu_si256(reinterpret_cast<__m256i *>(p), x.v[0]); }
+MOESAIC_INLINE Bytes low_halves(const Bytes &x) { return {{_mm256_and_si256(x.v[0], _mm256_set1_epi8(15))}}; }
+MOESAIC_INLINE Bytes high_halves(const Bytes &x) { return low_halves({{_mm256_srli_epi16(x.v[0], 4)}}); }
 MOESAIC_INLINE Bytes look_up(const uint8_t *table16, const Bytes &x) {
-    const __m256i table = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i *>(table16)));
-    Bytes y;
-    for (int i = 0; i < 4; ++i) y.v[i] = _mm256_shuffle_epi8(table, x.v[i]);
-    return y;
+    const __m128i table = _mm_loadu_si128(reinterpret_cast<const __m128i *>(table16));
+    return {{_mm256_shuffle_epi8(_mm256_broadcastsi128_si256(table), x.v[0])}};
 }
-// Sums of two products must fit 16 bits: weights of 8 bits are taken as magnitude and sign, whose products do.
-template <bool Signed>
-MOESAIC_INLINE void add_dot(Ints &sums, const Bytes &weights, const int8_t *x) {
-    int32_t four;
-    std::memcpy(&four, x, 4);
-    const __m256i xs = _mm256_set1_epi32(four), ones = _mm256_set1_epi16(1);
-    for (int i = 0; i < 4; ++i) {
-        __m256i pairs;
-        if constexpr (Signed) {
-            const __m256i w = _mm256_xor_si256(weights.v[i], _mm256_set1_epi8(-128));
-            pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(xs, w));
-        } else {
-            pairs = _mm256_maddubs_epi16(weights.v[i], xs);
-        }
-        sums.v[i] = _mm256_add_epi32(sums.v[i], _mm256_madd_epi16(pairs, ones));
-    }
-}
+MOESAIC_INLINE Vec to_floats(const Ints &sums, int i) { return {_mm256_cvtepi32_ps(sums.v[i])}; }
 
 #else
 
 constexpr int row_tile = 1;
+constexpr int64_t pass_outputs = 32;
 struct Bytes {
-    uint8_t v[strip_outputs * 4];
+    uint8_t v[pass_outputs * 4];
 };
 struct Ints {
-    int32_t v[strip_outputs];
+    int32_t v[pass_outputs];
 };
-constexpr bool signed_has_offset = true;
 
 MOESAIC_INLINE Ints ints(int32_t x) {
     Ints y;
@@ -127,6 +93,7 @@ MOESAIC_INLINE Bytes bytes(const uint8_t *p) {
     std::memcpy(x.v, p, sizeof x.v);
     return x;
 }
+MOESAIC_INLINE void store(uint8_t *p, const Bytes &x) { std::memcpy(p, x.v, sizeof x.v); }
 MOESAIC_INLINE Bytes low_halves(const Bytes &x) {
     Bytes y;
     for (unsigned i = 0; i < sizeof x.v; ++i) y.v[i] = x.v[i] & 15;
@@ -142,36 +109,85 @@ MOESAIC_INLINE Bytes look_up(const uint8_t *table16, const Bytes &x) {
     for (unsigned i = 0; i < sizeof x.v; ++i) y.v[i] = table16[x.v[i]];
     return y;
 }
-template <bool Signed>
-MOESAIC_INLINE void add_dot(Ints &sums, const Bytes &weights, const int8_t *x) {
-    for (int o = 0; o < strip_outputs; ++o)
-        for (int i = 0; i < 4; ++i) sums.v[o] += weights.v[4 * o + i] * x[i];
-}
-
-#endif
-
-#if !defined(__AVX512VNNI__)
 MOESAIC_INLINE Vec to_floats(const Ints &sums, int i) {
-    int32_t whole[strip_outputs];
-    std::memcpy(whole, sums.v, sizeof whole);
     float values[Vec::lanes];
-    for (int lane = 0; lane < Vec::lanes; ++lane) values[lane] = static_cast<float>(whole[i * Vec::lanes + lane]);
+    for (int lane = 0; lane < Vec::lanes; ++lane) values[lane] = static_cast<float>(sums.v[i * Vec::lanes + lane]);
     return load(values);
 }
+
 #endif
 
-// Floats of 32 outputs, in as many vectors as it takes.
-constexpr int vectors = strip_outputs / Vec::lanes;
+// Whether numbers of eight bits are taken with their offset, too.
+#if defined(__AVX512VNNI__) || !defined(__AVX2__)
+constexpr bool signed_has_offset = true;
+#else
+constexpr bool signed_has_offset = false;
+#endif
+constexpr int32_t offset_of(Format format) {
+    return format == Format::int8 ? (signed_has_offset ? 128 : 0) : format == Format::int4 ? 8 : 12;
+}
+
+MOESAIC_INLINE int32_t four_bytes(const int8_t *x) {
+    int32_t four;
+    std::memcpy(&four, x, 4);
+    return four;
+}
+
+// += weights [outputs][4] times four bytes of a row. Without an instruction for it, sums of two products must fit 16
+// bits: weights of 8 bits are taken as magnitude and sign, whose products do.
+template <bool Signed>
+MOESAIC_INLINE void add_dot(Ints &sums, const Bytes &weights, const int8_t *x) {
+#if defined(__AVX512VNNI__)
+    const __m512i xs = _mm512_set1_epi32(four_bytes(x));
+    for (int i = 0; i < 2; ++i) sums.v[i] = _mm512_dpbusd_epi32(sums.v[i], weights.v[i], xs);
+#elif defined(__AVX512F__)
+    const __m512i xs = _mm512_set1_epi32(four_bytes(x)), zero = _mm512_setzero_si512();
+    for (int i = 0; i < 2; ++i) {
+        __m512i w = weights.v[i], signed_xs = xs;
+        if constexpr (Signed) {
+            w = _mm512_xor_si512(w, _mm512_set1_epi8(-128));
+            signed_xs = _mm512_mask_sub_epi8(xs, _mm512_movepi8_mask(w), zero, xs);
+            w = _mm512_abs_epi8(w);
+        }
+        const __m512i pairs = _mm512_maddubs_epi16(w, signed_xs);
+        sums.v[i] = _mm512_add_epi32(sums.v[i], _mm512_madd_epi16(pairs, _mm512_set1_epi16(1)));
+    }
+#elif defined(__AVX2__)
+    const __m256i xs = _mm256_set1_epi32(four_bytes(x));
+    __m256i w = weights.v[0], signed_xs = xs;
+    if constexpr (Signed) {
+        w = _mm256_xor_si256(w, _mm256_set1_epi8(-128));
+        signed_xs = _mm256_sign_epi8(xs, w);
+        w = _mm256_abs_epi8(w);
+    }
+    const __m256i pairs = _mm256_maddubs_epi16(w, signed_xs);
+    sums.v[0] = _mm256_add_epi32(sums.v[0], _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+#else
+    for (int o = 0; o < pass_outputs; ++o)
+        for (int i = 0; i < 4; ++i) sums.v[o] += weights.v[4 * o + i] * x[i];
+#endif
+}
+
+// Floats of a pass's outputs, in as many vectors as it takes.
+constexpr int pass_vectors = pass_outputs / Vec::lanes;
 struct Floats {
-    Vec v[vectors];
+    Vec v[pass_vectors];
 };
+MOESAIC_INLINE Floats floats_at(const float *p) {
+    Floats x;
+    for (int i = 0; i < pass_vectors; ++i) x.v[i] = load(p + i * Vec::lanes);
+    return x;
+}
+MOESAIC_INLINE void store(float *p, const Floats &x) {
+    for (int i = 0; i < pass_vectors; ++i) store(p + i * Vec::lanes, x.v[i]);
+}
 MOESAIC_INLINE Floats zeros() {
     Floats x;
     for (auto &each : x.v) each = set(0.0f);
     return x;
 }
 MOESAIC_INLINE void add_scaled(Floats &total, const Ints &sums, const Floats &scales, float x) {
-    for (int i = 0; i < vectors; ++i) total.v[i] = fma(to_floats(sums, i), scales.v[i] * set(x), total.v[i]);
+    for (int i = 0; i < pass_vectors; ++i) total.v[i] = fma(to_floats(sums, i), scales.v[i] * set(x), total.v[i]);
 }
 
 }  // namespace moesaic::MOESAIC_ISA

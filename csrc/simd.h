@@ -81,6 +81,7 @@ inline Vec power_of_two(Vec n) {
     return {_mm512_castsi512_ps(_mm512_slli_epi32(exponent, 23))};
 }
 inline float sum(Vec a) { return _mm512_reduce_add_ps(a.v); }
+inline float highest(Vec a) { return _mm512_reduce_max_ps(a.v); }  // of numbers: a NaN may be lost
 
 #elif defined(__AVX2__)
 
@@ -127,6 +128,11 @@ inline float sum(Vec a) {
     x = _mm_add_ps(x, _mm_movehl_ps(x, x));
     return _mm_cvtss_f32(_mm_add_ss(x, _mm_movehdup_ps(x)));
 }
+inline float highest(Vec a) {
+    __m128 x = _mm_max_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
+    x = _mm_max_ps(x, _mm_movehl_ps(x, x));
+    return _mm_cvtss_f32(_mm_max_ss(x, _mm_movehdup_ps(x)));
+}
 
 #elif defined(__ARM_NEON) && defined(__aarch64__) && !defined(MOESAIC_PORTABLE)
 
@@ -159,6 +165,7 @@ inline Vec power_of_two(Vec n) {
     return {vreinterpretq_f32_s32(vshlq_n_s32(vaddq_s32(vcvtnq_s32_f32(n.v), vdupq_n_s32(127)), 23))};
 }
 inline float sum(Vec a) { return vaddvq_f32(a.v); }
+inline float highest(Vec a) { return vmaxvq_f32(a.v); }
 
 #else
 
@@ -209,6 +216,11 @@ inline float sum(const Vec &a) {
     float total = 0;
     for (int64_t i = 0; i < Vec::lanes; ++i) total += a.v[i];
     return total;
+}
+inline float highest(const Vec &a) {
+    float most = a.v[0];
+    for (int64_t i = 1; i < Vec::lanes; ++i) most = a.v[i] > most ? a.v[i] : most;
+    return most;
 }
 
 #endif

@@ -14,7 +14,8 @@ static constexpr Typed<T> typed = {
     grouped_linear_weight_grad<T>, grouped_linear_weight_grad_wide<T>,
 };
 
-extern const Kernels kernels = {MOESAIC_TEXT(MOESAIC_ISA), typed<float>, typed<bf16>, adamw, packed_linear, norm_rows,
-                               rotate_rows, add_rows, read_words};
+extern const Kernels kernels = {MOESAIC_TEXT(MOESAIC_ISA), typed<float>, typed<bf16>, read_words, adamw, prepare_rows,
+                                multiply_rows, packed_linear, norm_rows, rotate_rows, add_rows, write_cache,
+                                paged_attention};
 
 }  // namespace moesaic::MOESAIC_ISA

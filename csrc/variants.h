@@ -5,13 +5,18 @@
 
 namespace moesaic::MOESAIC_ISA {
 
+uint64_t read_words(const uint64_t *words, int64_t count);
 void adamw(const AdamTensors &tensors, const AdamStep &step, int64_t size, int threads);
-void packed_linear(const float *x, const uint8_t *weights, float *y, const PackedShape &shape, const int64_t *offsets,
-                   int64_t num_experts, int threads);
+void prepare_rows(const float *x, int64_t x_stride, const PackedShape &shape, const PackedRows &rows, int threads);
+void multiply_rows(const PackedRows &rows, const PackedLinear &linear, int threads);
+void packed_linear(const float *x, int64_t x_stride, int64_t rows, const PackedLinear &linear, int threads);
 void norm_rows(const NormRows &norm, int threads);
 void rotate_rows(const RotateRows &turn, int threads);
 void add_rows(const AddRows &add, int threads);
-uint64_t read_words(const uint64_t *words, int64_t count);
+void write_cache(const PagedCache &cache, const PagedTokens &tokens, const float *k, int64_t k_stride, const float *v,
+                 int64_t v_stride, int threads);
+void paged_attention(const PagedCache &cache, const PagedTokens &tokens, const PagedSight &sight, const float *q,
+                     int64_t q_stride, float *out, int64_t out_stride, int threads);
 template <class T>
 void causal_attention(const T *q, const T *k, const T *v, T *out, float *log_sum, const AttentionShape &shape,
                       int threads);

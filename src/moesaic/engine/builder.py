@@ -6,12 +6,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from moesaic import _native
 from moesaic.config import LongRopeConfig, ModelConfig, NormConfig, RopeConfig
 from moesaic.engine.packing import Packer
+from moesaic.kernels.backend import compiled
 from moesaic.kernels.blocks import PackedMatrices
 from moesaic.kernels.rounding import Bits
 from moesaic.layers.rope import rotation
+
+_native = compiled()
 
 
 class Place(NamedTuple):

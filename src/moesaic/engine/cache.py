@@ -5,10 +5,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from moesaic import _native
 from moesaic.engine.builder import CacheShape
 from moesaic.errors import GenerationError
+from moesaic.kernels.backend import compiled
 
+_native = compiled()
 BLOCK_TOKENS: int = _native.Program.block_tokens
 _FIRST_BLOCKS = 16
 

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from moesaic.config import AttentionConfig, LayerConfig, MlaConfig, MlpConfig, MoeConfig
-from moesaic.engine.builder import Builder, Label, Place, longest, native_packed
+from moesaic.engine.builder import Builder, Label, longest, native_packed
 from moesaic.engine.cache import BlockCache
 from moesaic.engine.lower.attention import lower_attention
 from moesaic.engine.lower.feed_forward import lower_mlp, lower_moe
 from moesaic.engine.lower.mla import lower_mla
-from moesaic.engine.lower.refusal import refuse
+from moesaic.engine.lower.refusal import check_lowerable
 from moesaic.engine.packing import Packer, Precision
 from moesaic.engine.weights import Weights
 
@@ -42,6 +42,7 @@ class Program:
 
     def __init__(self, weights: Weights, precision: Precision, *, threads: int, max_length: int | None = None) -> None:
         self.config = config = weights.config
+        check_lowerable(config)
         self.max_length = min(longest(config), max_length or longest(config))
         packer = Packer(weights, precision)
         build = Builder(packer, threads, self.max_length)
@@ -76,18 +77,13 @@ class Program:
 
 def _lower(build: Builder) -> None:
     config = build.config
-    if config.encoder is not None:
-        refuse("this model has an encoder")
-    if config.sinusoid is not None:
-        refuse("this model adds sinusoids to its embeddings")
-    config.check_decodable()
     table = build.packer.weights.read("embedding.weight")
     table = table if table.dtype == torch.bfloat16 else table.float()
     build.native.embed(table.contiguous(), build.residual, config.embedding_multiplier)
     for index, layer in enumerate(config.layers):
         _lower_layer(build, layer, index)
-    final = Label("norm")
-    build.norm(final, config.decoder.final_norm, "final_norm", build.residual, build.normed, config.hidden_size)
+    final = config.decoder.final_norm
+    build.norm(Label("norm"), final, "final_norm", build.residual, build.normed, config.hidden_size)
     head = "embedding.weight" if config.tie_word_embeddings else "head.weight"
     packed = build.packer.matrix([head], build.packer.precision.of_head, "head")
     bias = build.floats("head.bias") if config.head_bias else None
@@ -96,30 +92,15 @@ def _lower(build: Builder) -> None:
 
 def _lower_layer(build: Builder, layer: LayerConfig, index: int) -> None:
     """norm → attention → add, norm → feed-forward → add."""
-    name, size = f"layers.{index}", build.config.hidden_size
-    if layer.hyper_connection is not None:
-        refuse(f"layer {index} has hyper-connections")
+    name, size, multiplier = f"layers.{index}", build.config.hidden_size, layer.residual_multiplier
     label = Label("norm", index)
     build.norm(label, layer.norm, f"{name}.attention_norm", build.residual, build.normed, size)
-    _lower_attention(build, layer, f"{name}.attention", index)
-    build.norm(label, layer.norm, f"{name}.feed_forward_norm", build.residual, build.normed, size)
-    _lower_feed_forward(build, layer, f"{name}.feed_forward", index)
-
-
-def _lower_attention(build: Builder, layer: LayerConfig, name: str, index: int) -> None:
     if isinstance(layer.attention, AttentionConfig):
-        lower_attention(build, layer.attention, name, index, layer.residual_multiplier)
+        lower_attention(build, layer.attention, f"{name}.attention", index, multiplier)
     elif isinstance(layer.attention, MlaConfig):
-        lower_mla(build, layer.attention, name, index, layer.residual_multiplier)
-    else:
-        refuse(f"layer {index} attends to compressed tokens")
-
-
-def _lower_feed_forward(build: Builder, layer: LayerConfig, name: str, index: int) -> None:
+        lower_mla(build, layer.attention, f"{name}.attention", index, multiplier)
+    build.norm(label, layer.norm, f"{name}.feed_forward_norm", build.residual, build.normed, size)
     if isinstance(layer.feed_forward, MoeConfig):
-        lower_moe(build, layer.feed_forward, name, index, layer.residual_multiplier)
+        lower_moe(build, layer.feed_forward, f"{name}.feed_forward", index, multiplier)
     elif isinstance(layer.feed_forward, MlpConfig):
-        target: Place = build.residual
-        lower_mlp(build, layer.feed_forward, name, Label("mlp", index), target, layer.residual_multiplier)
-    else:
-        refuse(f"layer {index} is Soft MoE")
+        lower_mlp(build, layer.feed_forward, f"{name}.feed_forward", Label("mlp", index), build.residual, multiplier)

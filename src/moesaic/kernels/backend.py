@@ -8,7 +8,7 @@ import importlib
 import os
 import sys
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from moesaic.errors import ConfigError, MissingDependencyError
 
@@ -49,6 +49,11 @@ def choose(wanted: str | None) -> Choice:
             f"moesaic: {missing}; until then MoE layers take about {_SLOWDOWN} times as long to decode", file=sys.stderr
         )
         return Choice(_module("reference"), "reference", _why(error))
+
+
+def compiled() -> Any:
+    """The extension with the compiled kernels. Raises MissingDependencyError where it was not built."""
+    return choose("native").kernels._native
 
 
 def describe() -> str:

@@ -20,6 +20,7 @@ from moesaic.errors import ConfigError
 from moesaic.kernels import reference
 from moesaic.kernels.adam import AdamStep
 from moesaic.kernels.blocks import PackedMatrices
+from moesaic.kernels.paged import PagedCache, PagedTokens
 
 _FLOATS = (torch.float32, torch.bfloat16)
 
@@ -321,6 +322,54 @@ def causal_attention_grad(
     dq, dk, dv = (torch.empty(tensor.shape, dtype=tensor.dtype) for tensor in (q_BSHA, k_BSGA, v_BSGA))
     _native.causal_attention_grad(*map(_array, (*inputs, dq, dk, dv)), _threads())
     return dq, dk, dv
+
+
+def write_cache(cache: PagedCache, tokens: PagedTokens, k_TGA: Tensor, v_TGV: Tensor | None) -> None:
+    """See reference.write_cache."""
+    new = [tensor for tensor in (k_TGA, v_TGV) if tensor is not None]
+    if not _is_paged(cache) or any(tensor.dtype != torch.float32 or not tensor.is_cpu for tensor in new):
+        reference.write_cache(cache, tokens, k_TGA, v_TGV)
+        return
+    k, v = (None if tensor is None else _array(_rows(tensor)) for tensor in (k_TGA, v_TGV))
+    _native.write_cache(*_of_cache(cache), *map(_array, tokens), k, v, _threads())
+
+
+def paged_attention(
+    q_THA: Tensor,
+    cache: PagedCache,
+    tokens: PagedTokens,
+    *,
+    scale: float,
+    window: int | None = None,
+    chunk: int | None = None,
+    sinks_H: Tensor | None = None,
+) -> Tensor:
+    """See reference.paged_attention."""
+    if not _is_paged(cache) or q_THA.dtype != torch.float32 or not q_THA.is_cpu:
+        return reference.paged_attention(q_THA, cache, tokens, scale=scale, window=window, chunk=chunk, sinks_H=sinks_H)
+    out_THV = torch.empty(*q_THA.shape[:2], cache.value_dim)
+    sinks = None if sinks_H is None else _array(sinks_H.float().contiguous())
+    settings = (window or 0, chunk or 0, scale, sinks, _threads())
+    arrays = (*map(_array, tokens), _array(_rows(q_THA)), _array(out_THV))
+    _native.paged_attention(*_of_cache(cache), *arrays, *settings)
+    return out_THV
+
+
+def _is_paged(cache: PagedCache) -> bool:
+    """Whether the kernels know such a cache; it is written in place, so that it must lie without gaps."""
+    parts = [tensor for tensor in (cache.keys, cache.values) if tensor is not None]
+    return all(_takes(tensor, cache.keys) and tensor.is_contiguous() for tensor in parts)
+
+
+def _of_cache(cache: PagedCache) -> tuple[object, ...]:
+    values = None if cache.values is None else _array(cache.values)
+    return _array(cache.keys), values, cache.key_dim, cache.value_dim
+
+
+def _rows(x_THA: Tensor) -> Tensor:
+    """Tokens may lie apart, as parts of wider rows do; what is of one token lies without gaps."""
+    dense = x_THA.stride(2) == 1 and x_THA.stride(1) == x_THA.shape[2] and x_THA.stride(0) >= 0
+    return x_THA.detach() if dense else x_THA.detach().contiguous()
 
 
 def rotate(x_BSHA: Tensor, cos: Tensor, sin: Tensor, sign: float = 1.0) -> Tensor:

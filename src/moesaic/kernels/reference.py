@@ -14,6 +14,7 @@ from torch import Tensor
 
 from moesaic.kernels.adam import AdamStep
 from moesaic.kernels.blocks import PackedMatrices, unpack, whole_numbers
+from moesaic.kernels.paged import PagedCache, PagedTokens
 
 
 def select_topk(scores_TE: Tensor, top_k: int) -> Tensor:
@@ -199,6 +200,44 @@ def attention_with_sinks(
     sinks_BHS1 = sinks_H.to(q.dtype)[:, None, None].expand(*scores_BHSN.shape[:-1], 1)
     p_BHSN = torch.cat([scores_BHSN, sinks_BHS1], dim=-1).softmax(-1)[..., :-1]
     return times(p_BHSN, v).to(q_BHSA.dtype)
+
+
+def write_cache(cache: PagedCache, tokens: PagedTokens, k_TGA: Tensor, v_TGV: Tensor | None) -> None:
+    """Put the keys and values of new tokens where their tables say; v_TGV is None where the cache shares them."""
+    ids_T, slots_T = tokens.places()
+    if cache.values is None:
+        cache.keys[ids_T, slots_T, : cache.key_dim] = k_TGA[:, 0].to(cache.keys.dtype)
+        return
+    assert v_TGV is not None, "values"
+    cache.keys[ids_T, :, :, slots_T] = k_TGA.to(cache.keys.dtype)
+    cache.values[ids_T, :, slots_T, : cache.value_dim] = v_TGV.to(cache.values.dtype)
+
+
+def paged_attention(
+    q_THA: Tensor,
+    cache: PagedCache,
+    tokens: PagedTokens,
+    *,
+    scale: float,
+    window: int | None = None,
+    chunk: int | None = None,
+    sinks_H: Tensor | None = None,
+) -> Tensor:
+    """out_THV: softmax attention of each token to what its sequence has cached up to its own position.
+
+    Of these to the last `window`, or to those of its own chunk; scale and sinks_H: see kernels/attention. What the
+    tokens themselves bring must have been written.
+    """
+    out_THV = q_THA.new_empty(*q_THA.shape[:2], cache.value_dim)
+    for token, q_HA in enumerate(_wide(q_THA)):
+        places = tokens.seen_by(token, window=window, chunk=chunk)
+        k_NGA, v_NGV = cache.keys_at(*places).to(q_HA.dtype), cache.values_at(*places).to(q_HA.dtype)
+        scores_HN = torch.einsum("gha,nga->ghn", q_HA.unflatten(0, (cache.num_groups, -1)), k_NGA).flatten(0, 1) * scale
+        if sinks_H is not None:
+            scores_HN = torch.cat([scores_HN, sinks_H[:, None].to(scores_HN.dtype)], dim=-1)
+        p_HN = scores_HN.softmax(-1)[:, : len(k_NGA)]
+        out_THV[token] = torch.einsum("ghn,ngv->ghv", p_HN.unflatten(0, (cache.num_groups, -1)), v_NGV).flatten(0, 1)
+    return out_THV
 
 
 def rotate(x_BSHA: Tensor, cos: Tensor, sin: Tensor, sign: float = 1.0) -> Tensor:

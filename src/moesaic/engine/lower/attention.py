@@ -5,13 +5,10 @@ H heads, G key/value heads, A head dim.
 
 from moesaic.config import AttentionConfig
 from moesaic.engine.builder import Builder, CacheShape, Label
-from moesaic.engine.lower.refusal import refuse
 
 
 def lower_attention(build: Builder, config: AttentionConfig, name: str, layer: int, multiplier: float) -> None:
     """residual += multiplier * attention(normed)."""
-    if config.relative_bias is not None:
-        refuse(f"layer {layer} has relative position biases")
     label = Label("attention", layer)
     query_size, key_size = config.num_heads * config.head_dim, config.num_key_value_heads * config.head_dim
     queries = build.buffer("queries, keys and values", query_size + 2 * key_size)

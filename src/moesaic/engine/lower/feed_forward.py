@@ -6,7 +6,6 @@ from torch import Tensor
 from moesaic.config import ClampedSwiglu, MlpConfig, MoeConfig
 from moesaic.config.activation import Activation
 from moesaic.engine.builder import Builder, Label, Place, native_packed
-from moesaic.engine.lower.refusal import refuse
 from moesaic.engine.lower.router import lower_router
 
 
@@ -34,8 +33,6 @@ def lower_mlp(build: Builder, config: MlpConfig, name: str, label: Label, target
 
 def lower_moe(build: Builder, config: MoeConfig, name: str, layer: int, multiplier: float) -> None:
     """residual += multiplier * (routed experts + shared expert)."""
-    if config.evaluation_capacity is not None:
-        refuse(f"layer {layer} limits its experts' tokens outside of training")
     lower_router(build, config.router, f"{name}.router", layer)
     _experts(build, config, f"{name}.experts", layer, multiplier * (1 - config.output_masking))
     if config.shared is None:

@@ -5,7 +5,6 @@ H heads, Z latent, P the part of a head without positions, R the turned part, V 
 
 from moesaic.config.mla import INNER_NORM, MlaConfig
 from moesaic.engine.builder import Builder, CacheShape, Label, Place
-from moesaic.engine.lower.refusal import refuse
 
 
 def lower_mla(build: Builder, config: MlaConfig, name: str, layer: int, multiplier: float) -> None:
@@ -13,8 +12,6 @@ def lower_mla(build: Builder, config: MlaConfig, name: str, layer: int, multipli
 
     One form for prompts and for single tokens, so that a token's numbers do not depend on how its prompt was cut.
     """
-    if config.indexer is not None:
-        refuse(f"layer {layer} chooses its tokens by an indexer")
     label, projections = Label("attention", layer), Label("projections", layer)
     queries, latent = _projected(build, config, name, projections)
     keys = latent.after(config.latent_rank)

@@ -2,14 +2,11 @@
 
 from moesaic.config import RouterConfig
 from moesaic.engine.builder import Builder, Label, native_packed
-from moesaic.engine.lower.refusal import refuse
-from moesaic.kernels.native_routing import NATIVE_ROUTERS, NativeRouter, RouterTensors
+from moesaic.kernels.native_routing import NativeRouter, RouterTensors
 
 
 def lower_router(build: Builder, config: RouterConfig, name: str, layer: int) -> None:
     """Choices of experts for what is normed, sorted by expert, for the step that computes them."""
-    if config.name not in NATIVE_ROUTERS:
-        refuse(f"layer {layer} has router {config.name!r}")
     label = Label("router", layer)
     there = {spec.name.removeprefix(f"{name}.") for spec in config.tensors(name, build.config.hidden_size)}
     own = [field for field in RouterTensors._fields if field in there]
@@ -18,5 +15,3 @@ def lower_router(build: Builder, config: RouterConfig, name: str, layer: int) ->
     router = NativeRouter(config, RouterTensors(**tensors))
     matrix = native_packed(build.packer.exact(f"{name}.weight", label.part)) if config.has_weight else None
     build.native.router(label, build.normed, matrix, router.native)
-
-

@@ -1,0 +1,176 @@
+// A strip of fp32, bf16 or e4m3 weights times rows, on vectors (bf16 on tiles where there are any). Many rows take it in
+// pieces that stay in the first cache, where e4m3 is made floats once for all of them.
+#include "packed_multiply.h"
+#include "packed_numbers.h"
+#include "packed_tiles.h"
+#include "tiles_of_rows.h"
+
+namespace moesaic::MOESAIC_ISA {
+namespace {
+
+constexpr int strip_vectors = strip_outputs / Vec::lanes;
+constexpr int together = strip_vectors < 2 ? strip_vectors : 2;  // vectors of outputs whose sums are held at once
+constexpr int64_t piece = 128;                                   // inputs; what e4m3 has one scale for
+
+// Sums of R rows for `together` vectors of outputs, from where they are kept or zero.
+template <int R>
+struct Sums {
+    Vec v[R][together];
+
+    MOESAIC_INLINE void begin(const float *from) {
+        for (int r = 0; r < R; ++r)
+            for (int i = 0; i < together; ++i)
+                v[r][i] = from ? load(from + r * strip_outputs + i * Vec::lanes) : set(0.0f);
+    }
+    MOESAIC_INLINE void add(const Vec (&w)[together], int r, Vec x) {
+        for (int i = 0; i < together; ++i) v[r][i] = fma(w[i], x, v[r][i]);
+    }
+    MOESAIC_INLINE void keep(float *to) const {
+        for (int r = 0; r < R; ++r)
+            for (int i = 0; i < together; ++i) store(to + r * strip_outputs + i * Vec::lanes, v[r][i]);
+    }
+};
+
+template <int R>
+MOESAIC_INLINE void add_floats(Sums<R> &sums, const float *w, int64_t inputs, const float *x, int64_t stride) {
+    for (int64_t k = 0; k < inputs; ++k, w += strip_outputs) {
+        Vec ws[together];
+        for (int i = 0; i < together; ++i) ws[i] = load(w + i * Vec::lanes);
+        for (int r = 0; r < R; ++r) sums.add(ws, r, set(x[r * stride + k]));
+    }
+}
+
+void floats_times_rows(const float *strip, const PackedShape &shape, const PackedRows &rows, float *sums) {
+    const int64_t stride = shape.row_stride(), step = rows.rows > row_tile || together < strip_vectors ? piece : stride;
+    for (int64_t k = 0; k < stride; k += step)
+        over_tiles(rows.rows, [&](int64_t row, auto count) {
+            const float *x = static_cast<const float *>(rows.values) + row * stride + k;
+            for (int64_t first = 0; first < strip_outputs; first += together * Vec::lanes) {
+                float *kept = sums + row * strip_outputs + first;
+                Sums<decltype(count)::value> total;
+                total.begin(k ? kept : nullptr);
+                add_floats(total, strip + k * strip_outputs + first, stride - k < step ? stride - k : step, x, stride);
+                total.keep(kept);
+            }
+        });
+}
+
+// A block of e4m3 over 256 as floats.
+void floats_of_e4m3(const uint8_t *numbers, float *to) {
+    for (int64_t k = 0; k < piece; ++k, numbers += strip_outputs, to += strip_outputs) {
+        Vec w[strip_vectors];
+        e4m3_over_256(numbers, w);
+        for (int i = 0; i < strip_vectors; ++i) store(to + i * Vec::lanes, w[i]);
+    }
+}
+
+void fp8_times_rows(const uint8_t *strip, const PackedShape &shape, const PackedRows &rows, float *sums) {
+    const int64_t stride = shape.row_stride();
+    float *wide = static_cast<float *>(scratch(wide_slot, piece * strip_outputs * 4));
+    for (int64_t k = 0; k < stride; k += piece, strip += shape.block_bytes()) {
+        floats_of_e4m3(strip + 64, wide);
+        over_tiles(rows.rows, [&](int64_t row, auto count) {
+            constexpr int R = decltype(count)::value;
+            const float *x = static_cast<const float *>(rows.values) + row * stride + k;
+            for (int64_t first = 0; first < strip_outputs; first += together * Vec::lanes) {
+                float *kept = sums + row * strip_outputs + first;
+                Sums<R> of_block, total;
+                of_block.begin(nullptr);
+                add_floats(of_block, wide + first, piece, x, stride);
+                total.begin(k ? kept : nullptr);
+                for (int i = 0; i < together; ++i) {
+                    float scale;  // one for each half of the strip
+                    std::memcpy(&scale, strip + (2 * (first + i * Vec::lanes) / strip_outputs) * 4, 4);
+                    for (int r = 0; r < R; ++r)
+                        total.v[r][i] = fma(of_block.v[r][i], set(256.0f * scale), total.v[r][i]);
+                }
+                total.keep(kept);
+            }
+        });
+    }
+}
+
+#if !defined(MOESAIC_HAS_TILES)
+#if !defined(__AVX512BF16__)
+// Pairs of bf16 as floats: the first of each, and the second.
+MOESAIC_INLINE void split_pairs(const uint8_t *pairs, Vec &even, Vec &odd) {
+#if defined(__AVX512F__)
+    const __m512i both = _mm512_loadu_si512(pairs);
+    even = {_mm512_castsi512_ps(_mm512_slli_epi32(both, 16))};
+    odd = {_mm512_castsi512_ps(_mm512_and_si512(both, _mm512_set1_epi32(static_cast<int32_t>(0xffff0000u))))};
+#elif defined(__AVX2__)
+    const __m256i both = _mm256_loadu_si256(reinterpret_cast<const __m256i *>(pairs));
+    even = {_mm256_castsi256_ps(_mm256_slli_epi32(both, 16))};
+    odd = {_mm256_castsi256_ps(_mm256_and_si256(both, _mm256_set1_epi32(static_cast<int32_t>(0xffff0000u))))};
+#else
+    float low[Vec::lanes], high[Vec::lanes];
+    for (int o = 0; o < Vec::lanes; ++o) {
+        bf16 two[2];
+        std::memcpy(two, pairs + 4 * o, 4);
+        low[o] = to_float(two[0]);
+        high[o] = to_float(two[1]);
+    }
+    even = load(low);
+    odd = load(high);
+#endif
+}
+#endif
+
+template <int R>
+MOESAIC_INLINE void add_bf16(Sums<R> &sums, const uint8_t *pairs, int64_t inputs, const bf16 *x, int64_t stride) {
+    for (int64_t k = 0; k < inputs; k += 2, pairs += 4 * strip_outputs) {
+#if defined(__AVX512BF16__)
+        for (int i = 0; i < together; ++i) {
+            const __m512bh w = (__m512bh)_mm512_loadu_si512(pairs + 64 * i);
+            for (int r = 0; r < R; ++r) {
+                int32_t two;
+                std::memcpy(&two, x + r * stride + k, 4);
+                sums.v[r][i].v = _mm512_dpbf16_ps(sums.v[r][i].v, w, (__m512bh)_mm512_set1_epi32(two));
+            }
+        }
+#else
+        Vec even[together], odd[together];
+        for (int i = 0; i < together; ++i) split_pairs(pairs + 4 * i * Vec::lanes, even[i], odd[i]);
+        for (int r = 0; r < R; ++r) {
+            sums.add(even, r, set(to_float(x[r * stride + k])));
+            sums.add(odd, r, set(to_float(x[r * stride + k + 1])));
+        }
+#endif
+    }
+}
+
+void bf16_times_rows(const uint8_t *strip, const PackedShape &shape, const PackedRows &rows, float *sums) {
+    const int64_t inputs = shape.padded_inputs(), stride = shape.row_stride();
+    const int64_t step = rows.rows > row_tile || together < strip_vectors ? 2 * piece : inputs;
+    for (int64_t k = 0; k < inputs; k += step)
+        over_tiles(rows.rows, [&](int64_t row, auto count) {
+            const bf16 *x = static_cast<const bf16 *>(rows.values) + row * stride + k;
+            for (int64_t first = 0; first < strip_outputs; first += together * Vec::lanes) {
+                float *kept = sums + row * strip_outputs + first;
+                Sums<decltype(count)::value> total;
+                total.begin(k ? kept : nullptr);
+                add_bf16(total, strip + 2 * k * strip_outputs + 4 * first, inputs - k < step ? inputs - k : step, x,
+                         stride);
+                total.keep(kept);
+            }
+        });
+}
+#endif
+
+}  // namespace
+
+void multiply_strip_of_floats(const uint8_t *strip, const PackedShape &shape, const PackedRows &rows, float *sums) {
+    if (shape.format == Format::f32) {
+        floats_times_rows(reinterpret_cast<const float *>(strip), shape, rows, sums);
+    } else if (shape.format == Format::fp8) {
+        fp8_times_rows(strip, shape, rows, sums);
+    } else {
+#if defined(MOESAIC_HAS_TILES)
+        tiles_of_bf16(strip, shape, rows, sums);
+#else
+        bf16_times_rows(strip, shape, rows, sums);
+#endif
+    }
+}
+
+}  // namespace moesaic::MOESAIC_ISA

@@ -1,0 +1,35 @@
+// Packed strips on the tile unit (AMX): 16 rows by 16 outputs, a group of inputs at a time.
+#pragma once
+
+#include "packed.h"
+#include "simd.h"
+
+#if defined(__AMX_INT8__) && defined(__AMX_BF16__)
+#define MOESAIC_HAS_TILES
+
+namespace moesaic::MOESAIC_ISA {
+
+// From how many rows on whole numbers are summed by tiles; the sums are exact, and so the same either way.
+constexpr int64_t rows_for_tiles = 8;
+
+// The tile unit, set up for so many rows of `a_bytes` bytes: tiles 0 and 1 are sums, 2 is rows, and 4, 5, 6 the same
+// for the rows that are left past whole tiles; 3 and 7 are weights.
+class TilesLent {
+  public:
+    TilesLent(int64_t rows, int64_t a_bytes);
+    ~TilesLent();
+    TilesLent(const TilesLent &) = delete;
+    TilesLent &operator=(const TilesLent &) = delete;
+};
+
+// Groups g0 to g1, made signed bytes at `wide` (see Groups in packed_numbers.h), added to the sums of all rows, or
+// begun where g0 is 0.
+template <int64_t group>
+void tiles_of_ints(const uint8_t *wide, int64_t g0, int64_t g1, const PackedShape &shape, const PackedRows &rows,
+                   float *sums);
+
+// A whole strip of bf16. The unit has an order of its own in which it sums, so that every number of rows comes here.
+void tiles_of_bf16(const uint8_t *strip, const PackedShape &shape, const PackedRows &rows, float *sums);
+
+}  // namespace moesaic::MOESAIC_ISA
+#endif

@@ -1,0 +1,141 @@
+"""The engine against the decoder that defines it, for a tiny model of every family's every corner.
+
+T tokens, N rows of logits, V vocab.
+"""
+
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from moesaic import families
+from moesaic.engine.cache import Text
+from moesaic.engine.engine import Engine, Piece
+from moesaic.errors import ConfigError, GenerationError
+from moesaic.models.decoder import Decoder
+from tests.families.cases import CASES, COMMON
+
+REFERENCE_ONLY = ("deepseek_v32", "deepseek_v4", "glm_moe_dsa")
+OURS = [case for case in CASES if not case.startswith(REFERENCE_ONLY)]
+PROMPTS = [[5, 9, 2, 77, 31, 8, 19], [4], list(range(3, 44))]
+
+
+@cache
+def model_of(case: str) -> Decoder:
+    fields: dict[str, Any] = {"model_type": case.partition("/")[0], **COMMON, **CASES[case]}
+    model = Decoder(families.from_hf(fields), dtype=torch.float32).initialize(7).eval()
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.normal_(float("norm" in name), 0.2, generator=generator)
+        for buffer in model.buffers():
+            if buffer.is_floating_point():
+                buffer.add_(torch.rand(buffer.shape, generator=generator) / 10)
+    return model
+
+
+def rows(engine: Engine, text: Text, token_ids: list[int]) -> Tensor:
+    """Logits of all of them."""
+    return engine.step([Piece(text, token_ids, "all")])
+
+
+def assert_near(found: Tensor, wanted: Tensor, tolerance: float = 2e-5) -> None:
+    assert found.shape == wanted.shape
+    assert float((found - wanted).abs().max()) <= tolerance * float(wanted.abs().max())
+
+
+@pytest.mark.parametrize("case", OURS)
+@torch.no_grad()
+def test_logits_are_those_of_the_decoder(case: str) -> None:
+    model = model_of(case)
+    engine = Engine(model, threads=1)
+    wanted = [model(torch.tensor([prompt]))[0] for prompt in PROMPTS]
+    together = [Piece(Text(), prompt, "all") for prompt in PROMPTS]
+    assert_near(engine.step(together), torch.cat(wanted))
+    longest = PROMPTS[-1]
+    text = Text()
+    in_pieces = [rows(engine, text, longest[start:end]) for start, end in ((0, 5), (5, 6), (6, 33), (33, 41))]
+    assert_near(torch.cat(in_pieces), wanted[-1])
+
+
+@pytest.mark.parametrize("case", OURS)
+def test_writes_what_the_decoder_writes(case: str) -> None:
+    from moesaic import generate
+
+    model = model_of(case)
+    written = Engine(model, threads=2).generate_batch(PROMPTS, 12, eos_token_ids=())
+    assert written == generate(model, PROMPTS, 12, eos_token_ids=())
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.startswith(REFERENCE_ONLY)])
+def test_says_which_part_it_does_not_run(case: str) -> None:
+    with pytest.raises(ConfigError, match=r"which the engine does not run; moesaic\.load and moesaic\.generate do"):
+        Engine(model_of(case))
+
+
+@pytest.mark.parametrize("bits", [None, 8, 4])
+@pytest.mark.parametrize("case", ["mixtral/", "deepseek_v3/", "gpt_oss/", "llama4_text/"])
+def test_a_token_has_the_same_bits_however_it_runs(case: str, bits: Any) -> None:
+    model = model_of(next(name for name in OURS if name.startswith(case)))
+    longest = PROMPTS[-1]
+    alone = Engine(model, bits=bits, threads=1)
+    wanted = rows(alone, Text(), longest)
+    for threads in (1, 2, 3):
+        engine = Engine(model, bits=bits, threads=threads)
+        held = Text()
+        rows(engine, held, [7] * 40)  # other blocks of the cache are taken
+        text, others = Text(), [Text(), Text()]
+        found = []
+        for start, end in ((0, 1), (1, 8), (8, 31), (31, 40), (40, 41)):
+            pieces = [Piece(others[0], [3, 4], "all"), Piece(text, longest[start:end], "all"), Piece(others[1], [9])]
+            found.append(engine.step(pieces)[2:-1])
+        assert torch.equal(torch.cat(found), wanted)
+
+
+def test_a_text_goes_on_where_it_ended() -> None:
+    engine = Engine(model_of(OURS[0]), threads=1)
+    text = Text()
+    first = engine.generate(PROMPTS[0], 4, eos_token_ids=(), text=text)
+    whole = [*PROMPTS[0], *first]
+    assert text.length == len(whole) - 1
+    assert engine.generate([*whole, 5], 3, eos_token_ids=(), text=text) == engine.generate([*whole, 5], 3, eos_token_ids=())
+
+
+def test_blocks_serve_other_texts_once_they_are_free() -> None:
+    engine = Engine(model_of(OURS[0]), threads=1)
+    for _ in range(20):
+        text = Text()
+        rows(engine, text, PROMPTS[-1])
+        engine.free(text)
+    assert engine.cache.num_blocks == 16
+
+
+@pytest.mark.parametrize("token_ids", [[-1], [131], [4, 10**9]])
+def test_refuses_unknown_tokens(token_ids: list[int]) -> None:
+    engine = Engine(model_of(OURS[0]), threads=1)
+    with pytest.raises(GenerationError, match="the model knows 0 to 130"):
+        engine.step([Piece(Text(), token_ids)])
+
+
+def test_refuses_texts_that_become_too_long() -> None:
+    engine = Engine(model_of(OURS[0]), threads=1, max_length=16)
+    with pytest.raises(GenerationError, match="a text of 17 tokens; this engine's texts have 16 or fewer"):
+        engine.step([Piece(Text(), [5] * 17)])
+    assert len(engine.generate([5] * 10, 128, eos_token_ids=())) == 6
+
+
+def test_says_where_a_number_is_not_finite() -> None:
+    model = Decoder(model_of("mixtral/plain").config if "mixtral/plain" in CASES else model_of(OURS[0]).config)
+    model.initialize(3).eval()
+    with torch.no_grad():
+        model.layers[1].attention.o_proj.weight[3, 2] = torch.nan
+    engine = Engine(model, threads=1)
+    with pytest.raises(GenerationError, match="infinite or none: projections of layer 1, at token 0 of its text"):
+        engine.generate(PROMPTS[0], 2)
+
+
+def test_refuses_other_bits() -> None:
+    with pytest.raises(ConfigError, match="5 bits; known: 4, 8"):
+        Engine(model_of(OURS[0]), bits=5)  # type: ignore[arg-type]
