@@ -39,7 +39,11 @@ def main() -> None:
     parser.add_argument("gguf", type=Path)
     parser.add_argument("--only", help="names, comma-separated (all in MODELS)")
     options = parser.parse_args()
-    names = options.only.split(",") if options.only else sorted(path.parent.name for path in options.models.glob("*/config.json"))
+    names = (
+        options.only.split(",")
+        if options.only
+        else sorted(path.parent.name for path in options.models.glob("*/config.json"))
+    )
     options.gguf.mkdir(parents=True, exist_ok=True)
     for name in names:
         whole = options.gguf / f"{name}-bf16.gguf"
