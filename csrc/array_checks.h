@@ -23,7 +23,7 @@ namespace moesaic {
 using Array = nb::ndarray<nb::device::cpu>;
 
 
-enum class Kind { f32, bf16, f16, i32, i64, u8 };
+enum class Kind { f32, bf16, f16, i8, i32, i64, u8 };
 constexpr auto floats = {Kind::f32, Kind::bf16};
 
 inline const char *name_of(Kind kind) {
@@ -31,6 +31,7 @@ inline const char *name_of(Kind kind) {
         case Kind::f32: return "float32";
         case Kind::bf16: return "bfloat16";
         case Kind::f16: return "float16";
+        case Kind::i8: return "int8";
         case Kind::i32: return "int32";
         case Kind::i64: return "int64";
         default: return "uint8";
@@ -42,6 +43,7 @@ inline bool is(const Array &array, Kind kind) {
     if (type.lanes != 1) return false;
     switch (kind) {
         case Kind::f32: return type == nb::dtype<float>();
+        case Kind::i8: return type == nb::dtype<int8_t>();
         case Kind::i32: return type == nb::dtype<int32_t>();
         case Kind::i64: return type == nb::dtype<int64_t>();
         case Kind::u8: return type == nb::dtype<uint8_t>();

@@ -4,6 +4,7 @@
 
 #include <cstdint>
 
+#include "pack.h"
 #include "packed.h"
 #include "row_ops.h"
 #include "paged.h"
@@ -115,6 +116,7 @@ struct Kernels {
                         const float *v, int64_t v_stride, int threads);
     void (*paged_attention)(const PagedCache &cache, const PagedTokens &tokens, const PagedSight &sight, const float *q,
                             int64_t q_stride, float *out, int64_t out_stride, int threads);
+    void (*pack)(const PackSource &source, const PackedShape &shape, int64_t matrices, uint8_t *out, int threads);
 
     const Typed<float> &of(const float *) const { return f32; }
     const Typed<bf16> &of(const bf16 *) const { return b16; }

@@ -70,6 +70,9 @@ void Program::check(const Batch &batch, int64_t texts, int64_t logits) const {
         require(position >= 0 && position < positions_ && position / block_tokens < batch.table_width,
                 "positions reach past the tables, or past what rotations were made for");
     }
+    for (const Choices::Layer &layer : choices_.layers)
+        require(layer.dictated.empty() || static_cast<int64_t>(layer.dictated.size()) == batch.tokens * layer.columns,
+                "choices were dictated for another number of tokens");
     for (int64_t i = 0; i < texts * batch.table_width; ++i)
         require(batch.tables[i] >= 0 && batch.tables[i] < blocks, "tables name blocks that the caches do not have");
 }

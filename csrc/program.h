@@ -32,7 +32,7 @@ struct Batch {
 // layer's rows sorted by expert. dictated: choices that stand in for a layer's own, which are then weighed anew.
 struct Choices {
     struct Layer {
-        int64_t layer, columns;
+        int64_t layer, columns, num_experts;
         std::vector<int64_t> ids = {}, dictated = {};
         std::vector<float> weights = {};
     };

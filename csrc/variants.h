@@ -17,6 +17,7 @@ void write_cache(const PagedCache &cache, const PagedTokens &tokens, const float
                  int64_t v_stride, int threads);
 void paged_attention(const PagedCache &cache, const PagedTokens &tokens, const PagedSight &sight, const float *q,
                      int64_t q_stride, float *out, int64_t out_stride, int threads);
+void pack(const PackSource &source, const PackedShape &shape, int64_t matrices, uint8_t *out, int threads);
 template <class T>
 void causal_attention(const T *q, const T *k, const T *v, T *out, float *log_sum, const AttentionShape &shape,
                       int threads);

@@ -94,13 +94,30 @@ def test_a_token_has_the_same_bits_however_it_runs(case: str, bits: Any) -> None
         assert torch.equal(torch.cat(found), wanted)
 
 
+def test_routes_as_it_did_before_or_as_it_is_told() -> None:
+    model = model_of(next(case for case in OURS if case.startswith("mixtral/")))
+    engine = Engine(model, threads=1)
+    wanted = rows(engine, Text(), PROMPTS[2])
+    routed = engine.routed()
+    assert {len(found.expert_ids_TM) for found in routed.values()} == {len(PROMPTS[2])}
+    told = {layer: found.expert_ids_TM for layer, found in routed.items()}
+    assert torch.equal(engine.step([Piece(Text(), PROMPTS[2], "all")], told), wanted)
+    others = {layer: (ids + 1) % 3 for layer, ids in told.items()}
+    assert not torch.equal(engine.step([Piece(Text(), PROMPTS[2], "all")], others), wanted)
+    assert torch.equal(rows(engine, Text(), PROMPTS[2]), wanted)
+    with pytest.raises(ValueError, match="dictated for another number of tokens"):
+        engine.step([Piece(Text(), PROMPTS[0])], told)
+
+
 def test_a_text_goes_on_where_it_ended() -> None:
     engine = Engine(model_of(OURS[0]), threads=1)
     text = Text()
     first = engine.generate(PROMPTS[0], 4, eos_token_ids=(), text=text)
     whole = [*PROMPTS[0], *first]
     assert text.length == len(whole) - 1
-    assert engine.generate([*whole, 5], 3, eos_token_ids=(), text=text) == engine.generate([*whole, 5], 3, eos_token_ids=())
+    assert engine.generate([*whole, 5], 3, eos_token_ids=(), text=text) == engine.generate(
+        [*whole, 5], 3, eos_token_ids=()
+    )
 
 
 def test_blocks_serve_other_texts_once_they_are_free() -> None:

@@ -764,6 +764,7 @@ CASES: dict[str, dict[str, Any]] = {
         "compress_rope_theta": 500.0,
         "rms_norm_eps": 1e-4,
     },
+    "deepseek_v4/square experts": {**COMPRESSED, "moe_intermediate_size": 48, "intermediate_size": 48},
 }
 # Cases in which transformers' logits of a row change with the padding beside it, and why.
 ALONE = {

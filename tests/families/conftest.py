@@ -1,60 +1,67 @@
-"""One tiny model for every corner of every family, with weights that are far from degenerate.
-
-Made by transformers, but for our own family and what transformers' models lack (OUR_CASES).
-"""
+"""A checkpoint of every case: as transformers writes it, or, of our own family and what their models lack, by us."""
 
 from collections.abc import Callable
-from functools import cache
+from dataclasses import dataclass
+from functools import cache, cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar
 
 import pytest
 import torch
-import transformers
-from transformers import AutoConfig, AutoModelForCausalLM
-from transformers.models.nllb_moe import modeling_nllb_moe as their_nllb
+from torch import Tensor
 
 from moesaic import families
-from moesaic.hub import save
+from moesaic.hub import load, save
 from moesaic.models.decoder import Decoder
-from tests.families.cases import ALONE, CASES, COMMON, OUR_CASES
+from tests.families import decoder_oracle, encoder_decoder_oracle
+from tests.families.cases import CASES, COMMON, OUR_CASES
 from tests.families.encoder_decoder_cases import CASES as ENCODER_DECODERS
-from tests.families.encoder_decoder_oracle import experts_as_chosen
+from tests.families.golden import COLUMNS, golden
 
 
-class Oracle(NamedTuple):
-    """A transformers model and the folder that transformers saved it to.
+@dataclass(frozen=True)
+class Oracle:
+    """A case's checkpoint, and what transformers' model of it answered: of logits the `columns`."""
 
-    goes_alone: each row has to go through it without padding (see ALONE).
-    """
-
-    model: Any
+    case: str
     folder: Path
-    goes_alone: bool = False
+    columns: ClassVar[slice] = COLUMNS
+
+    def answer(self, question: str) -> Tensor:
+        return golden(self.case).answers[question]
+
+    @property
+    def about(self) -> Any:
+        """The module that knows transformers' models of this kind."""
+        return encoder_decoder_oracle if self.case in ENCODER_DECODERS else decoder_oracle
+
+    @cached_property
+    def model(self) -> Any:
+        """transformers' own."""
+        return self.about.their_model(self.case, self.folder)
+
+    @cached_property
+    def ours(self) -> Any:
+        """Our model, for all tests that change nothing of it."""
+        return load(self.folder)
 
 
-def tiny_model(family: str, fields: dict[str, Any]) -> Any:
-    """A transformers model with weights of std 0.2 and norms around 1."""
-    config = AutoConfig.for_model(family, **COMMON | fields)
-    torch.manual_seed(7)
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", experts_implementation="eager").eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(0.0, 0.2)
-        for name, parameter in model.named_parameters():
-            if "norm" in name.split(".")[-2]:
-                parameter.add_(1.0)
-        for name, buffer in model.named_buffers():
-            if name.endswith("e_score_correction_bias"):
-                buffer.normal_(0.0, 0.1)
-            if name.endswith("tid2eid"):
-                buffer.copy_(torch.rand(len(buffer), config.n_routed_experts).argsort(1)[:, : buffer.shape[1]])
-    return model
+class Live(Oracle):
+    """The same, asked now, and in all columns."""
+
+    columns: ClassVar[slice] = slice(None)
+
+    def answer(self, question: str) -> Tensor:
+        return self.about.QUESTIONS[question](self.model, self.case)
 
 
-def our_folder(family: str, fields: dict[str, Any], folder: Path) -> None:
+Made = Callable[..., Oracle]
+
+
+def our_folder(case: str, folder: Path) -> None:
     """A tiny model that only we have, saved by us."""
-    model = Decoder(families.from_hf({"model_type": family, **COMMON, **fields}), dtype=torch.float32).initialize(7)
+    fields = {"model_type": case.partition("/")[0], **COMMON, **OUR_CASES[case]}
+    model = Decoder(families.from_hf(fields), dtype=torch.float32).initialize(7)
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -66,39 +73,60 @@ def our_folder(family: str, fields: dict[str, Any], folder: Path) -> None:
 
 
 @pytest.fixture(scope="session")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Oracle]:
-    """Cases by name, each made once; our own have no model of theirs."""
-    transformers.utils.logging.disable_progress_bar()
+def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
+    """Cases by name, each made once."""
 
     @cache
-    def make(case: str) -> Oracle:
-        family = case.partition("/")[0]
-        folder = tmp_path_factory.mktemp(family)
+    def folder_of(case: str) -> Path:
+        folder = tmp_path_factory.mktemp(case.partition("/")[0])
         if case in OUR_CASES:
-            our_folder(family, OUR_CASES[case], folder)
-            return Oracle(None, folder)
-        model = tiny_model(family, CASES[case])
-        model.save_pretrained(folder)
-        return Oracle(model, folder, goes_alone=case in ALONE)
+            our_folder(case, folder)
+        else:
+            golden(case).write(folder)
+        return folder
 
-    return make
+    return cache(lambda case, kind=Oracle: kind(case, folder_of(case)))
 
 
-@pytest.fixture(params=CASES)
-def oracle(request: pytest.FixtureRequest, made: Callable[[str], Oracle]) -> Oracle:
-    return made(request.param)
+def _live(cases: Any) -> list[Any]:
+    return [pytest.param((case, Live), id=f"{case}, live", marks=pytest.mark.slow) for case in cases]
+
+
+def _asked(cases: Any) -> list[Any]:
+    """As recorded, and in the slow tests live."""
+    return [*(pytest.param((case, Oracle), id=case) for case in cases), *_live(cases)]
+
+
+@pytest.fixture(params=_asked(CASES))
+def oracle(request: pytest.FixtureRequest, made: Made) -> Oracle:
+    return made(*request.param)
+
+
+@pytest.fixture(params=_live(CASES))
+def live(request: pytest.FixtureRequest, made: Made) -> Oracle:
+    return made(*request.param)
+
+
+@pytest.fixture(params=_asked(ENCODER_DECODERS))
+def oracle_of_pairs(request: pytest.FixtureRequest, made: Made) -> Oracle:
+    """Of an encoder-decoder."""
+    return made(*request.param)
+
+
+@pytest.fixture(params=_live(ENCODER_DECODERS))
+def live_of_pairs(request: pytest.FixtureRequest, made: Made) -> Oracle:
+    return made(*request.param)
 
 
 @pytest.fixture(params=[*CASES, *OUR_CASES])
-def folder(request: pytest.FixtureRequest, made: Callable[[str], Oracle]) -> Path:
-    """A saved model of any family, ours too."""
-    return made(request.param).folder
+def any_case(request: pytest.FixtureRequest, made: Made) -> Oracle:
+    """Of any family, ours too, of which nobody else answers."""
+    return made(request.param)
 
 
 @pytest.fixture
-def nllb_as_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
-    """transformers' NLLB experts compute what they were chosen for (see `experts_as_chosen`)."""
-    monkeypatch.setattr(their_nllb.NllbMoeExperts, "forward", experts_as_chosen)
+def folder(any_case: Oracle) -> Path:
+    return any_case.folder
 
 
 @pytest.fixture(scope="session")

@@ -67,6 +67,13 @@ CASES: dict[str, dict[str, Any]] = {
         "relative_attention_num_buckets": 4,
     },
     "switch_transformers/gated, untied": {**_SWITCH, "dense_act_fn": "gated-gelu", "tie_word_embeddings": False},
+    "switch_transformers/square matrices": {
+        **_SWITCH,
+        "d_ff": 48,
+        "d_kv": 16,
+        "num_layers": 4,
+        "num_decoder_layers": 4,
+    },
     "nllb_moe/as released": _NLLB,
     "nllb_moe/limited by tokens, prioritised, divided before": {
         **_NLLB,
@@ -101,6 +108,13 @@ CASES: dict[str, dict[str, Any]] = {
         "num_experts": 2,
         "moe_eval_capacity_token_fraction": 0.5,
     },
+    "nllb_moe/square matrices": {
+        **_NLLB,
+        "encoder_ffn_dim": 48,
+        "decoder_ffn_dim": 48,
+        "encoder_layers": 4,
+        "decoder_layers": 4,
+    },
 }
 # transformers' model has blocks without a gate only, and so cannot load what it is made to compute here.
 NOT_LOADED_BY_THEM = {"switch_transformers/gated, untied"}
@@ -108,3 +122,5 @@ NOT_LOADED_BY_THEM = {"switch_transformers/gated, untied"}
 SHARE_COUNTS_PADDING = {
     name for name, fields in CASES.items() if 0 < fields.get("moe_eval_capacity_token_fraction", 1) < 1
 }
+# The presets of which transformers' model can be built in a moment: the largest has 61,440 experts, and one has gates.
+BUILT_BY_THEM = ("switch-base-8", "switch-base-32", "nllb-moe-54b")

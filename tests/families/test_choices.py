@@ -6,52 +6,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moesaic.hub import load
 from moesaic.models.base import LanguageModel
 from moesaic.routing import RoutingDecision, RoutingTape
+from tests.families.decoder_oracle import choice_ids
 
 NEAR_TIE = 1e-6
 
 
-def token_ids() -> Tensor:
-    return torch.randint(131, (4, 17), generator=torch.Generator().manual_seed(6))
-
-
-@torch.no_grad()
-def their_choices(model: Any, ids_BS: Tensor) -> list[Tensor]:
-    """The expert ids [T, K] of each MoE layer, as its experts are told them.
-
-    Llama 4's experts are told nothing: there the ids are those of the router's scores that are not zero.
-    """
-    heard: list[Tensor] = []
-
-    def hear_experts(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        told = (each for each in (*args, *kwargs.values()) if isinstance(each, Tensor))
-        heard.extend(each for each in told if not each.is_floating_point())
-
-    def hear_scores(_: Any, args: tuple[Any, ...], out: Any) -> None:
-        scores_TE = out[0]
-        heard.append(scores_TE.nonzero()[:, 1].view(len(scores_TE), -1))
-
-    hooks = []
-    for name, module in model.named_modules():
-        if type(module).__name__ == "Llama4Router":
-            hooks.append(module.register_forward_hook(hear_scores))
-        elif name.endswith(".experts"):
-            hooks.append(module.register_forward_pre_hook(hear_experts, with_kwargs=True))
-    try:
-        model(input_ids=ids_BS)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return [ids.reshape(-1, ids.shape[-1]) for ids in heard]
-
-
 @torch.no_grad()
 def test_every_layer_chooses_the_same_experts(oracle: Any, record_property: Callable[[str, object], None]) -> None:
-    model, ids_BS, tape = load(oracle.folder), token_ids(), RoutingTape()
-    model(ids_BS, tape=tape)
-    theirs = their_choices(oracle.model, ids_BS)
+    model, tape = oracle.ours, RoutingTape()
+    model(choice_ids(), tape=tape)
+    theirs = oracle.answer("choices").long()
     assert len(theirs) == len(tape.decisions) == len(model.config.moe_layers)
     near_ties = 0
     for (layer, decision), their_ids_TK in zip(sorted(tape.decisions.items()), theirs, strict=True):

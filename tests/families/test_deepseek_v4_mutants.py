@@ -15,9 +15,7 @@ from moesaic.errors import MoesaicError
 from moesaic.families import deepseek_v4
 from moesaic.hub import load, loading, save
 from moesaic.models.weight_map import Piece, WeightMap
-from tests.families.cases import COMPRESSED
-from tests.families.conftest import tiny_model
-from tests.families.v4 import token_ids
+from tests.families.decoder_oracle import token_ids
 
 released = deepseek_v4.weight_map
 
@@ -66,35 +64,35 @@ MUTANTS = {
 }
 
 
-@pytest.fixture(scope="module")
-def square(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Tensor]:
-    """Files of transformers whose experts are square, and its logits."""
-    model = tiny_model("deepseek_v4", COMPRESSED | {"moe_intermediate_size": 48, "intermediate_size": 48})
-    folder = tmp_path_factory.mktemp("square")
-    model.save_pretrained(folder)
-    with torch.no_grad():
-        return folder, model(token_ids()).logits
+@pytest.fixture
+def square(made: Any) -> Any:
+    """The case whose experts are square."""
+    return made("deepseek_v4/square experts")
+
+
+def are_its_logits(seen: Tensor, square: Any) -> bool:
+    logits = square.answer("logits")
+    return bool((seen[..., square.columns] - logits).abs().max() <= 1e-5 * logits.abs().max())
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("mutant", [None, *MUTANTS])
 @pytest.mark.parametrize("way", ["load", "save"])
 def test_every_mutant_is_caught(
-    square: tuple[Path, Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mutant: str | None, way: str
+    square: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mutant: str | None, way: str
 ) -> None:
-    folder, logits = square
     mutate = MUTANTS[mutant] if mutant else lambda maps: maps
-    model = load(folder) if way == "save" else None
+    model = square.ours if way == "save" else None
     monkeypatch.setattr(deepseek_v4, "weight_map", lambda config: mutate(released(config)))
     try:
         if model is not None:
             save(model, tmp_path / "out")
             monkeypatch.undo()
-        seen = load(tmp_path / "out" if model is not None else folder, allow_extra=True)(token_ids())
+        seen = load(tmp_path / "out" if model is not None else square.folder, allow_extra=True)(token_ids())
     except (MoesaicError, KeyError):
         assert mutant
         return
-    assert ((seen - logits).abs().max() <= 1e-5 * logits.abs().max()) == (mutant is None)
+    assert are_its_logits(seen, square) == (mutant is None)
 
 
 @torch.no_grad()
@@ -103,10 +101,9 @@ def test_every_mutant_is_caught(
     ["attention.sinks", "position_bias", "attention_connection.bias", "router.selection_bias"],
 )
 def test_what_loses_precision_is_caught(
-    square: tuple[Path, Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+    square: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
     """By the outputs; selection biases, which move a choice near a tie only, by the bytes of a round trip."""
-    folder, logits = square
     dtype_of = loading._dtype
 
     def narrow(spec: Any, *others: Any) -> torch.dtype:
@@ -114,10 +111,9 @@ def test_what_loses_precision_is_caught(
 
     with monkeypatch.context() as patched:
         patched.setattr(loading, "_dtype", narrow)
-        model = load(folder)
+        model = load(square.folder)
     save(model, tmp_path / "out")
-    exact, seen = (load_file(each / "model.safetensors") for each in (folder, tmp_path / "out"))
+    exact, seen = (load_file(each / "model.safetensors") for each in (square.folder, tmp_path / "out"))
     changed = [name for name in exact if exact[name].dtype != seen[families.released_name("deepseek_v4", name)].dtype]
     assert changed
-    differs = (model.float()(token_ids()) - logits).abs().max() > 1e-5 * logits.abs().max()
-    assert differs or kind == "router.selection_bias"
+    assert not are_its_logits(model.float()(token_ids()), square) or kind == "router.selection_bias"

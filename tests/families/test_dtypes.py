@@ -22,8 +22,9 @@ SPELLED = {torch.bfloat16: "BF16", torch.float32: "F32", torch.int32: "I32", tor
 
 @pytest.mark.parametrize("family", FIRST)
 def test_loading_keeps_what_has_a_dtype_of_its_own(made: Callable[[str], Any], family: str) -> None:
-    folder = made(FIRST[family]).folder
-    exact, loaded, moved = load(folder), load(folder, dtype=torch.bfloat16), load(folder).bfloat16()
+    oracle = made(FIRST[family])
+    folder, exact = oracle.folder, oracle.ours
+    loaded, moved = load(folder, dtype=torch.bfloat16), load(folder).bfloat16()
     for spec in exact.config.tensors():
         stored = exact.state_dict()[spec.name]
         for model in (loaded, moved) if spec.role == "router" else (loaded,):
@@ -32,6 +33,7 @@ def test_loading_keeps_what_has_a_dtype_of_its_own(made: Callable[[str], Any], f
             assert torch.equal(seen, stored.to(seen.dtype)), spec.name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FIRST)
 def test_routers_have_their_dtype_there_too(made: Callable[[str], Any], family: str) -> None:
     """No learned weight of a router is wider or narrower than transformers has it; selection biases are fp32."""
@@ -55,9 +57,9 @@ def is_router(name: str) -> bool:
 
 @pytest.mark.parametrize("family", FIRST)
 def test_converting_keeps_it_too(made: Callable[[str], Any], tmp_path: Path, family: str) -> None:
-    folder = made(FIRST[family]).folder
-    convert(folder, tmp_path / "bf16", dtype="bf16")
-    exact, seen = load(folder), load(tmp_path / "bf16")
+    oracle = made(FIRST[family])
+    convert(oracle.folder, tmp_path / "bf16", dtype="bf16")
+    exact, seen = oracle.ours, load(tmp_path / "bf16")
     with safe_open(tmp_path / "bf16" / "model.safetensors", "pt") as file:
         stored = {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118 (no iteration)
     weight_map = families.family(exact.config.family).weight_map(exact.config)

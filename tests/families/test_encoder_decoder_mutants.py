@@ -1,8 +1,8 @@
 """Files of encoder-decoders with one thing wrong: refused, or seen in the logits, which the comparison would catch."""
 
 from collections.abc import Callable
-from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,10 +11,7 @@ from torch import Tensor
 
 from moesaic.errors import CheckpointError
 from moesaic.hub import load
-from tests.families.encoder_decoder_cases import CASES
-from tests.families.encoder_decoder_oracle import Seq2SeqOracle, make, words
-
-pytestmark = pytest.mark.usefixtures("nllb_as_chosen")
+from tests.families.encoder_decoder_oracle import LONG
 
 VISIBLE = 1e-4  # of the logits' scale: ten times what the comparison allows
 
@@ -59,10 +56,6 @@ def _duplicate(part: str, other: str) -> Mutation:
     return mutate
 
 
-SQUARE = {  # of which a transposed or exchanged matrix has the right shape
-    "switch_transformers": {"d_ff": 48, "d_kv": 16, "num_layers": 4, "num_decoder_layers": 4},
-    "nllb_moe": {"encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "encoder_layers": 4, "decoder_layers": 4},
-}
 MUTANTS: dict[str, dict[str, Mutation]] = {
     "switch_transformers": {
         "experts exchanged": _swap("expert_0.wi", "expert_1.wi"),
@@ -98,28 +91,16 @@ MUTANTS: dict[str, dict[str, Mutation]] = {
 
 @pytest.mark.parametrize(("family", "mutant"), [(family, name) for family, own in MUTANTS.items() for name in own])
 @torch.no_grad()
-def test_every_mutant_is_caught(
-    family: str, mutant: str, squares: Callable[[str], Seq2SeqOracle], tmp_path: Path
-) -> None:
-    oracle = squares(family)
+def test_every_mutant_is_caught(family: str, mutant: str, made: Any, tmp_path: Path) -> None:
+    """In the case whose matrices are square: transposed or exchanged, they have the right shape."""
+    oracle = made(f"{family}/square matrices")
     tensors = load_file(oracle.folder / "model.safetensors")
     MUTANTS[family][mutant](tensors)
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
     (tmp_path / "config.json").write_bytes((oracle.folder / "config.json").read_bytes())
-    source, target = words(3, 30), words(3, 29, seed=4)
     try:
-        seen = load(tmp_path)(source, target)
+        seen = load(tmp_path)(*LONG)[..., oracle.columns]
     except CheckpointError:
         return
-    expected = oracle.model(input_ids=source, decoder_input_ids=target, use_cache=False).logits
+    expected = oracle.answer("logits, long")
     assert (seen - expected).abs().max() > VISIBLE * expected.abs().max()
-
-
-@pytest.fixture(scope="module")
-def squares(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Seq2SeqOracle]:
-    @cache
-    def square(family: str) -> Seq2SeqOracle:
-        case = next(name for name in CASES if name.startswith(family))
-        return make(case, tmp_path_factory.mktemp("square"), **SQUARE[family])
-
-    return square

@@ -10,13 +10,12 @@ from typing import NamedTuple
 from moesaic.cli import output
 from moesaic.cli.conversation import Conversation
 from moesaic.cli.text import (
-    Opened,
+    Writer,
     add_text_arguments,
     check_sampling,
     decode_utf8,
     keep_quiet,
-    open_model,
-    pack_weights,
+    open_writer,
 )
 from moesaic.errors import ConfigError, GenerationError
 
@@ -26,7 +25,7 @@ HELP = "/reset starts over, /system TEXT starts over with a system message, /exi
 class _Chosen(NamedTuple):
     """The model to talk to, what to call it, and where it comes from if that needs saying."""
 
-    opened: Opened
+    writer: Writer
     name: str
     origin: str
 
@@ -52,10 +51,10 @@ def run(args: argparse.Namespace) -> int:
     if args.json and args.prompt is None:
         raise ConfigError("--json prints one answer; give --prompt TEXT with it")
     chosen = _choose(args)
-    config = chosen.opened.model.config
+    config = chosen.writer.model.config
     counts = f"{output.number(config.total)} parameters, {output.number(config.active_all)} active per token"
     output.talk(f"{chosen.name}: {counts}{chosen.origin}")
-    conversation = Conversation(chosen.opened, args, _say_forgotten, args.system)
+    conversation = Conversation(chosen.writer, args, _say_forgotten, args.system)
     if args.prompt is not None:
         return _answer_once(conversation, args, chosen.name)
     try:
@@ -67,8 +66,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _choose(args: argparse.Namespace) -> _Chosen:
     if args.model is not None:
-        opened = open_model(args.model, args.dtype, decoder_for="chat")
-        return _Chosen(pack_weights(opened, args), args.model, "")
+        return _Chosen(open_writer(args.model, args, decoder_for="chat"), args.model, "")
     from moesaic.tune.upcycle import read_record, smollm2_moe
 
     with output.progress("finding the default model (made at first use)"):
@@ -77,7 +75,7 @@ def _choose(args: argparse.Namespace) -> _Chosen:
     origin = (
         f"; an MoE made from the dense SmolLM2-135M-Instruct, whose logits differ by {difference:.1e} of their scale"
     )
-    return _Chosen(pack_weights(open_model(str(folder), args.dtype), args), "smollm2-moe", origin)
+    return _Chosen(open_writer(str(folder), args), "smollm2-moe", origin)
 
 
 def _answer_once(conversation: Conversation, args: argparse.Namespace, name: str) -> int:

@@ -2,13 +2,15 @@
 
 import argparse
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
-from moesaic.cli.text import Opened, Written, write_on
+from moesaic.cli.text import Writer, Written, write_on
 from moesaic.errors import GenerationError
 
 if TYPE_CHECKING:
+    from moesaic.engine.cache import Text
     from moesaic.layers.kv_cache import KeyValueCache
+    from moesaic.models.build import Model
 
 Message = dict[str, str]
 
@@ -21,15 +23,15 @@ class Conversation:
     """
 
     def __init__(
-        self, opened: Opened, args: argparse.Namespace, on_forget: Callable[[int], None], system: str | None = None
+        self, writer: Writer, args: argparse.Namespace, on_forget: Callable[[int], None], system: str | None = None
     ) -> None:
-        if opened.tokenizer.chat_template is None:
+        if writer.tokenizer.chat_template is None:
             raise GenerationError("this model has no chat template; use `moesaic generate` to continue a text")
-        self._opened = opened
+        self._writer = writer
         self._args = args
         self._on_forget = on_forget
-        self._cache: KeyValueCache | None = None
-        self._cached_ids: list[int] = []
+        self._held: Text | KeyValueCache | None = None
+        self._held_ids: list[int] = []
         self.system = system
         self.turns: list[Message] = []
 
@@ -43,19 +45,19 @@ class Conversation:
         self.turns.append({"role": "user", "content": text})
         try:
             prompt_ids = self._fit()
-            cache = self._take_cache(prompt_ids)
-            written = write_on(self._opened, prompt_ids, self._args, emit, cache)
+            held = self._take_held(prompt_ids)
+            written = write_on(self._writer, prompt_ids, self._args, emit, held)
         except GenerationError:
             self.turns.pop()
             raise
-        self._cache = cache
-        self._cached_ids = (prompt_ids + written.token_ids)[: cache.length]
+        self._held = held
+        self._held_ids = (prompt_ids + written.token_ids)[: held.length]
         self.turns.append({"role": "assistant", "content": written.text})
         return written
 
     def _fit(self) -> list[int]:
         """The conversation as token ids, oldest turns dropped until an answer fits."""
-        context = self._opened.model.config.context_length
+        context = self._writer.model.config.context_length
         room = min(self._args.max_new_tokens, context // 4)
         num_turns = len(self.turns)
         prompt_ids = self._encode()
@@ -70,7 +72,7 @@ class Conversation:
         from moesaic.data.chat import render_chat
 
         system = [{"role": "system", "content": self.system}] if self.system else []
-        tokenizer = self._opened.tokenizer
+        tokenizer = self._writer.tokenizer
         text = render_chat(
             tokenizer.chat_template,
             [*system, *self.turns],
@@ -79,12 +81,22 @@ class Conversation:
         )
         return tokenizer.encode(text)
 
-    def _take_cache(self, prompt_ids: list[int]) -> "KeyValueCache":
-        """The cache cut back to what it shares with the prompt, or a new one where it cannot be cut or is too small."""
-        cache, self._cache = self._cache, None  # taken out, so that an interrupted answer leaves nothing half written
-        config = self._opened.model.config
-        needed = min(len(prompt_ids) + self._args.max_new_tokens, config.context_length)
-        shared = min(_shared_length(self._cached_ids, prompt_ids), len(prompt_ids) - 1)
+    def _take_held(self, prompt_ids: list[int]) -> "Text | KeyValueCache":
+        """What is remembered, cut back to what it shares with the prompt; or new where it cannot be cut."""
+        from moesaic.engine.cache import Text
+        from moesaic.engine.engine import Engine
+
+        held, self._held = self._held, None  # taken out, so that an interrupted answer leaves nothing half written
+        shared = min(_shared_length(self._held_ids, prompt_ids), len(prompt_ids) - 1)
+        if isinstance(self._writer.model, Engine):
+            text = held if isinstance(held, Text) else Text()
+            self._writer.model.cache.cut(text, shared)
+            return text
+        return self._take_cache(None if isinstance(held, Text) else held, shared, len(prompt_ids))
+
+    def _take_cache(self, cache: "KeyValueCache | None", shared: int, num_prompt_tokens: int) -> "KeyValueCache":
+        config = self._writer.model.config
+        needed = min(num_prompt_tokens + self._args.max_new_tokens, config.context_length)
         can_rollback = all(state.can_rollback for state in config.states())
         if cache is None or cache.max_length < needed or (shared < cache.length and not can_rollback):
             return self._new_cache(min(2 * needed, config.context_length))
@@ -95,13 +107,10 @@ class Conversation:
     def _new_cache(self, max_length: int) -> "KeyValueCache":
         from moesaic.layers.kv_cache import KeyValueCache
 
-        weight = self._opened.model.embedding.weight
+        model = cast("Model", self._writer.model)
+        weight = model.embedding.weight
         return KeyValueCache(
-            self._opened.model.config,
-            batch_size=1,
-            max_length=max_length,
-            dtype=weight.dtype,
-            device=weight.device,
+            model.config, batch_size=1, max_length=max_length, dtype=weight.dtype, device=weight.device
         )
 
 

@@ -6,13 +6,12 @@ from pathlib import Path
 
 from moesaic.cli import output
 from moesaic.cli.text import (
-    Opened,
+    Writer,
     add_text_arguments,
     check_sampling,
     decode_utf8,
     keep_quiet,
-    open_model,
-    pack_weights,
+    open_writer,
     write_on,
 )
 from moesaic.errors import ConfigError, GenerationError
@@ -39,11 +38,11 @@ def run(args: argparse.Namespace) -> int:
     """Continue a prompt, or write its target, and say how fast. Returns the exit code."""
     check_sampling(args)
     prompt = _read_prompt(args)
-    opened = pack_weights(open_model(args.model, args.dtype), args)
-    prefix = _target_prefix(opened, args.target_prefix)
-    prompt_ids = _source_ids(opened, prompt) if opened.model.config.encoder else _prompt_ids(opened, prompt)
+    writer = open_writer(args.model, args)
+    prefix = _target_prefix(writer, args.target_prefix)
+    prompt_ids = _source_ids(writer, prompt) if writer.model.config.encoder else _prompt_ids(writer, prompt)
     emit = keep_quiet if args.json else output.write
-    written = write_on(opened, prompt_ids, args, emit, target_prefix=prefix)
+    written = write_on(writer, prompt_ids, args, emit, target_prefix=prefix)
     if args.json:
         output.print_json({"model": args.model, "prompt": prompt, "prompt_token_ids": prompt_ids, **written.to_dict()})
     else:
@@ -66,27 +65,27 @@ def _without_line_end(data: bytes, source: str) -> str:
     return decode_utf8(data, source).removesuffix("\n").removesuffix("\r")
 
 
-def _prompt_ids(opened: Opened, prompt: str) -> list[int]:
-    return opened.tokenizer.encode(prompt, add_special_tokens=True) or _start_ids(opened)
+def _prompt_ids(writer: Writer, prompt: str) -> list[int]:
+    return writer.tokenizer.encode(prompt, add_special_tokens=True) or _start_ids(writer)
 
 
-def _source_ids(opened: Opened, prompt: str) -> list[int]:
+def _source_ids(writer: Writer, prompt: str) -> list[int]:
     """The tokens of a source, with the token that ends it, whether or not the tokenizer puts it there."""
-    ids, ends = opened.tokenizer.encode(prompt, add_special_tokens=True), opened.model.config.eos_token_ids
+    ids, ends = writer.tokenizer.encode(prompt, add_special_tokens=True), writer.model.config.eos_token_ids
     return ids if not ends or (ids and ids[-1] in ends) else [*ids, ends[0]]
 
 
-def _target_prefix(opened: Opened, text: str | None) -> list[int]:
+def _target_prefix(writer: Writer, text: str | None) -> list[int]:
     if text is None:
         return []
-    if opened.model.config.encoder is None:
+    if writer.model.config.encoder is None:
         raise ConfigError("--target-prefix with a model that has no encoder; put that text at the end of the prompt")
-    return opened.tokenizer.encode(text)
+    return writer.tokenizer.encode(text)
 
 
-def _start_ids(opened: Opened) -> list[int]:
+def _start_ids(writer: Writer) -> list[int]:
     """What stands in for an empty prompt: the token that starts a text, or else the one that ended the text before."""
-    config = opened.model.config
+    config = writer.model.config
     start = [id for id in (config.bos_token_id, *config.eos_token_ids) if id is not None]
     if not start:
         raise GenerationError("an empty prompt, and this model has no token that starts a text; give --prompt TEXT")

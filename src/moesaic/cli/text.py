@@ -12,7 +12,10 @@ from moesaic.errors import ConfigError, DataError
 if TYPE_CHECKING:  # at run time torch comes in only once a model is opened
     import torch
 
+    from moesaic.config import ModelConfig
     from moesaic.data.tokenizer import Tokenizer
+    from moesaic.engine.cache import Text
+    from moesaic.engine.engine import Engine
     from moesaic.layers.kv_cache import KeyValueCache
     from moesaic.models.build import Model
 
@@ -20,9 +23,16 @@ DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 
 
 class Opened(NamedTuple):
-    """A model that can read and write text."""
+    """A model in memory, and its tokenizer."""
 
     model: "Model"
+    tokenizer: "Tokenizer"
+
+
+class Writer(NamedTuple):
+    """What writes text: the engine, or a model that the engine does not run; and the tokenizer."""
+
+    model: "Model | Engine"
     tokenizer: "Tokenizer"
 
 
@@ -80,17 +90,41 @@ def add_text_arguments(parser: argparse.ArgumentParser, *, max_new_tokens: int, 
     parser.add_argument("--json", action="store_true", help="print one JSON document instead of the text as it comes")
 
 
-def pack_weights(opened: Opened, args: argparse.Namespace) -> Opened:
-    """The model with its weights in as many bits as --bits and --experts-bits say, which a line on stderr sums up."""
-    if args.bits is None:
-        if args.experts_bits is not None:
-            raise ConfigError("--experts-bits without --bits, which says how many the other weights get; give both")
-        return opened
-    from moesaic.cli import output
-    from moesaic.quantize.apply import pack_weights, summary
+def open_writer(path_or_preset: str, args: argparse.Namespace, *, decoder_for: str | None = None) -> Writer:
+    """The model as the engine runs it, or as the decoder that defines it where the engine does not, which is said.
 
-    output.talk(summary(pack_weights(opened.model, args.bits, experts_bits=args.experts_bits)))
-    return opened
+    decoder_for: what has no use for a model with an encoder.
+    """
+    from moesaic.cli import output
+    from moesaic.kernels import backend
+
+    if args.bits is None and args.experts_bits is not None:
+        raise ConfigError("--experts-bits without --bits, which says how many the other weights get; give both")
+    config = _read_config(path_or_preset, decoder_for)
+    if backend.name != "native":
+        return _without_engine(path_or_preset, args)
+    from moesaic.engine.lower.refusal import refusal
+
+    if reason := refusal(config):
+        output.talk(f"{reason}, which the engine does not run; the plain decoder writes, several times as slowly")
+        return _without_engine(path_or_preset, args)
+    from moesaic.engine.engine import Engine
+
+    tokenizer = open_tokenizer(path_or_preset)
+    importlib.import_module("moesaic.tune.upcycle")  # makes known the preset whose weights it makes
+    with output.progress("reading and packing the weights"):
+        engine = Engine(path_or_preset, bits=args.bits, experts_bits=args.experts_bits, dtype=torch_dtype(args.dtype))
+    return Writer(engine, tokenizer)
+
+
+def _without_engine(path_or_preset: str, args: argparse.Namespace) -> Writer:
+    opened = open_model(path_or_preset, args.dtype)
+    if args.bits is not None:
+        from moesaic.cli import output
+        from moesaic.quantize.apply import pack_weights, summary
+
+        output.talk(summary(pack_weights(opened.model, args.bits, experts_bits=args.experts_bits)))
+    return Writer(*opened)
 
 
 def torch_dtype(name: str | None) -> "torch.dtype | None":
@@ -112,14 +146,22 @@ def keep_quiet(_text: str) -> None:
     """Emit nothing: for --json, which prints the text once it is whole."""
 
 
-def open_model(path_or_preset: str, dtype: str | None, *, decoder_for: str | None = None) -> Opened:
-    """The model and the tokenizer of a checkpoint. decoder_for: what has no use for a model with an encoder."""
+def _read_config(path_or_preset: str, decoder_for: str | None) -> "ModelConfig":
     from moesaic import hub
     from moesaic.hub.resolve import locate
 
     locate(path_or_preset)  # a mistyped name is answered before seconds go into importing torch
+    config = hub.read_config(path_or_preset)
     if decoder_for is not None:
-        hub.read_config(path_or_preset).check_decoder_only(decoder_for)
+        config.check_decoder_only(decoder_for)
+    return config
+
+
+def open_model(path_or_preset: str, dtype: str | None, *, decoder_for: str | None = None) -> Opened:
+    """The model and the tokenizer of a checkpoint. decoder_for: what has no use for a model with an encoder."""
+    from moesaic import hub
+
+    _read_config(path_or_preset, decoder_for)
     importlib.import_module("moesaic.tune.upcycle")  # makes known the preset whose weights it makes
     tokenizer = open_tokenizer(path_or_preset)
     return Opened(hub.load(path_or_preset, dtype=torch_dtype(dtype)), tokenizer)
@@ -148,43 +190,45 @@ def check_sampling(args: argparse.Namespace) -> None:
 
 
 def write_on(
-    opened: Opened,
+    writer: Writer,
     prompt_ids: list[int],
     args: argparse.Namespace,
     emit: Callable[[str], None],
-    cache: "KeyValueCache | None" = None,
+    held: "Text | KeyValueCache | None" = None,
     target_prefix: Sequence[int] = (),
 ) -> Written:
     """Continue a prompt as the options say; `emit` gets the text piece by piece, without the end-of-sequence token.
 
-    Where the model has an encoder, the prompt is a source, and what is written is its target after `target_prefix`.
+    held: what is remembered of the prompt's beginning. Where the model has an encoder, the prompt is a source, and what
+    is written is its target after `target_prefix`.
     """
+    from moesaic.engine.engine import Engine
     from moesaic.engine.generate import generate
 
-    stops = opened.model.config.eos_token_ids
-    before = prompt_ids if opened.model.config.encoder is None else list(target_prefix)
-    stream = TextStream(opened.tokenizer.decode, emit, before)
+    config = writer.model.config
+    before = prompt_ids if config.encoder is None else list(target_prefix)
+    stream = TextStream(writer.tokenizer.decode, emit, before)
     token_ids: list[int] = []
     times_s = [time.perf_counter()]
 
     def hear(_sequence: int, token_id: int) -> None:
         times_s.append(time.perf_counter())
         token_ids.append(token_id)
-        if token_id not in stops:
+        if token_id not in config.eos_token_ids:
             stream.add(token_id)
 
-    generate(
-        opened.model,
-        prompt_ids,
-        args.max_new_tokens,
-        temperature=args.temperature,
-        top_k=args.top_k,
-        top_p=args.top_p,
-        seed=args.seed,
-        on_token=hear,
-        cache=cache,
-        target_prefix=target_prefix,
-    )
+    options: dict[str, Any] = {
+        "temperature": args.temperature,
+        "top_k": args.top_k,
+        "top_p": args.top_p,
+        "seed": args.seed,
+        "on_token": hear,
+    }
+    if isinstance(writer.model, Engine):
+        writer.model.generate(prompt_ids, args.max_new_tokens, text=held, **options)
+    else:
+        options |= {"cache": held, "target_prefix": target_prefix}
+        generate(writer.model, prompt_ids, args.max_new_tokens, **options)
     text = stream.close()
     first_s = times_s[1] if token_ids else time.perf_counter()
     return Written(token_ids, text, len(prompt_ids), first_s - times_s[0], times_s[-1] - first_s if token_ids else 0.0)

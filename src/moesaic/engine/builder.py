@@ -34,7 +34,7 @@ class Label(NamedTuple):
 
 
 class CacheShape(NamedTuple):
-    """What a layer keeps of a token: `groups` keys and values of these sizes. shared: a value is the key's beginning."""
+    """What a layer keeps of a token: `groups` keys and values. shared: a value is the beginning of its key."""
 
     groups: int
     key_dim: int
@@ -70,9 +70,16 @@ class Builder:
         return self.packer.weights.read(name).float().contiguous()
 
     def norm(
-        self, label: Label, config: NormConfig, name: str | None, source: Place, target: Place, size: int, count: int = 1
+        self,
+        label: Label,
+        config: NormConfig,
+        name: str | None,
+        source: Place,
+        target: Place,
+        size: int,
+        count: int = 1,
     ) -> None:
-        """`count` vectors of `size`, each normalised for itself. name: of the module that has the weight; None: none."""
+        """`count` vectors of `size`, each normalised for itself. name: of the module with the weight; None: none."""
         weight = None if name is None else self.floats(f"{name}.weight")
         bias = self.floats(f"{name}.bias") if config.bias else None
         self.native.norm(label, source, target, count, size, weight, bias, config.eps, config.kind == "layer")

@@ -1,7 +1,7 @@
 """The engine: a program, a cache, and texts that go through them, one at a time or many together."""
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -12,7 +12,7 @@ from moesaic.engine.cache import BlockCache, Text
 from moesaic.engine.generate import check_prompts
 from moesaic.engine.memory import require_memory
 from moesaic.engine.packing import Precision
-from moesaic.engine.program import Batch, Program
+from moesaic.engine.program import Batch, Program, Routed
 from moesaic.engine.sampling import Sampling, sample
 from moesaic.engine.weights import FileWeights, ModelWeights
 from moesaic.errors import GenerationError
@@ -39,8 +39,10 @@ class Engine:
 
     path_or_model: a folder, a .gguf file, a preset that brings its weights, or a model in memory. bits: 8 or 4, of
     projections and experts; None: as the files have them. experts_bits: of routed experts, where these differ.
+    dtype: of what is not rounded, fp32 or bf16; None: as the files have it.
     threads: None: every processor that this process may use. max_length: the most tokens of a text; None: as many as
-    the model was made for. cache_in_bf16: None: where the model is not in fp32, or is packed in few bits.
+    the model was made for. cache_in_bf16: None: where the model is in bf16, or is packed in
+    few bits.
 
     Within one instruction set and one packed format a token gets the same bits whatever batch, pieces, number of
     threads or blocks of the cache it runs with.
@@ -53,34 +55,43 @@ class Engine:
         *,
         bits: Bits | None = None,
         experts_bits: Bits | None = None,
+        dtype: torch.dtype | None = None,
         threads: int | None = None,
         max_length: int | None = None,
         cache_in_bf16: bool | None = None,
     ) -> None:
         in_memory = isinstance(path_or_model, LanguageModel)
         weights = ModelWeights(path_or_model) if in_memory else FileWeights(open_source(weights_place(path_or_model)))
-        precision = Precision(bits=bits, experts_bits=experts_bits)
-        require_memory(weights.config, precision, weights.dtype.itemsize)
+        precision = Precision(bits=bits, experts_bits=experts_bits, dtype=dtype)
+        dtype = dtype or weights.dtype
+        require_memory(weights.config, precision, dtype.itemsize)
         self.program = Program(weights, precision, threads=threads or _processors(), max_length=max_length)
         self.config, self.max_length = weights.config, self.program.max_length
         if cache_in_bf16 is None:
-            cache_in_bf16 = bits is not None or weights.dtype != torch.float32
+            cache_in_bf16 = bits is not None or dtype == torch.bfloat16
         self.cache = BlockCache(self.program.caches, in_bf16=cache_in_bf16)
         self.program.connect(self.cache)
+        self._num_routed = 0
 
-    def step(self, pieces: Sequence[Piece]) -> Tensor:
+    def step(self, pieces: Sequence[Piece], choices: Mapping[int, Tensor] | None = None) -> Tensor:
         """Run new tokens of any number of texts, each once: logits [N, V], of the wanted tokens in their order.
 
+        choices: by layer, the experts [T, M] of all these tokens, which stand in for what it would choose (`routed`).
         Raises GenerationError for token ids that the model does not know, texts that would become too long, and
         numbers that are infinite or none (where they first appear is said).
         """
         batch = self._batch(pieces)
-        logits_NV = self.program.run(batch)
+        logits_NV = self.program.run(batch, choices)
         if not bool(torch.isfinite(logits_NV.sum())):
             self._refuse_not_finite(batch, logits_NV)
         for piece in pieces:
             piece.text.length += len(piece.token_ids)
+        self._num_routed = len(batch.token_ids_T)
         return logits_NV
+
+    def routed(self) -> dict[int, Routed]:
+        """The experts that the tokens of the newest step went to, and their weights, by layer."""
+        return self.program.routed(self._num_routed)
 
     def free(self, text: Text) -> None:
         """Forget a text; its blocks serve others."""
@@ -165,9 +176,7 @@ class Engine:
                 if on_token:
                     on_token(index, token)
             running = [
-                index
-                for index in running
-                if written[index][-1] not in stops and len(written[index]) < budgets[index]
+                index for index in running if written[index][-1] not in stops and len(written[index]) < budgets[index]
             ]
         return written
 
@@ -184,7 +193,9 @@ class Engine:
         token_ids_T = np.fromiter((token for piece in pieces for token in piece.token_ids), np.int64, sum(counts))
         vocab = self.config.vocab_size
         if len(token_ids_T) and not 0 <= int(token_ids_T.min()) <= int(token_ids_T.max()) < vocab:
-            raise GenerationError(f"token ids {token_ids_T.min()} to {token_ids_T.max()}; the model knows 0 to {vocab - 1}")
+            raise GenerationError(
+                f"token ids {token_ids_T.min()} to {token_ids_T.max()}; the model knows 0 to {vocab - 1}"
+            )
         starts = [piece.text.length for piece in pieces]
         tables_SW = np.zeros((len(pieces), max((len(piece.text.blocks) for piece in pieces), default=0)), np.int32)
         for table, piece in zip(tables_SW, pieces, strict=True):

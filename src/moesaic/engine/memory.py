@@ -30,8 +30,8 @@ def require_memory(config: ModelConfig, precision: Precision, bytes_per_paramete
     if available is not None and needed > available:
         advice = "use fewer bits (8 or 4)" if precision.bits != 4 else "use a smaller model"
         raise ConfigError(
-            f"the weights take {needed / 1e9:,.1f} GB packed and {available / 1e9:,.1f} GB of memory are free; {advice}, "
-            "or end other programs"
+            f"the weights take {needed / 1e9:,.1f} GB packed, and {available / 1e9:,.1f} GB of memory are free; "
+            f"{advice}, or end other programs"
         )
 
 

@@ -12,8 +12,9 @@ from torch import Tensor
 from moesaic.engine.weights import Weights
 from moesaic.errors import ConfigError
 from moesaic.hub.memory import empty
-from moesaic.kernels.blocks import PackedMatrices, pack_floats, pack_ints
-from moesaic.kernels.rounding import Bits, round_to_ints
+from moesaic.kernels.blocks import PackedMatrices
+from moesaic.kernels.native_packing import Parts, pack_floats, pack_rounded
+from moesaic.kernels.rounding import Bits
 
 BITS: tuple[Bits, ...] = (4, 8)
 GROUP = 32
@@ -23,12 +24,14 @@ GROUP = 32
 class Precision:
     """bits: of projections; None: as the files have them. experts_bits: of routed experts; None: `bits`.
 
+    dtype: of what is not rounded, fp32 or bf16; None: as the files have it (other formats become fp32).
     The head has 8 bits where others have 4 or 8, and so have matrices that heads read one by one (MLA). Routers, norms
     and embeddings are never rounded. Raises ConfigError for other bits.
     """
 
     bits: Bits | None = None
     experts_bits: Bits | None = None
+    dtype: torch.dtype | None = None
 
     def __post_init__(self) -> None:
         for value in (self.bits, self.experts_bits):
@@ -52,13 +55,15 @@ class Packer:
     precision: Precision
     packed_bytes: dict[str, int] = field(default_factory=dict)
 
-    def matrix(
-        self, names: Sequence[str], bits: Bits | None, part: str, *, paired: bool = False
-    ) -> PackedMatrices:
+    def read(self, name: str, expert: int | None = None) -> Tensor:
+        """The tensor, or what one expert has of it, in the dtype that is asked for."""
+        values = self.weights.read(name, expert)
+        return values if self.precision.dtype is None else values.to(self.precision.dtype)
+
+    def matrix(self, names: Sequence[str], bits: Bits | None, part: str, *, paired: bool = False) -> PackedMatrices:
         """One matrix: those of the names, one below the other."""
-        rows = [self.weights.read(name) for name in names]
-        whole = torch.cat(rows) if len(rows) > 1 else rows[0]
-        return self._count(part, packed_as(whole[None], bits, paired=paired))
+        rows = [self.read(name)[None] for name in names]
+        return self._count(part, packed_as(rows, bits, paired=paired))
 
     def tensor(self, values_EOI: Tensor, bits: Bits | None, part: str) -> PackedMatrices:
         """Matrices that are in memory."""
@@ -70,22 +75,23 @@ class Packer:
 
     def experts(self, name: str, num_experts: int, bits: Bits | None, *, paired: bool) -> PackedMatrices:
         """All experts' matrices of a name, read and packed one after the other."""
-        data, shape = None, None
-        for expert in range(num_experts):
-            packed, shape = packed_as(self.weights.read(name, expert)[None], bits, paired=paired)
-            data = empty((num_experts, packed.shape[1]), torch.uint8, "cpu") if data is None else data
-            data[expert] = packed[0]
-        assert data is not None and shape is not None, "a layer has experts"
-        return self._count("experts", PackedMatrices(data, shape))
+        first = packed_as(self.read(name, 0)[None], bits, paired=paired)
+        data = empty((num_experts, first.data.shape[1]), torch.uint8, "cpu")
+        data[0] = first.data[0]
+        for expert in range(1, num_experts):
+            packed_as(self.read(name, expert)[None], bits, paired=paired, out=data[expert : expert + 1])
+        return self._count("experts", PackedMatrices(data, first.shape))
 
     def _count(self, part: str, packed: PackedMatrices) -> PackedMatrices:
         self.packed_bytes[part] = self.packed_bytes.get(part, 0) + packed.data.nbytes
         return packed
 
 
-def packed_as(weight_EOI: Tensor, bits: Bits | None, *, paired: bool = False) -> PackedMatrices:
+def packed_as(
+    weight_EOI: Parts, bits: Bits | None, *, paired: bool = False, out: Tensor | None = None
+) -> PackedMatrices:
     """Matrices rounded to `bits`, or as they are: fp32, or bf16 where they are that."""
-    if bits is None:
-        return pack_floats(weight_EOI, "bf16" if weight_EOI.dtype == torch.bfloat16 else "fp32", paired=paired)
-    rounded = round_to_ints(weight_EOI, bits, GROUP)
-    return pack_ints(rounded.values, rounded.scales, bits, group=GROUP, paired=paired)
+    if bits is not None:
+        return pack_rounded(weight_EOI, bits, group=GROUP, paired=paired, out=out)
+    dtype = (weight_EOI if isinstance(weight_EOI, Tensor) else weight_EOI[0]).dtype
+    return pack_floats(weight_EOI, "bf16" if dtype == torch.bfloat16 else "fp32", paired=paired, out=out)

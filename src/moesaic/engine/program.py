@@ -3,6 +3,7 @@
 T tokens of S texts, N rows of logits, V vocab.
 """
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -34,6 +35,13 @@ class Batch(NamedTuple):
     output_rows_N: np.ndarray
 
 
+class Routed(NamedTuple):
+    """The experts that tokens chose, -1 where there is none, and their weights, 0 there."""
+
+    expert_ids_TM: Tensor
+    weights_TM: Tensor
+
+
 class Program:
     """What runs: one native call for each batch.
 
@@ -54,11 +62,27 @@ class Program:
         """Read and write this cache's blocks from now on."""
         self.native.set_caches(cache.layers, cache.in_bf16)
 
-    def run(self, batch: Batch) -> Tensor:
-        """logits_NV in fp32."""
+    def run(self, batch: Batch, choices: Mapping[int, Tensor] | None = None) -> Tensor:
+        """logits_NV in fp32. choices: experts [T, M] that stand in for what layers would choose, weighed anew."""
         logits_NV = torch.empty(len(batch.output_rows_N), self.config.vocab_size)
-        self.native.run(*batch, logits_NV)
+        dictated = choices or {}
+        for layer, expert_ids_TM in dictated.items():
+            self.native.dictate(layer, expert_ids_TM)
+        try:
+            self.native.run(*batch, logits_NV)
+        finally:
+            for layer in dictated:
+                self.native.dictate(layer, None)
         return logits_NV
+
+    def routed(self, num_tokens: int) -> dict[int, Routed]:
+        """What the tokens of the newest batch, so many, chose in every layer that routes."""
+        found = {}
+        for layer, columns in self.native.routing_layers():
+            ids_TM = torch.empty(num_tokens, columns, dtype=torch.int64)
+            found[layer] = Routed(ids_TM, torch.empty(num_tokens, columns))
+            self.native.read_choices(layer, *found[layer])
+        return found
 
     def find_not_finite(self, batch: Batch) -> str | None:
         """Run a batch again, looking at all that is written: where the first number is that is infinite or none.
@@ -77,7 +101,7 @@ class Program:
 
 def _lower(build: Builder) -> None:
     config = build.config
-    table = build.packer.weights.read("embedding.weight")
+    table = build.packer.read("embedding.weight")
     table = table if table.dtype == torch.bfloat16 else table.float()
     build.native.embed(table.contiguous(), build.residual, config.embedding_multiplier)
     for index, layer in enumerate(config.layers):

@@ -72,3 +72,4 @@ def _why(error: ImportError) -> str:
 
 _choice = choose(os.environ.get("MOESAIC_KERNELS"))
 kernels = _choice.kernels
+name = _choice.name

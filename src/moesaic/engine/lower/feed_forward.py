@@ -1,5 +1,7 @@
 """Feed-forward parts: a dense block, and experts with a router and perhaps a shared expert (see layers/moe.py)."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -71,5 +73,5 @@ def _experts(build: Builder, config: MoeConfig, name: str, layer: int, multiplie
 def _activation(activation: Activation) -> tuple[str, float, float, float]:
     """Name, limit, alpha and shift, as native steps take them."""
     if isinstance(activation, ClampedSwiglu):
-        return ("clamped_swiglu", activation.limit, activation.alpha, activation.shift)
-    return (activation, 0.0, 0.0, 0.0)
+        return ("silu", activation.limit, activation.alpha, activation.shift)
+    return (activation, math.inf, 1.0, 0.0)

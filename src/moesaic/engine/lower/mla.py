@@ -25,7 +25,7 @@ def lower_mla(build: Builder, config: MlaConfig, name: str, layer: int, multipli
         stride=config.head_dim,
         size=config.rope_dim,
     )
-    weight_HEZ = build.packer.weights.read(f"{name}.kv_b_proj.weight").unflatten(0, (config.num_heads, -1))
+    weight_HEZ = build.packer.read(f"{name}.kv_b_proj.weight").unflatten(0, (config.num_heads, -1))
     key_HPZ, value_HVZ = weight_HEZ.split([config.nope_dim, config.value_dim], dim=1)
     width = config.latent_rank + config.rope_dim
     absorbed = build.buffer("absorbed queries", config.num_heads * width)
