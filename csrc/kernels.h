@@ -104,10 +104,12 @@ struct Kernels {
     Typed<float> f32;
     Typed<bf16> b16;
     void (*adamw)(const AdamTensors &tensors, const AdamStep &step, int64_t size, int threads);
-    void (*prepare_rows)(const float *x, int64_t x_stride, const PackedShape &shape, const PackedRows &rows, int threads);
+    void (*prepare_rows)(const float *x, int64_t x_stride, const PackedShape &shape, const PackedRows &rows,
+                         int threads);
     void (*multiply_rows)(const PackedRows &rows, const PackedLinear &linear, int threads);
     void (*packed_linear)(const float *x, int64_t x_stride, int64_t rows, const PackedLinear &linear, int threads);
-    void (*packed_experts)(const PackedExperts &experts, const ExpertRows &rows, const ExpertTokens &tokens, int threads);
+    void (*packed_experts)(const PackedExperts &experts, const ExpertRows &rows, const ExpertTokens &tokens,
+                           int threads);
 
     const Typed<float> &of(const float *) const { return f32; }
     const Typed<bf16> &of(const bf16 *) const { return b16; }
