@@ -72,7 +72,7 @@ def measured(chosen: Case, rounds: int) -> dict[str, float]:
     repeats = max(1, int(0.1 / seconds(own)))
     figures: dict[str, list[float]] = {"gmac_s": [], "of_int8_peak": [], "of_bandwidth": [], "bound": []}
     for _ in range(rounds):
-        peak = 2048**3 / min(seconds(lambda: torch._int_mm(a, b)) for _ in range(3))
+        peak = 2048**3 / min(seconds(lambda: torch._int_mm(a, b)) for _ in range(3))  # pyright: ignore[reportPrivateImportUsage]  not exported
         bandwidth = probe.nbytes / min(seconds(probe.sum) for _ in range(3))
         own_s = min(seconds(own) for _ in range(repeats))
         of_peak = chosen.multiply_adds / own_s / peak
