@@ -14,7 +14,7 @@ from moesaic.engine.memory import require_memory
 from moesaic.engine.packing import Precision
 from moesaic.engine.program import Batch, Program, Routed
 from moesaic.engine.sampling import Sampling, sample
-from moesaic.engine.weights import FileWeights, ModelWeights
+from moesaic.engine.weights import FileWeights, ModelWeights, Weights
 from moesaic.errors import GenerationError
 from moesaic.hub.resolve import weights_place
 from moesaic.hub.sources import open_source
@@ -37,8 +37,9 @@ class Piece(NamedTuple):
 class Engine:
     """A model packed for this machine's processors.
 
-    path_or_model: a folder, a .gguf file, a preset that brings its weights, or a model in memory. bits: 8 or 4, of
-    projections and experts; None: as the files have them. experts_bits: of routed experts, where these differ.
+    path_or_model: a folder, a .gguf file, a preset that brings its weights, a model in memory, or any Weights.
+    bits: 8 or 4, of projections and experts; None: as the files have them. experts_bits: of routed experts, where
+    these differ.
     dtype: of what is not rounded, fp32 or bf16; None: as the files have it.
     threads: None: every processor that this process may use. max_length: the most tokens of a text; None: as many as
     the model was made for. cache_in_bf16: None: where the model is in bf16, or is packed in
@@ -51,7 +52,7 @@ class Engine:
 
     def __init__(
         self,
-        path_or_model: str | os.PathLike[str] | LanguageModel,
+        path_or_model: str | os.PathLike[str] | LanguageModel | Weights,
         *,
         bits: Bits | None = None,
         experts_bits: Bits | None = None,
@@ -60,8 +61,7 @@ class Engine:
         max_length: int | None = None,
         cache_in_bf16: bool | None = None,
     ) -> None:
-        in_memory = isinstance(path_or_model, LanguageModel)
-        weights = ModelWeights(path_or_model) if in_memory else FileWeights(open_source(weights_place(path_or_model)))
+        weights = _weights(path_or_model)
         precision = Precision(bits=bits, experts_bits=experts_bits, dtype=dtype)
         dtype = dtype or weights.dtype
         require_memory(weights.config, precision, dtype.itemsize)
@@ -241,6 +241,12 @@ def _output_rows(pieces: Sequence[Piece]) -> Iterator[int]:
         start, end = end, end + len(piece.token_ids)
         if piece.wants != "none" and end > start:
             yield from range(end - 1 if piece.wants == "last" else start, end)
+
+
+def _weights(path_or_model: str | os.PathLike[str] | LanguageModel | Weights) -> Weights:
+    if isinstance(path_or_model, str | os.PathLike):
+        return FileWeights(open_source(weights_place(path_or_model)))
+    return ModelWeights(path_or_model) if isinstance(path_or_model, LanguageModel) else path_or_model
 
 
 def _processors() -> int:
