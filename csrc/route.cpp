@@ -78,7 +78,8 @@ void softmax(const float *x, float *y, int64_t count) {
         y[i] = std::exp(x[i] - most);
         sum += y[i];
     }
-    for (int64_t i = 0; i < count; ++i) y[i] = static_cast<float>(y[i] / sum);
+    const double share = 1.0 / sum;
+    for (int64_t i = 0; i < count; ++i) y[i] = static_cast<float>(y[i] * share);
 }
 
 float softplus(float x) { return x > 50.0f ? x : std::log1p(std::exp(x)); }
