@@ -7,6 +7,7 @@ using namespace moesaic;
 namespace moesaic {
 void bind_packed(nb::module_ &m);
 void bind_pack(nb::module_ &m);
+void bind_probe(nb::module_ &m);
 void bind_route(nb::module_ &m);
 void bind_program(nb::module_ &m);
 void bind_paged_attention(nb::module_ &m);
@@ -311,6 +312,7 @@ void bound_gather_rows(const Array &x, const Array &token_ids, const Array &rows
 
 NB_MODULE(_native, m) {
     bind_pack(m);
+    bind_probe(m);
     bind_route(m);
     bind_program(m);
     m.doc() = "Compiled kernels of moesaic; use moesaic.kernels.ops.";

