@@ -100,7 +100,8 @@ void look(const float *logits, const RouterSpec &spec, const Room &room) {
         for (int64_t e = 0; e < width; ++e) room.logits[e] += spec.bias[e];
     if (spec.running_mean)
         for (int64_t e = 0; e < width; ++e)
-            room.logits[e] = (room.logits[e] - spec.running_mean[e]) / std::sqrt(spec.running_var[e] + batch_norm_epsilon);
+            room.logits[e] =
+                (room.logits[e] - spec.running_mean[e]) / std::sqrt(spec.running_var[e] + batch_norm_epsilon);
 }
 
 void score_all(const RouterSpec &spec, Score score, const Room &room) {
