@@ -5,17 +5,19 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from moesaic.config import ModelConfig
+    from moesaic.engine.engine import Engine
     from moesaic.engine.generate import generate
     from moesaic.errors import MoesaicError
     from moesaic.hub.loading import load
     from moesaic.hub.saving import save
     from moesaic.models.decoder import route
 
-__all__ = ["ModelConfig", "MoesaicError", "__version__", "generate", "load", "route", "save"]
+__all__ = ["Engine", "ModelConfig", "MoesaicError", "__version__", "generate", "load", "route", "save"]
 
 __version__ = "0.1.0"
 
 _HOMES = {
+    "Engine": "moesaic.engine.engine",
     "ModelConfig": "moesaic.config",
     "MoesaicError": "moesaic.errors",
     "generate": "moesaic.engine.generate",
@@ -24,7 +26,7 @@ _HOMES = {
     "save": "moesaic.hub.saving",
 }
 # Rooms below the hub that make presets with weights enter them in its registry when they are imported.
-_BRINGS = {"load": ("moesaic.tune.upcycle",)}
+_BRINGS = {"load": ("moesaic.tune.upcycle",), "Engine": ("moesaic.tune.upcycle",)}
 
 
 def __getattr__(name: str) -> Any:

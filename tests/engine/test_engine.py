@@ -4,16 +4,17 @@ T tokens, N rows of logits, V vocab.
 """
 
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from moesaic import families
+from moesaic import families, save
 from moesaic.engine.cache import Text
 from moesaic.engine.engine import Engine, Piece
-from moesaic.errors import ConfigError, GenerationError
+from moesaic.errors import CheckpointError, ConfigError, GenerationError
 from moesaic.models.decoder import Decoder
 from tests.families.cases import CASES, COMMON
 
@@ -159,3 +160,31 @@ def test_says_where_a_number_is_not_finite() -> None:
 def test_refuses_other_bits() -> None:
     with pytest.raises(ConfigError, match="5 bits; known: 4, 8"):
         Engine(model_of(OURS[0]), bits=5)  # type: ignore[arg-type]
+
+
+def test_packed_weights_are_kept_in_a_file(tmp_path: Path) -> None:
+    case = next(case for case in OURS if case.startswith("deepseek_v3/"))
+    save(model_of(case), tmp_path / "model")
+    packed = tmp_path / "packed"
+    first = Engine(tmp_path / "model", bits=4, threads=1, packed_file=packed)
+    wanted = rows(first, Text(), PROMPTS[0])
+    before = packed.stat().st_mtime_ns
+    again = Engine(tmp_path / "model", bits=4, threads=1, packed_file=packed)
+    assert torch.equal(rows(again, Text(), PROMPTS[0]), wanted)
+    assert packed.stat().st_mtime_ns == before
+    with pytest.raises(CheckpointError, match="packed, and it is written anew"):
+        Engine(tmp_path / "model", bits=8, packed_file=packed)
+    packed.write_bytes(packed.read_bytes()[:-5])
+    with pytest.raises(CheckpointError, match="cut short or damaged; delete"):
+        Engine(tmp_path / "model", bits=4, packed_file=packed)
+    with pytest.raises(ConfigError, match="packed_file with a model in memory"):
+        Engine(model_of(case), packed_file=packed)
+
+
+def test_files_are_packed_as_a_model_in_memory_is(tmp_path: Path) -> None:
+    case = next(case for case in OURS if case.startswith("gpt_oss/"))
+    save(model_of(case), tmp_path)
+    for bits in (None, 4, 8):
+        from_files = Engine(tmp_path, bits=bits, threads=2, dtype=torch.bfloat16)
+        in_memory = Engine(model_of(case), bits=bits, threads=1, dtype=torch.bfloat16)
+        assert torch.equal(rows(from_files, Text(), PROMPTS[2]), rows(in_memory, Text(), PROMPTS[2]))

@@ -112,8 +112,9 @@ def open_writer(path_or_preset: str, args: argparse.Namespace, *, decoder_for: s
 
     tokenizer = open_tokenizer(path_or_preset)
     importlib.import_module("moesaic.tune.upcycle")  # makes known the preset whose weights it makes
-    with output.progress("reading and packing the weights"):
-        engine = Engine(path_or_preset, bits=args.bits, experts_bits=args.experts_bits, dtype=torch_dtype(args.dtype))
+    engine = Engine(path_or_preset, bits=args.bits, experts_bits=args.experts_bits, dtype=torch_dtype(args.dtype))
+    if args.bits is not None:
+        output.talk(f"weights packed in {output.size(sum(engine.program.packed_bytes.values()))}")
     return Writer(engine, tokenizer)
 
 

@@ -1,6 +1,6 @@
 """What lowerings write a program with: buffers, weights as the program takes them, and the steps that parts share."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -99,10 +99,19 @@ class Builder:
         biases = torch.cat([self.floats(f"{name}.bias") for name in names]) if bias else None
         self.native.linear(label, source, target, native_packed(packed), biases, adding)
 
-    def per_head(self, label: Label, weight_HOI: Tensor, source: Place, stride: int, target: Place, step: int) -> None:
-        """Each head's own matrix times what begins every `stride` floats, written every `step` floats."""
+    def per_head(
+        self,
+        label: Label,
+        name: str,
+        read: Callable[[], Tensor],
+        source: Place,
+        stride: int,
+        target: Place,
+        step: int,
+    ) -> None:
+        """Each head's own matrix [H, O, I] times what begins every `stride` floats, written every `step` floats."""
         bits: Bits | None = None if self.packer.precision.bits is None else 8
-        packed = self.packer.tensor(weight_HOI, bits, label.part)
+        packed = self.packer.tensor(name, read, bits, label.part)
         self.native.per_head(label, source, stride, target, step, native_packed(packed))
 
     def rotate(self, label: Label, rope: RopeConfig, place: Place, *, heads: int, stride: int, size: int) -> None:

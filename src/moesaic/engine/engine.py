@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -11,7 +12,8 @@ from torch import Tensor
 from moesaic.engine.cache import BlockCache, Text
 from moesaic.engine.generate import check_prompts
 from moesaic.engine.memory import require_memory
-from moesaic.engine.packing import Precision
+from moesaic.engine.packed_store import PackedStore
+from moesaic.engine.packing import Packer, Precision
 from moesaic.engine.program import Batch, Program, Routed
 from moesaic.engine.sampling import Sampling, sample
 from moesaic.engine.weights import FileWeights, ModelWeights, Weights
@@ -44,6 +46,8 @@ class Engine:
     threads: None: every processor that this process may use. max_length: the most tokens of a text; None: as many as
     the model was made for. cache_in_bf16: None: where the model is in bf16, or is packed in
     few bits.
+    packed_file: where the packed weights are kept: mapped into memory if it is there, else written, so that the next
+    start need not read and pack them.
 
     Within one instruction set and one packed format a token gets the same bits whatever batch, pieces, number of
     threads or blocks of the cache it runs with.
@@ -60,12 +64,17 @@ class Engine:
         threads: int | None = None,
         max_length: int | None = None,
         cache_in_bf16: bool | None = None,
+        packed_file: str | os.PathLike[str] | None = None,
     ) -> None:
         weights = _weights(path_or_model)
         precision = Precision(bits=bits, experts_bits=experts_bits, dtype=dtype)
         dtype = dtype or weights.dtype
         require_memory(weights.config, precision, dtype.itemsize)
-        self.program = Program(weights, precision, threads=threads or _processors(), max_length=max_length)
+        store = None if packed_file is None else PackedStore(Path(packed_file), weights, precision)
+        packer = Packer(weights, precision, store.read() if store else {})
+        self.program = Program(packer, threads=threads or _processors(), max_length=max_length)
+        if store is not None:
+            store.write(packer)
         self.config, self.max_length = weights.config, self.program.max_length
         if cache_in_bf16 is None:
             cache_in_bf16 = bits is not None or dtype == torch.bfloat16

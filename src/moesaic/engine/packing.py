@@ -3,7 +3,7 @@
 E experts, O outputs, I inputs.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -49,10 +49,15 @@ class Precision:
 
 @dataclass
 class Packer:
-    """Reads matrices and packs them. packed_bytes: of all so far, by part."""
+    """Reads matrices and packs them, but for those that it holds packed already, by name.
+
+    packed: all so far. packed_bytes: of these, by part.
+    """
 
     weights: Weights
     precision: Precision
+    held: Mapping[str, PackedMatrices] = field(default_factory=dict)
+    packed: dict[str, PackedMatrices] = field(default_factory=dict)
     packed_bytes: dict[str, int] = field(default_factory=dict)
 
     def read(self, name: str, expert: int | None = None) -> Tensor:
@@ -62,27 +67,36 @@ class Packer:
 
     def matrix(self, names: Sequence[str], bits: Bits | None, part: str, *, paired: bool = False) -> PackedMatrices:
         """One matrix: those of the names, one below the other."""
-        rows = [self.read(name)[None] for name in names]
-        return self._count(part, packed_as(rows, bits, paired=paired))
 
-    def tensor(self, values_EOI: Tensor, bits: Bits | None, part: str) -> PackedMatrices:
-        """Matrices that are in memory."""
-        return self._count(part, packed_as(values_EOI, bits))
+        def make() -> PackedMatrices:
+            return packed_as([self.read(name)[None] for name in names], bits, paired=paired)
+
+        return self._once(" ".join(names), part, make)
+
+    def tensor(self, name: str, read: Callable[[], Tensor], bits: Bits | None, part: str) -> PackedMatrices:
+        """Matrices [E, O, I] that something else is made into."""
+        return self._once(name, part, lambda: packed_as(read(), bits))
 
     def exact(self, name: str, part: str) -> PackedMatrices:
         """A matrix in fp32, whatever the others have."""
-        return self._count(part, pack_floats(self.weights.read(name).float()[None], "fp32"))
+        return self._once(name, part, lambda: pack_floats(self.weights.read(name).float()[None], "fp32"))
 
     def experts(self, name: str, num_experts: int, bits: Bits | None, *, paired: bool) -> PackedMatrices:
         """All experts' matrices of a name, read and packed one after the other."""
-        first = packed_as(self.read(name, 0)[None], bits, paired=paired)
-        data = empty((num_experts, first.data.shape[1]), torch.uint8, "cpu")
-        data[0] = first.data[0]
-        for expert in range(1, num_experts):
-            packed_as(self.read(name, expert)[None], bits, paired=paired, out=data[expert : expert + 1])
-        return self._count("experts", PackedMatrices(data, first.shape))
 
-    def _count(self, part: str, packed: PackedMatrices) -> PackedMatrices:
+        def make() -> PackedMatrices:
+            first = packed_as(self.read(name, 0)[None], bits, paired=paired)
+            data = empty((num_experts, first.data.shape[1]), torch.uint8, "cpu")
+            data[0] = first.data[0]
+            for expert in range(1, num_experts):
+                packed_as(self.read(name, expert)[None], bits, paired=paired, out=data[expert : expert + 1])
+            return PackedMatrices(data, first.shape)
+
+        return self._once(name, "experts", make)
+
+    def _once(self, name: str, part: str, make: Callable[[], PackedMatrices]) -> PackedMatrices:
+        packed = self.held[name] if name in self.held else make()
+        self.packed[name] = packed
         self.packed_bytes[part] = self.packed_bytes.get(part, 0) + packed.data.nbytes
         return packed
 

@@ -17,8 +17,7 @@ from moesaic.engine.lower.attention import lower_attention
 from moesaic.engine.lower.feed_forward import lower_mlp, lower_moe
 from moesaic.engine.lower.mla import lower_mla
 from moesaic.engine.lower.refusal import check_lowerable
-from moesaic.engine.packing import Packer, Precision
-from moesaic.engine.weights import Weights
+from moesaic.engine.packing import Packer
 
 
 class Batch(NamedTuple):
@@ -48,11 +47,10 @@ class Program:
     Raises ConfigError for parts that have no lowering.
     """
 
-    def __init__(self, weights: Weights, precision: Precision, *, threads: int, max_length: int | None = None) -> None:
-        self.config = config = weights.config
+    def __init__(self, packer: Packer, *, threads: int, max_length: int | None = None) -> None:
+        self.config = config = packer.weights.config
         check_lowerable(config)
         self.max_length = min(longest(config), max_length or longest(config))
-        packer = Packer(weights, precision)
         build = Builder(packer, threads, self.max_length)
         self.native, self.caches = build.native, build.caches
         _lower(build)

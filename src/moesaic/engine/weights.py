@@ -3,6 +3,7 @@
 E experts.
 """
 
+from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -63,6 +64,14 @@ class FileWeights:
         self._values = Values(source, weight_map)
         self._specs = {spec.name: spec for spec in source.config.tensors()}
         self._tables = hash_routers(source.config)
+        self.where = source.where
+
+    @property
+    def files(self) -> list[Path]:
+        """Those that the tensors are in."""
+        if isinstance(self._source, GgufWeights):
+            return [self.where]
+        return sorted({header.file for header in self._source.stored.tensors.values()})
 
     @property
     def dtype(self) -> torch.dtype:

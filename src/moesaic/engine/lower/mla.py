@@ -3,6 +3,8 @@
 H heads, Z latent, P the part of a head without positions, R the turned part, V a head's value.
 """
 
+from torch import Tensor
+
 from moesaic.config.mla import INNER_NORM, MlaConfig
 from moesaic.engine.builder import Builder, CacheShape, Label, Place
 
@@ -25,11 +27,19 @@ def lower_mla(build: Builder, config: MlaConfig, name: str, layer: int, multipli
         stride=config.head_dim,
         size=config.rope_dim,
     )
-    weight_HEZ = build.packer.read(f"{name}.kv_b_proj.weight").unflatten(0, (config.num_heads, -1))
-    key_HPZ, value_HVZ = weight_HEZ.split([config.nope_dim, config.value_dim], dim=1)
+
+    def expansion() -> Tensor:
+        return build.packer.read(f"{name}.kv_b_proj.weight").unflatten(0, (config.num_heads, -1))
+
+    def keys_HZP() -> Tensor:
+        return expansion()[:, : config.nope_dim].mT.contiguous()
+
+    def values_HVZ() -> Tensor:
+        return expansion()[:, config.nope_dim :].contiguous()
+
     width = config.latent_rank + config.rope_dim
     absorbed = build.buffer("absorbed queries", config.num_heads * width)
-    build.per_head(projections, key_HPZ.mT.contiguous(), queries, config.head_dim, absorbed, width)
+    build.per_head(projections, f"{name} keys", keys_HZP, queries, config.head_dim, absorbed, width)
     build.native.copy_heads(
         label,
         queries.after(config.nope_dim),
@@ -57,7 +67,7 @@ def lower_mla(build: Builder, config: MlaConfig, name: str, layer: int, multipli
     )
     build.caches.append(shape)
     values = build.buffer("attended", config.num_heads * config.value_dim)
-    build.per_head(projections, value_HVZ.contiguous(), attended, config.latent_rank, values, config.value_dim)
+    build.per_head(projections, f"{name} values", values_HVZ, attended, config.latent_rank, values, config.value_dim)
     build.linear(projections, [f"{name}.o_proj"], values, build.residual, bias=config.bias, adding=multiplier)
 
 
