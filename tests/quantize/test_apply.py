@@ -12,9 +12,9 @@ from moesaic.errors import CheckpointError, ConfigError
 from moesaic.experts.grouped import GroupedExperts
 from moesaic.experts.packed import PackedExperts, PackedLinear
 from moesaic.hub import save
+from moesaic.kernels.rounding import Bits, dequantized, round_to_ints
 from moesaic.models.decoder import Decoder
 from moesaic.quantize.apply import pack_weights, summary
-from moesaic.kernels.rounding import Bits, dequantized, round_to_ints
 from tests.tiny import lively, tiny_config
 
 CONFIGS = {

@@ -14,10 +14,10 @@ from moesaic.errors import CheckpointError, ConfigError
 from moesaic.hub import load, read_config, save
 from moesaic.hub.sources import SafetensorsFolder
 from moesaic.hub.streaming import convert
+from moesaic.kernels.rounding import Bits, dequantized, round_to_ints
 from moesaic.models.decoder import Decoder
 from moesaic.quantize.files import quantize_checkpoint
 from moesaic.quantize.report import report
-from moesaic.kernels.rounding import Bits, dequantized, round_to_ints
 from tests.full_disk import full_disk
 
 TINY: dict[str, Any] = {
