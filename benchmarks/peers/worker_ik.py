@@ -8,8 +8,8 @@ import ctypes
 import sys
 import time
 
-from ik_llama_cpp import _ctypes_api as api
-from ik_llama_cpp._internals import IkContext, IkModel
+from ik_llama_cpp import _ctypes_api as api  # pyright: ignore[reportMissingImports]
+from ik_llama_cpp._internals import IkContext, IkModel  # pyright: ignore[reportMissingImports]
 from worker import PROMPT_TOKENS, random_ids, serve
 
 CONTEXT = 4096  # tokens of all texts together
