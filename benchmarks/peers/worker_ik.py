@@ -27,7 +27,8 @@ def load(path: str, threads: int, *, repack: bool) -> IkContext:
 
     api.llama_model_default_params = settings
     model = IkModel(path, use_mmap=not repack)
-    return IkContext(model, n_ctx=CONTEXT, n_threads=threads, flash_attn=True, n_seq_max=MOST_TEXTS)
+    # Its flash attention aborts on steps of several texts (0.1.5, iqk_flash_attn_noalibi).
+    return IkContext(model, n_ctx=CONTEXT, n_threads=threads, flash_attn=False, n_seq_max=MOST_TEXTS)
 
 
 def main() -> None:
