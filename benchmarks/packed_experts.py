@@ -33,13 +33,13 @@ class Case(NamedTuple):
 
 
 def matrices(kind: str, num_experts: int, outputs: int, inputs: int, *, paired: bool) -> PackedMatrices:
-    """Packed bytes at random (of floats: zeros), which take as long as real ones."""
+    """Packed bytes at random whose scales are normal numbers (of floats: zeros), which take as long as real ones."""
     name, _, group = kind.partition("/")
     shape = PackedShape(format=name, outputs=outputs, inputs=inputs, group=int(group or 32), paired=paired)  # pyright: ignore[reportArgumentType]
     count = native._native.packed_bytes(shape.format, outputs, inputs, shape.group, paired)
     if name in ("fp32", "bf16", "fp8"):
         return PackedMatrices(torch.zeros(num_experts, count, dtype=torch.uint8), shape)
-    return PackedMatrices(torch.randint(16, (num_experts, count), dtype=torch.uint8), shape)
+    return PackedMatrices(torch.randint(0x28, 0x30, (num_experts, count), dtype=torch.uint8), shape)
 
 
 def case(kind: str, num_experts: int, hidden: int, inner: int, rows_per_expert: int) -> Case:
@@ -72,7 +72,7 @@ def measured(chosen: Case, rounds: int) -> dict[str, float]:
     repeats = max(1, int(0.1 / seconds(own)))
     figures: dict[str, list[float]] = {"gmac_s": [], "of_int8_peak": [], "of_bandwidth": [], "bound": []}
     for _ in range(rounds):
-        peak = 2048**3 / min(seconds(lambda: torch._int_mm(a, b)) for _ in range(3))
+        peak = 2048**3 / min(seconds(lambda: torch._int_mm(a, b)) for _ in range(3))  # pyright: ignore[reportPrivateImportUsage]  not exported
         bandwidth = probe.nbytes / min(seconds(probe.sum) for _ in range(3))
         own_s = min(seconds(own) for _ in range(repeats))
         of_peak = chosen.multiply_adds / own_s / peak

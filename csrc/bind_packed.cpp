@@ -57,7 +57,8 @@ ExpertRows check_expert_rows(const std::optional<Array> &offsets, const std::opt
                              int64_t tokens) {
     ExpertRows rows{};
     rows.weight_on_input = weight_on_input;
-    if (!offsets != !row_of || (!offsets && weights)) refuse("offsets", "and row_of_TK come together, weights_R with them");
+    if (!offsets != !row_of || (!offsets && weights))
+        refuse("offsets", "and row_of_TK come together, weights_R with them");
     if (!offsets) {
         if (num_experts != 1) refuse("offsets", "are missing; without them there is one expert");
         return rows;

@@ -1,4 +1,5 @@
-// Routing as Python sees it: a router's settings become a RouterSpec, and ids are checked that would be read past an end.
+// Routing as Python sees it: a router's settings become a RouterSpec, and ids are checked that would be read past an
+// end.
 #include "bind_route.h"
 
 namespace moesaic {

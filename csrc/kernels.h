@@ -109,10 +109,12 @@ struct Kernels {
     Typed<bf16> b16;
     uint64_t (*read_words)(const uint64_t *words, int64_t count);
     void (*adamw)(const AdamTensors &tensors, const AdamStep &step, int64_t size, int threads);
-    void (*prepare_rows)(const float *x, int64_t x_stride, const PackedShape &shape, const PackedRows &rows, int threads);
+    void (*prepare_rows)(const float *x, int64_t x_stride, const PackedShape &shape, const PackedRows &rows,
+                         int threads);
     void (*multiply_rows)(const PackedRows &rows, const PackedLinear &linear, int threads);
     void (*packed_linear)(const float *x, int64_t x_stride, int64_t rows, const PackedLinear &linear, int threads);
-    void (*packed_experts)(const PackedExperts &experts, const ExpertRows &rows, const ExpertTokens &tokens, int threads);
+    void (*packed_experts)(const PackedExperts &experts, const ExpertRows &rows, const ExpertTokens &tokens,
+                           int threads);
     void (*norm_rows)(const NormRows &norm, int threads);
     void (*rotate_rows)(const RotateRows &turn, int threads);
     void (*add_rows)(const AddRows &add, int threads);

@@ -157,7 +157,8 @@ void pack_fp8(const Strip &strip, int64_t block, uint8_t *out) {
     scales_at(strip, block, scales);
     for (int half = 0; half < 2; ++half) {  // rows past the end have none, so that the largest is that of the others
         header[half] = scales[16 * half];
-        for (int o = 16 * half; o < 16 * (half + 1); ++o) header[half] = scales[o] > header[half] ? scales[o] : header[half];
+        for (int o = 16 * half; o < 16 * (half + 1); ++o)
+            header[half] = scales[o] > header[half] ? scales[o] : header[half];
     }
     std::memcpy(out, header, sizeof header);
     out += sizeof header;

@@ -58,8 +58,8 @@ inline void turn_square(const uint8_t *const *rows, uint8_t *out) {
 #endif
 }
 
-// Units [start / 4, start / 4 + units) of all rows to out [units][32]; zeros past the rows' ends. `out` holds numbers of
-// any type of 4 bytes.
+// Units [start / 4, start / 4 + units) of all rows to out [units][32]; zeros past the rows' ends. `out` holds numbers
+// of any type of 4 bytes.
 inline void turn(const StripRows &rows, int64_t start, int64_t units, void *out) {
     static const uint8_t zeros[square_bytes] = {};
     uint8_t *to = static_cast<uint8_t *>(out);

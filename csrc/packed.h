@@ -47,9 +47,12 @@ struct PackedShape {
         }
     }
     int64_t row_groups() const { return row_group() ? padded_inputs() / row_group() : 0; }
-    // Elements from one row to the next; tiles take 32 of bf16 at a time.
-    int64_t row_stride() const { return format == Format::b16 ? (inputs + 31) / 32 * 32 : padded_inputs(); }
-    int64_t row_bytes() const { return row_stride() * (row_group() ? 1 : format == Format::b16 ? 2 : 4); }
+    int64_t row_element_bytes() const { return row_group() ? 1 : format == Format::b16 ? 2 : 4; }
+    // Inputs of a prepared row, zeros included; tiles take 32 of bf16 at a time.
+    int64_t row_inputs() const { return format == Format::b16 ? (inputs + 31) / 32 * 32 : padded_inputs(); }
+    // From one row to the next: an odd number of cache lines, so that rows do not share a few of them.
+    int64_t row_bytes() const { return ((row_inputs() * row_element_bytes() + 63) / 64 | 1) * 64; }
+    int64_t row_stride() const { return row_bytes() / row_element_bytes(); }
     int64_t blocks() const { return (inputs + block() - 1) / block(); }
     int64_t padded_inputs() const { return blocks() * block(); }
     int64_t block_bytes() const {

@@ -1,5 +1,5 @@
-// A strip of fp32, bf16 or e4m3 weights times rows, on vectors (bf16 on tiles where there are any). Many rows take it in
-// pieces that stay in the first cache, where e4m3 is made floats once for all of them.
+// A strip of fp32, bf16 or e4m3 weights times rows, on vectors (bf16 on tiles where there are any). Many rows take it
+// in pieces that stay in the first cache, where e4m3 is made floats once for all of them.
 #include "packed_multiply.h"
 #include "packed_numbers.h"
 #include "packed_tiles.h"
@@ -41,15 +41,16 @@ MOESAIC_INLINE void add_floats(Sums<R> &sums, const float *w, int64_t inputs, co
 }
 
 void floats_times_rows(const float *strip, const PackedShape &shape, const PackedRows &rows, float *sums) {
-    const int64_t stride = shape.row_stride(), step = rows.rows > row_tile || together < strip_vectors ? piece : stride;
-    for (int64_t k = 0; k < stride; k += step)
+    const int64_t inputs = shape.inputs, stride = shape.row_stride();
+    const int64_t step = rows.rows > row_tile || together < strip_vectors ? piece : inputs;
+    for (int64_t k = 0; k < inputs; k += step)
         over_tiles(rows.rows, [&](int64_t row, auto count) {
             const float *x = static_cast<const float *>(rows.values) + row * stride + k;
             for (int64_t first = 0; first < strip_outputs; first += together * Vec::lanes) {
                 float *kept = sums + row * strip_outputs + first;
                 Sums<decltype(count)::value> total;
                 total.begin(k ? kept : nullptr);
-                add_floats(total, strip + k * strip_outputs + first, stride - k < step ? stride - k : step, x, stride);
+                add_floats(total, strip + k * strip_outputs + first, inputs - k < step ? inputs - k : step, x, stride);
                 total.keep(kept);
             }
         });
@@ -64,11 +65,23 @@ void floats_of_e4m3(const uint8_t *numbers, float *to) {
     }
 }
 
+// A block of e4m3 over 256, without a stop in memory, where all outputs are summed together.
+template <int R>
+MOESAIC_INLINE void add_e4m3(Sums<R> &sums, const uint8_t *numbers, const float *x, int64_t stride) {
+    for (int64_t k = 0; k < piece; ++k, numbers += strip_outputs) {
+        Vec w[strip_vectors], ws[together];
+        e4m3_over_256(numbers, w);
+        for (int i = 0; i < together; ++i) ws[i] = w[i];
+        for (int r = 0; r < R; ++r) sums.add(ws, r, set(x[r * stride + k]));
+    }
+}
+
 void fp8_times_rows(const uint8_t *strip, const PackedShape &shape, const PackedRows &rows, float *sums) {
     const int64_t stride = shape.row_stride();
+    const bool at_once = together == strip_vectors && rows.rows <= row_tile;
     float *wide = static_cast<float *>(scratch(wide_slot, piece * strip_outputs * 4));
-    for (int64_t k = 0; k < stride; k += piece, strip += shape.block_bytes()) {
-        floats_of_e4m3(strip + 64, wide);
+    for (int64_t k = 0; k < shape.padded_inputs(); k += piece, strip += shape.block_bytes()) {
+        if (!at_once) floats_of_e4m3(strip + 64, wide);
         over_tiles(rows.rows, [&](int64_t row, auto count) {
             constexpr int R = decltype(count)::value;
             const float *x = static_cast<const float *>(rows.values) + row * stride + k;
@@ -76,7 +89,8 @@ void fp8_times_rows(const uint8_t *strip, const PackedShape &shape, const Packed
                 float *kept = sums + row * strip_outputs + first;
                 Sums<R> of_block, total;
                 of_block.begin(nullptr);
-                add_floats(of_block, wide + first, piece, x, stride);
+                if (at_once) add_e4m3(of_block, strip + 64, x, stride);
+                else add_floats(of_block, wide + first, piece, x, stride);
                 total.begin(k ? kept : nullptr);
                 for (int i = 0; i < together; ++i) {
                     float scale;  // one for each half of the strip

@@ -84,9 +84,9 @@ void ints_times_rows(const uint8_t *strip, const PackedShape &shape, const Packe
     const int64_t groups = shape.row_groups(), piece = piece_bytes / Narrow::wide_bytes;
     const auto at_most = [](int64_t a, int64_t b) { return a < b ? a : b; };
 #if defined(MOESAIC_HAS_TILES)
-    if (rows.rows >= rows_for_tiles) {
+    if (rows.rows >= rows_for_tiles(F, group)) {
         uint8_t *wide = static_cast<uint8_t *>(scratch(wide_slot, piece_bytes));
-        const TilesLent tiles(rows.rows, group < 64 ? group : 64);
+        const TilesLent tiles(group);
         for (int64_t g = 0; g < groups; g += piece) {
             const int64_t end = at_most(g + piece, groups);
             widen<Narrow, true>(strip, g, end, wide);

@@ -6,8 +6,8 @@
 namespace moesaic::MOESAIC_ISA {
 
 #if !defined(__AVX512F__)
-// Bits of a small floating-point format, its exponent moved to a float's place; `rebias` is exact, also below the normal
-// numbers.
+// Bits of a small floating-point format, its exponent moved to a float's place; `rebias` is exact, also below the
+// normal numbers.
 MOESAIC_INLINE float rebiased(uint32_t magnitude, uint32_t sign, float rebias) {
     float value;
     std::memcpy(&value, &magnitude, 4);
@@ -75,9 +75,8 @@ MOESAIC_INLINE Floats exponent_scales(const uint8_t *p) {
 // 32 numbers of e4m3 over 256, in order: their exponent is that of a half float less 8.
 MOESAIC_INLINE void e4m3_over_256(const uint8_t *p, Vec (&w)[strip_outputs / Vec::lanes]) {
 #if defined(__AVX512F__)
-    const __m512i wide = _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(p)));
-    const __m512i sign = _mm512_slli_epi16(_mm512_and_si512(wide, _mm512_set1_epi16(0x80)), 8);
-    const __m512i half = _mm512_or_si512(sign, _mm512_slli_epi16(_mm512_and_si512(wide, _mm512_set1_epi16(0x7f)), 7));
+    const __m512i wide = _mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(p)));
+    const __m512i half = _mm512_and_si512(_mm512_slli_epi16(wide, 7), _mm512_set1_epi16(static_cast<int16_t>(0xbf80)));
     w[0] = {_mm512_cvtph_ps(_mm512_castsi512_si256(half))};
     w[1] = {_mm512_cvtph_ps(_mm512_extracti64x4_epi64(half, 1))};
 #elif defined(__AVX2__)
@@ -90,7 +89,8 @@ MOESAIC_INLINE void e4m3_over_256(const uint8_t *p, Vec (&w)[strip_outputs / Vec
 #else
     float values[strip_outputs];
     for (int o = 0; o < strip_outputs; ++o)
-        values[o] = rebiased(static_cast<uint32_t>(p[o] & 0x7f) << 20, static_cast<uint32_t>(p[o] & 0x80) << 24, 0x1p112f);
+        values[o] = rebiased(static_cast<uint32_t>(p[o] & 0x7f) << 20, static_cast<uint32_t>(p[o] & 0x80) << 24,
+                             0x1p112f);
     for (int i = 0; i < strip_outputs / Vec::lanes; ++i) w[i] = load(values + i * Vec::lanes);
 #endif
 }

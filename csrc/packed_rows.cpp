@@ -46,7 +46,9 @@ int32_t round_group(const float *x, int64_t size, int64_t group, int8_t *values,
 
 template <class T>
 void convert(const float *x, int64_t size, int64_t padded, T *y) {
-    along(size, [=](int64_t i) { store(y + i, load(x + i)); }, [=](int64_t i, int64_t n) { store(y + i, load(x + i, n), n); });
+    along(
+        size, [=](int64_t i) { store(y + i, load(x + i)); },
+        [=](int64_t i, int64_t n) { store(y + i, load(x + i, n), n); });
     for (int64_t i = size; i < padded; ++i) put(y + i, 0.0f);
 }
 
@@ -55,14 +57,16 @@ void convert(const float *x, int64_t size, int64_t padded, T *y) {
 void prepare_inputs(const float *x, int64_t first, int64_t end, const PackedShape &shape, const PackedRows &rows,
                     int64_t row) {
     const int64_t stride = shape.row_stride(), group = shape.row_group();
-    const int64_t padded_end = end == shape.inputs ? stride : end, at = row * stride + first;
-    if (shape.format == Format::b16) return convert(x, end - first, padded_end - first, static_cast<bf16 *>(rows.values) + at);
-    if (group == 0) return convert(x, end - first, padded_end - first, static_cast<float *>(rows.values) + at);
+    const int64_t padded_end = end == shape.inputs ? shape.row_inputs() : end, at = row * stride + first;
+    const int64_t size = end - first, padded = padded_end - first;
+    if (shape.format == Format::b16) return convert(x, size, padded, static_cast<bf16 *>(rows.values) + at);
+    if (group == 0) return convert(x, size, padded, static_cast<float *>(rows.values) + at);
     int8_t *values = static_cast<int8_t *>(rows.values) + at;
     for (int64_t i = first; i < padded_end; i += group, x += group, values += group) {
         const int64_t left = end - i, of_row = i / group * rows.groups_apart + row;
-        rows.starts[of_row] = -offset_of(shape.format) *
-                              round_group(x, left < 0 ? 0 : left < group ? left : group, group, values, rows.scales + of_row);
+        const int32_t total =
+            round_group(x, left < 0 ? 0 : left < group ? left : group, group, values, rows.scales + of_row);
+        rows.starts[of_row] = -offset_of(shape.format) * total;
     }
 }
 

@@ -9,14 +9,19 @@
 
 namespace moesaic::MOESAIC_ISA {
 
-// From how many rows on whole numbers are summed by tiles; the sums are exact, and so the same either way.
-constexpr int64_t rows_for_tiles = 8;
+// From how many rows on whole numbers are summed by tiles (measured); the sums are exact, and so the same either way.
+constexpr int64_t rows_for_tiles(Format format, int64_t group) {
+    return format == Format::int8 && group == 32 ? 16 : 8;
+}
 
-// The tile unit, set up for so many rows of `a_bytes` bytes: tiles 0 and 1 are sums, 2 is rows, and 4, 5, 6 the same
-// for the rows that are left past whole tiles; 3 and 7 are weights.
+// The tile unit, set up for groups of whole numbers or for so many rows of bf16.
 class TilesLent {
   public:
-    TilesLent(int64_t rows, int64_t a_bytes);
+    struct Rows {
+        int64_t count;
+    };
+    explicit TilesLent(int64_t group);
+    explicit TilesLent(Rows rows);
     ~TilesLent();
     TilesLent(const TilesLent &) = delete;
     TilesLent &operator=(const TilesLent &) = delete;
@@ -28,7 +33,8 @@ template <int64_t group>
 void tiles_of_ints(const uint8_t *wide, int64_t g0, int64_t g1, const PackedShape &shape, const PackedRows &rows,
                    float *sums);
 
-// A whole strip of bf16. The unit has an order of its own in which it sums, so that every number of rows comes here.
+// A whole strip of bf16. The unit sums in an order of its own, so that every number of rows comes here. Sums of up to
+// spare_rows past the last are written, too.
 void tiles_of_bf16(const uint8_t *strip, const PackedShape &shape, const PackedRows &rows, float *sums);
 
 }  // namespace moesaic::MOESAIC_ISA

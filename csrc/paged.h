@@ -44,8 +44,8 @@ struct PagedTokens {
     int64_t table_width;
 };
 
-// What a layer's queries see: a token its own position and earlier ones, of these the last `window` (0: all) or those of
-// its own `chunk`, so many positions from the first one on (0: all).
+// What a layer's queries see: a token its own position and earlier ones, of these the last `window` (0: all) or those
+// of its own `chunk`, so many positions from the first one on (0: all).
 struct PagedSight {
     int64_t num_heads;  // as many for each group
     int64_t window, chunk;

@@ -69,7 +69,8 @@ struct Weighing {
 
 // out = out * factor + weights [R][32] times values, C vectors of columns.
 template <int R, int C, class T>
-inline void weigh_columns(const Weighing<T> &w, int64_t column, const float *weights, const float *factors, float *out) {
+inline void weigh_columns(const Weighing<T> &w, int64_t column, const float *weights, const float *factors,
+                          float *out) {
     Vec sums[R][C];
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r)
@@ -109,10 +110,10 @@ inline void weigh_tile(const Weighing<T> &w, const float *weights, const float *
     if constexpr (C > 1) weigh_tile<R, C / 2>(w, weights, factors, out, column);
 }
 
-// Tokens [32][pitch] as [pitch][32].
+// Tokens [32][pitch], from number `a` on, as [pitch][32].
 template <class T>
-inline void turn_tile(const T *from, int64_t pitch, float *to) {
-    for (int64_t a = 0; a < pitch; a += Vec::lanes)
+inline void turn_tile(const T *from, int64_t pitch, float *to, int64_t a = 0) {
+    for (; a < pitch; a += Vec::lanes)
         for (int64_t t = 0; t < block_tokens; t += Vec::lanes) {
             Vec square[Vec::lanes];
             for (int i = 0; i < Vec::lanes; ++i) square[i] = load(from + (t + i) * pitch + a);
@@ -120,6 +121,26 @@ inline void turn_tile(const T *from, int64_t pitch, float *to) {
             for (int i = 0; i < Vec::lanes; ++i) store(to + (a + i) * block_tokens + t, square[i]);
         }
 }
+
+#if defined(__AVX512F__)
+// Two numbers of a token turn as one lane: half the shuffles.
+inline void turn_tile(const bf16 *from, int64_t pitch, float *to) {
+    const __m512i upper = _mm512_set1_epi32(static_cast<int32_t>(0xffff0000u));
+    int64_t a = 0;
+    for (; a + 32 <= pitch; a += 32)
+        for (int64_t t = 0; t < block_tokens; t += 16) {
+            __m512i square[16];
+            for (int i = 0; i < 16; ++i) square[i] = _mm512_loadu_si512(from + (t + i) * pitch + a);
+            transpose(square);
+            float *at = to + a * block_tokens + t;
+            for (int i = 0; i < 16; ++i, at += 2 * block_tokens) {
+                store(at, Vec{_mm512_castsi512_ps(_mm512_slli_epi32(square[i], 16))});
+                store(at + block_tokens, Vec{_mm512_castsi512_ps(_mm512_and_si512(square[i], upper))});
+            }
+        }
+    turn_tile<bf16>(from, pitch, to, a);
+}
+#endif
 
 // `size` numbers, which fill whole vectors, as floats: what many rows read is widened once.
 inline const float *widened(const float *from, int64_t, float *) { return from; }

@@ -24,7 +24,8 @@ inline float in_fp16(float x) {
 // The bits of what `in_fp16` gave.
 inline uint16_t half_of(float x) {
     const uint32_t bits = bits_of(x), sign = bits >> 16 & 0x8000u, magnitude = bits & 0x7fffffffu;
-    const uint32_t small = static_cast<uint32_t>(static_cast<int32_t>(float_of(magnitude < 0x38800000u ? magnitude : 0u) * 0x1p24f));
+    const float steps = float_of(magnitude < 0x38800000u ? magnitude : 0u) * 0x1p24f;
+    const uint32_t small = static_cast<uint32_t>(static_cast<int32_t>(steps));
     const uint32_t normal = x != x ? 0x7e00u : (magnitude >> 13) - (112u << 10);
     return static_cast<uint16_t>(sign | (magnitude < 0x38800000u ? small : normal));
 }

@@ -78,7 +78,8 @@ void softmax(const float *x, float *y, int64_t count) {
         y[i] = std::exp(x[i] - most);
         sum += y[i];
     }
-    for (int64_t i = 0; i < count; ++i) y[i] = static_cast<float>(y[i] / sum);
+    const double share = 1.0 / sum;
+    for (int64_t i = 0; i < count; ++i) y[i] = static_cast<float>(y[i] * share);
 }
 
 float softplus(float x) { return x > 50.0f ? x : std::log1p(std::exp(x)); }
@@ -99,7 +100,8 @@ void look(const float *logits, const RouterSpec &spec, const Room &room) {
         for (int64_t e = 0; e < width; ++e) room.logits[e] += spec.bias[e];
     if (spec.running_mean)
         for (int64_t e = 0; e < width; ++e)
-            room.logits[e] = (room.logits[e] - spec.running_mean[e]) / std::sqrt(spec.running_var[e] + batch_norm_epsilon);
+            room.logits[e] =
+                (room.logits[e] - spec.running_mean[e]) / std::sqrt(spec.running_var[e] + batch_norm_epsilon);
 }
 
 void score_all(const RouterSpec &spec, Score score, const Room &room) {

@@ -47,21 +47,21 @@ struct RouterSpec {
     int64_t columns() const { return router == Router::relu ? num_experts : top_k; }
 };
 
-// ids [T, columns()], -1 where a token has no such choice (whose weight is 0), and weights beside them. A token's answer
-// depends on its own row alone. logits [T, C] may be null for a hash router of uniform weights; token_ids [T] is read by
-// hash routers only and must lie inside the table, whose experts must exist. NaN ranks above all numbers and reaches the
-// weights, but for ReLU, which it does not pass.
+// ids [T, columns()], -1 where a token has no such choice (whose weight is 0), and weights beside them. A token's
+// answer depends on its own row alone. logits [T, C] may be null for a hash router of uniform weights; token_ids [T] is
+// read by hash routers only and must lie inside the table, whose experts must exist. NaN ranks above all numbers and
+// reaches the weights, but for ReLU, which it does not pass.
 void route(const float *logits, const RouterSpec &spec, const int64_t *token_ids, int64_t *ids, float *weights,
            int64_t tokens, int threads);
 
-// What the router weighs experts by that were chosen before: ids [T, columns], columns of at least top_k (but for ReLU),
-// each -1 or an expert.
+// What the router weighs experts by that were chosen before: ids [T, columns], columns of at least top_k (but for
+// ReLU), each -1 or an expert.
 void weigh_choices(const float *logits, const RouterSpec &spec, const int64_t *ids, int64_t columns, float *weights,
                    int64_t tokens, int threads);
 
-// Choices [tokens, columns] sorted by expert, by a counting sort that keeps the order of tokens and of a token's choices:
-// offsets [E + 1]; token_ids and row_weights [R], in room for tokens * columns; row_of [tokens, columns], -1 where there
-// is no choice. Returns R.
+// Choices [tokens, columns] sorted by expert, by a counting sort that keeps the order of tokens and of a token's
+// choices: offsets [E + 1]; token_ids and row_weights [R], in room for tokens * columns; row_of [tokens, columns], -1
+// where there is no choice. Returns R.
 int64_t sort_by_expert(const int64_t *ids, const float *weights, int64_t tokens, int64_t columns, int64_t num_experts,
                        int64_t *offsets, int64_t *token_ids, float *row_weights, int64_t *row_of);
 

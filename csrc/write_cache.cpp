@@ -2,6 +2,7 @@
 #include "paged.h"
 #include "parallel.h"
 #include "scratch.h"
+#include "transpose.h"
 #include "variants.h"
 
 namespace moesaic::MOESAIC_ISA {
@@ -42,6 +43,24 @@ void put_row(const float *from, int64_t size, T *to) {
     }
 }
 
+// Keys [count] `stride` apart to [size][32]: as many tokens as there are lanes at a time, then one by one.
+template <class T>
+void turn_keys(const float *from, int64_t stride, int64_t count, int64_t size, T *to) {
+    int64_t i = 0;
+    for (; i + Vec::lanes <= count; i += Vec::lanes)
+        for (int64_t a = 0; a < size; a += Vec::lanes) {
+            const int64_t width = size - a < Vec::lanes ? size - a : Vec::lanes;
+            const float *corner = from + i * stride + a;
+            Vec square[Vec::lanes];
+            for (int r = 0; r < Vec::lanes; ++r)
+                square[r] = width == Vec::lanes ? load(corner + r * stride) : load(corner + r * stride, width);
+            transpose(square);
+            for (int64_t r = 0; r < width; ++r) put_exactly(to + (a + r) * block_tokens + i, square[r]);
+        }
+    for (; i < count; ++i)
+        for (int64_t a = 0; a < size; ++a) put(to + a * block_tokens + i, from[i * stride + a]);
+}
+
 template <class T>
 void write_run(const PagedCache &cache, const Run &run, int64_t group, const float *k, int64_t k_stride, const float *v,
                int64_t v_stride) {
@@ -53,8 +72,7 @@ void write_run(const PagedCache &cache, const Run &run, int64_t group, const flo
             put_row(key + i * k_stride, cache.key_dim, keys + (run.place + i) * pitch);
         return;
     }
-    for (int64_t a = 0; a < cache.key_dim; ++a)
-        for (int64_t i = 0; i < run.count; ++i) put(keys + a * block_tokens + run.place + i, key[i * k_stride + a]);
+    turn_keys(key, k_stride, run.count, cache.key_dim, keys + run.place);
     const float *value = v + run.token * v_stride + group * cache.value_dim;
     T *values = static_cast<T *>(cache.values) + tile * cache.value_tile();
     for (int64_t i = 0; i < run.count; ++i)

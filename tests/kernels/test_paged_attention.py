@@ -49,8 +49,10 @@ LENGTHS = (1, 33, 31, 97, 32)
 def using(isa: str) -> Iterator[None]:
     before = _native.isa()
     assert _native.use_isa(isa)
-    yield
-    _native.use_isa(before)
+    try:
+        yield
+    finally:
+        _native.use_isa(before)
 
 
 @pytest.fixture(params=_native.available_isas())
@@ -172,13 +174,13 @@ def test_all_sizes(data: st.DataObject) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_a_token_has_the_same_bits_whatever_shares_its_step(shape: Shape, dtype: torch.dtype, isa: str) -> None:
-    sights = SIGHTS if shape.key_dim == 24 else SIGHTS[2::3]
+    sights = SIGHTS[1::2] if shape.key_dim == 24 else SIGHTS[2::3]
     for sight in sights:
         settings_ = sight_of(shape, sight)
         steps = step(shape, LENGTHS)
         together = whole(shape, steps, dtype, **settings_)
         ends = torch.tensor(LENGTHS).cumsum(0)
-        # Sequence by sequence, from the last one; each in pieces, as long as they come; then one token at a time.
+        # Sequence by sequence, from the last one; each in pieces of many tokens and of one.
         paged = poisoned_cache(shape, steps.tokens.tables_SW, dtype)
         for end, length in reversed(list(zip(ends.tolist(), LENGTHS, strict=True))):
             start, cuts = end - length, [0, 1, 6, 24, 70, 95, 96]
