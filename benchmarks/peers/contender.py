@@ -15,16 +15,16 @@ class Case(NamedTuple):
     """What is timed: `decode` of so many texts at once, or `prefill` of so many tokens."""
 
     kind: str
-    count: int
+    size: int
 
     @property
     def name(self) -> str:
-        return f"{self.kind} {self.count}"
+        return f"{self.kind} {self.size}"
 
     @classmethod
     def named(cls, name: str) -> "Case":
-        kind, count = name.split()
-        return cls(kind, int(count))
+        kind, size = name.split()
+        return cls(kind, int(size))
 
 
 class EngineError(Exception):

@@ -11,7 +11,7 @@ def of_gguf(path: Path) -> dict[str, int]:
     """Of a GGUF file, without the table of embeddings, of which a token reads one row."""
     from gguf import GGUFReader
 
-    sizes = dict.fromkeys((EXPERTS, HEAD, OTHERS), 0)
+    sizes: dict[str, int] = dict.fromkeys((EXPERTS, HEAD, OTHERS), 0)
     for tensor in GGUFReader(path).tensors:
         if tensor.name != "token_embd.weight":
             part = EXPERTS if "_exps" in tensor.name else HEAD if tensor.name == "output.weight" else OTHERS
@@ -21,7 +21,7 @@ def of_gguf(path: Path) -> dict[str, int]:
 
 def of_folder(path: Path) -> dict[str, int]:
     """Of a folder of safetensors files, likewise."""
-    sizes = dict.fromkeys((EXPERTS, HEAD, OTHERS), 0)
+    sizes: dict[str, int] = dict.fromkeys((EXPERTS, HEAD, OTHERS), 0)
     for file in sorted(path.glob("*.safetensors")):
         for name, tensor in read_header(file).items():
             if "embed_tokens" not in name:

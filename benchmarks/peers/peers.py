@@ -137,8 +137,8 @@ def _worker(name: str, python: str | Path, setup: Setup, *words: str, python_pat
 def _llama_program(programs: Path, path: Path, threads: int, *, repack: bool) -> Program:
     def command(case: Case) -> list[str]:
         common = ["-m", str(path), "-t", str(threads)]
-        if case.kind == "prefill" or case.count == 1:
-            tokens = ["-p", str(case.count), "-n", "0"] if case.kind == "prefill" else ["-p", "0", "-n", "128"]
+        if case.kind == "prefill" or case.size == 1:
+            tokens = ["-p", str(case.size), "-n", "0"] if case.kind == "prefill" else ["-p", "0", "-n", "128"]
             return [
                 str(programs / "llama-bench"),
                 *common,
@@ -150,12 +150,12 @@ def _llama_program(programs: Path, path: Path, threads: int, *, repack: bool) ->
                 "-o",
                 "jsonl",
             ]
-        many = ["-c", "4096", "-b", "2048", "-ub", "512", "-npp", "32", "-ntg", "32", "-npl", str(case.count)]
+        many = ["-c", "4096", "-b", "2048", "-ub", "512", "-npp", "32", "-ntg", "32", "-npl", str(case.size)]
         unpacked = [] if repack else ["--no-repack"]
         return [str(programs / "llama-batched-bench"), *common, *many, *unpacked, "--output-format", "jsonl"]
 
     def read(case: Case, printed: str) -> float:
         answers = [json.loads(line) for line in printed.splitlines() if line.startswith("{")]
-        return answers[-1]["avg_ts" if case.kind == "prefill" or case.count == 1 else "speed_tg"]
+        return answers[-1]["avg_ts" if case.kind == "prefill" or case.size == 1 else "speed_tg"]
 
     return Program(command, read)

@@ -9,6 +9,7 @@ the bytes that this engine's format must read. Rounds go through all cases and e
 
 import argparse
 import json
+import signal
 import sys
 import time
 from collections import deque
@@ -135,6 +136,7 @@ def main() -> None:
     parser.add_argument("--cases", default=CASES, help="comma-separated (%(default)s)")
     parser.add_argument("--json", type=Path, help="write everything, every sample included, to this file")
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # by the way on which engines that are stopped are ended
     setup = Setup(models=options.models, gguf=options.gguf, peers=options.peers, threads=options.threads)
     config, cases = read_config(options.models / options.model), [Case.named(name) for name in options.cases.split(",")]
     variants = options.variants.split(";") if options.variants else []

@@ -24,10 +24,10 @@ def add_bounds(
         case = Case.named(sample["case"])
         held = kept[f"{sample['engine']} {sample['variant']}"]
         if case.kind == "prefill":
-            work = prefill_work(held, case.count)
+            work = prefill_work(held, case.size)
         else:
-            work = decode_work(held, case.count, CONTEXT.get(case.count, CONTEXT_OF_MANY))
-        sample["bound"] = case.count / bound(work, sample["bandwidth"], machine.peaks).seconds
+            work = decode_work(held, case.size, CONTEXT.get(case.size, CONTEXT_OF_MANY))
+        sample["bound"] = case.size / bound(work, sample["bandwidth"], machine.peaks).seconds
         sample["fraction"] = sample["tokens_per_second"] / sample["bound"]
 
 

@@ -8,10 +8,12 @@ from worker import PROMPT_TOKENS, random_ids, serve
 from moesaic.engine.cache import Text
 from moesaic.engine.engine import Engine, Piece
 from moesaic.engine.sampling import Sampling, sample
+from moesaic.kernels.rounding import Bits
 
 
 def main() -> None:
-    bits = {"8": 8, "4": 4}.get(sys.argv[3]) if len(sys.argv) > 3 else None
+    known: dict[str, Bits] = {"8": 8, "4": 4}
+    bits = known[sys.argv[3]] if len(sys.argv) > 3 else None
     engine = Engine(sys.argv[1], bits=bits, threads=int(sys.argv[2]), max_length=1024)
     greedy = Sampling()
     generator = greedy.generator()

@@ -2,7 +2,7 @@
 
 import pytest
 
-from moesaic.bench.bound import Held, Work, best_peak, bound, decode_work, distinct_experts, prefill_work
+from moesaic.bench.bound import Held, Number, Work, best_peak, bound, decode_work, distinct_experts, prefill_work
 from moesaic.config import AttentionConfig, LayerConfig, MlpConfig, ModelConfig, MoeConfig, RouterConfig, StackConfig
 
 ATTENTION = AttentionConfig(num_heads=2, num_key_value_heads=1, head_dim=4)
@@ -72,7 +72,7 @@ def test_only_the_last_token_of_a_prompt_meets_the_head(tied):
 
 def test_the_slower_limit_is_the_bound():
     work = Work(1000.0, {"int8": 600.0, "fp32": 100.0})
-    peaks = {"fp32": 100.0, "bf16": 200.0, "int8": 300.0}
+    peaks: dict[Number, float | None] = {"fp32": 100.0, "bf16": 200.0, "int8": 300.0}
     assert bound(work, 100.0, peaks) == (10.0, "memory")
     assert bound(work, 1000.0, peaks) == (3.0, "arithmetic")
 

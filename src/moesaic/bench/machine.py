@@ -66,7 +66,7 @@ def measure_machine(threads: int) -> Machine:
         better = list(_EXTENSIONS) if platform.machine().lower() in ("x86_64", "amd64") else []
     missing = [f"{_EXTENSIONS[isa]}{', which is switched off' * (isa in isas)}" for isa in better]
     with _torch_threads(threads):
-        peaks = {number: _peak(multiply) for number, multiply in _products().items()}
+        peaks: dict[Number, float | None] = {number: _peak(multiply) for number, multiply in _products().items()}
     return Machine(_processor(), threads, _native.isa(), missing, peaks)
 
 
@@ -78,7 +78,7 @@ def _products() -> dict[Number, Callable[[], Tensor]]:
     return {
         "fp32": lambda: torch.mm(fp32, fp32),
         "bf16": lambda: torch.mm(bf16, bf16),
-        "int8": lambda: torch._int_mm(int8, int8),
+        "int8": lambda: torch._int_mm(int8, int8),  # pyright: ignore[reportPrivateImportUsage]  there is no public one
     }
 
 
