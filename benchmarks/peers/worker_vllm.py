@@ -16,7 +16,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
 def main() -> None:
-    from vllm import LLM, SamplingParams  # pyright: ignore[reportMissingImports]
+    from vllm import LLM, SamplingParams  # pyright: ignore[reportMissingImports]  # pyright: ignore[reportMissingImports]
 
     said, sys.stdout = sys.stdout, sys.stderr  # it prints to stdout, where answers go
     engine = LLM(

@@ -2,15 +2,18 @@
 
 import argparse
 from importlib import metadata
+from pathlib import Path
 
 import pytest
 
 from moesaic.cli import text
 from moesaic.cli.conversation import Conversation
-from moesaic.cli.text import open_model, open_tokenizer
+from moesaic.cli.text import Writer, open_tokenizer, open_writer
 from moesaic.data.chat import render_chat
+from moesaic.engine.engine import Engine
 from moesaic.errors import MissingDependencyError
 from moesaic.hub.embedded import embedded_gguf
+from moesaic.kernels import backend
 
 GREEDY = ("--temperature", "0", "--max-new-tokens", "6")
 
@@ -21,6 +24,10 @@ def args(max_new_tokens: int = 6) -> argparse.Namespace:
 
 def fail_to_forget(num_turns: int) -> None:
     raise AssertionError(f"forgot {num_turns} turns")
+
+
+def writer(folder: Path) -> Writer:
+    return open_writer(str(folder), argparse.Namespace(bits=None, experts_bits=None, dtype=None))
 
 
 def answers(conversation: Conversation, questions: list[str]) -> list[str]:
@@ -43,7 +50,7 @@ def test_piped_lines_are_turns(moesaic, moe_folder):
     ran = moesaic("chat", moe_folder, *GREEDY, stdin=b"fox\n\ndog\n")
     assert ran.exit_code == 0
     assert ran.err.count("new tokens)") == 2
-    conversation = Conversation(open_model(str(moe_folder), None), args(), fail_to_forget)
+    conversation = Conversation(writer(moe_folder), args(), fail_to_forget)
     assert ran.out == "".join(f"{answer}\n" for answer in answers(conversation, ["fox", "dog"]))
 
 
@@ -56,8 +63,11 @@ def test_commands(moesaic, moe_folder):
     assert ran.exit_code == 0
 
 
-def test_the_cache_changes_nothing(moe_folder):
-    opened = open_model(str(moe_folder), None)
+@pytest.mark.parametrize("kernels", ["native", "reference"])
+def test_the_cache_changes_nothing(moe_folder, monkeypatch, kernels):
+    monkeypatch.setattr(backend, "name", kernels)
+    opened = writer(moe_folder)
+    assert isinstance(opened.model, Engine) == (kernels == "native")
     questions = ["fox", "dog", "lazy"]
     kept = Conversation(opened, args(), fail_to_forget)
     assert len(answers(kept, questions)) == 3

@@ -78,7 +78,7 @@ def _products() -> dict[Number, Callable[[], Tensor]]:
     return {
         "fp32": lambda: torch.mm(fp32, fp32),
         "bf16": lambda: torch.mm(bf16, bf16),
-        "int8": lambda: torch._int_mm(int8, int8),  # pyright: ignore[reportPrivateImportUsage]  there is no public one
+        "int8": lambda: torch._int_mm(int8, int8),  # pyright: ignore[reportPrivateImportUsage]  # pyright: ignore[reportPrivateImportUsage]  there is no public one
     }
 
 

@@ -4,7 +4,7 @@ import argparse
 import importlib
 import time
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from moesaic.cli.stream import TextStream
 from moesaic.errors import ConfigError, DataError
@@ -226,7 +226,7 @@ def write_on(
         "on_token": hear,
     }
     if isinstance(writer.model, Engine):
-        writer.model.generate(prompt_ids, args.max_new_tokens, text=held, **options)
+        writer.model.generate(prompt_ids, args.max_new_tokens, text=cast("Text | None", held), **options)
     else:
         options |= {"cache": held, "target_prefix": target_prefix}
         generate(writer.model, prompt_ids, args.max_new_tokens, **options)

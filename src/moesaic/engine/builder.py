@@ -143,7 +143,7 @@ def longest(config: ModelConfig) -> int:
 
     With LongRoPE those of its short factors: what a cache holds was turned by these.
     """
-    attentions = [layer.attention for layer in config.layers]
-    scalings = [part.rope.scaling for part in attentions if getattr(part, "rope", None) is not None]
+    ropes = [getattr(layer.attention, "rope", None) for layer in config.layers]
+    scalings = [rope.scaling for rope in ropes if rope is not None]
     limits = [scaling.original_length for scaling in scalings if isinstance(scaling, LongRopeConfig)]
     return min([config.context_length, *limits])
