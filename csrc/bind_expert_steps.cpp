@@ -95,6 +95,27 @@ void feed_forward(Program &program, const Label &label, Place from, Place to, co
     }});
 }
 
+// Of the experts that a row went to those whose own output is not finite.
+std::vector<int64_t> broken_experts(const Block &block, const Choices::Layer &choices, const RowsOf &from, int64_t row,
+                                    int threads) {
+    std::vector<int64_t> broken;
+    std::vector<float> out(static_cast<size_t>(block.down.shape.outputs));
+    const float weight = 1.0f;
+    const int64_t row_of = 0;
+    for (int64_t k = 0; k < choices.columns; ++k) {
+        const int64_t expert = choices.ids[static_cast<size_t>(row * choices.columns + k)];
+        if (expert < 0) continue;
+        std::vector<int64_t> offsets(static_cast<size_t>(block.into.count) + 1, 0);
+        for (int64_t e = expert + 1; e <= block.into.count; ++e) offsets[static_cast<size_t>(e)] = 1;
+        std::fill(out.begin(), out.end(), 0.0f);
+        const ExpertRows rows = {offsets.data(), &weight, &row_of, 1, false};
+        const ExpertTokens tokens = {1, from.row(row), from.stride, out.data(), block.down.shape.outputs, 1.0f};
+        chosen().packed_experts(block.experts(), rows, tokens, threads);
+        if (!is_finite(out.data(), block.down.shape.outputs)) broken.push_back(expert);
+    }
+    return broken;
+}
+
 // The same of the experts that the router before this step chose, weighted.
 void experts(Program &program, const Label &label, Place from, Place to, const Packed &into, const Packed &down,
              const std::optional<Array> &into_bias, const std::optional<Array> &down_bias,
@@ -104,13 +125,17 @@ void experts(Program &program, const Label &label, Place from, Place to, const P
     check_place("source", program, from, into.shape.inputs);
     check_place("target", program, to, size);
     if (program.choices().layers.empty()) refuse("experts", "have no router before them");
+    const size_t router = program.choices().layers.size() - 1;
+    const auto broken = [=](Program &p, int64_t row) {
+        return broken_experts(block, p.choices().layers[router], p.rows(from.buffer, from.offset), row, p.threads());
+    };
     program.add_step({label.part, label.layer, to.buffer, to.offset, size, [=](const Batch &batch, Program &p) {
         const Choices &choices = p.choices();
         const ExpertRows rows = {choices.offsets.data(), choices.row_weights.data(), choices.row_of.data(),
                                  choices.columns, weight_on_input};
         const RowsOf source = p.rows(from.buffer, from.offset), target = p.rows(to.buffer, to.offset);
         chosen().packed_experts(block.experts(), rows, tokens_of(batch, source, target, multiplier), p.threads());
-    }});
+    }, broken});
 }
 
 Choices::Layer &layer_of(Program &program, int64_t layer) {

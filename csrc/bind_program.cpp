@@ -24,11 +24,11 @@ Batch check_batch(const Program &program, const Array &token_ids, const Array &p
     return batch;
 }
 
-void run(Program &program, const Array &token_ids, const Array &positions, const Array &text_of, const Array &tables,
+bool run(Program &program, const Array &token_ids, const Array &positions, const Array &text_of, const Array &tables,
          const Array &output_rows, const Array &logits) {
     const Batch batch = check_batch(program, token_ids, positions, text_of, tables, output_rows, logits);
     nb::gil_scoped_release release;
-    program.run(batch);
+    return program.run(batch);
 }
 
 using Found = std::tuple<std::string, int64_t, int64_t, std::vector<int64_t>>;
@@ -66,7 +66,7 @@ void bind_program(nb::module_ &m) {
         .def("buffer", &Program::add_buffer, nb::arg("width"), "A buffer of rows; its number.")
         .def("widen", &Program::widen, nb::arg("buffer"), nb::arg("width"), "Make its rows no narrower than this.")
         .def("run", &run, nb::arg("token_ids"), nb::arg("positions"), nb::arg("text_of"), nb::arg("tables"),
-             nb::arg("output_rows"), nb::arg("logits"))
+             nb::arg("output_rows"), nb::arg("logits"), "Writes the logits; whether all of them are finite.")
         .def("run_checked", &run_checked, nb::arg("token_ids"), nb::arg("positions"), nb::arg("text_of"),
              nb::arg("tables"), nb::arg("output_rows"), nb::arg("logits"),
              "As run; the part, layer, row and experts of the first number that is not finite, or None.")

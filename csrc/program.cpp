@@ -1,10 +1,13 @@
 #include "program.h"
 
 #include <algorithm>
+#include <atomic>
 #include <chrono>
-#include <cmath>
+#include <cstring>
 #include <new>
 #include <stdexcept>
+
+#include "parallel.h"
 
 namespace moesaic {
 namespace {
@@ -13,6 +16,17 @@ constexpr std::align_val_t line{64};
 constexpr int64_t lane_multiple = 16;  // rows begin on cache lines
 
 }  // namespace
+
+// An exponent of ones: infinite, or no number.
+bool is_finite(const float *x, int64_t size) {
+    int32_t found = 0;
+    for (int64_t i = 0; i < size; ++i) {
+        int32_t bits;
+        std::memcpy(&bits, x + i, 4);
+        found |= (bits & 0x7f800000) == 0x7f800000;
+    }
+    return !found;
+}
 
 void Program::Release::operator()(float *memory) const { ::operator delete(memory, line); }
 
@@ -77,7 +91,7 @@ void Program::check(const Batch &batch, int64_t texts, int64_t logits) const {
         require(batch.tables[i] >= 0 && batch.tables[i] < blocks, "tables name blocks that the caches do not have");
 }
 
-void Program::run(const Batch &batch) {
+bool Program::run(const Batch &batch) {
     using Clock = std::chrono::steady_clock;
     make_room(batch.tokens);
     const Pool::Scope on_own_threads(pool_);
@@ -88,6 +102,11 @@ void Program::run(const Batch &batch) {
         step.seconds += std::chrono::duration<double>(after - before).count();
         before = after;
     }
+    std::atomic<bool> fine{true};
+    parallel_for(batch.outputs, 1, threads(), [&](int64_t row) {
+        if (!is_finite(batch.logits + row * logits_, logits_)) fine = false;
+    });
+    return fine;
 }
 
 NotFinite Program::run_checked(const Batch &batch) {
@@ -98,8 +117,9 @@ NotFinite Program::run_checked(const Batch &batch) {
         if (step.buffer < 0) continue;
         const RowsOf written = rows(step.buffer);
         for (int64_t row = 0; row < batch.tokens; ++row)
-            for (int64_t i = 0; i < step.size; ++i)
-                if (!std::isfinite(written.row(row)[step.offset + i])) return {step.part, step.layer, row};
+            if (!is_finite(written.row(row) + step.offset, step.size))
+                return {step.part, step.layer, row,
+                        step.broken_experts ? step.broken_experts(*this, row) : std::vector<int64_t>{}};
     }
     return {};
 }

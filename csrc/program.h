@@ -50,6 +50,8 @@ struct Step {
     int buffer = -1;    // what it writes: `size` floats of each row from `offset` on; -1: nothing to look at
     int64_t offset = 0, size = 0;
     std::function<void(const Batch &, Program &)> run;
+    // The experts whose output for a row is not finite, where the step is of experts.
+    std::function<std::vector<int64_t>(Program &, int64_t row)> broken_experts = {};
     double seconds = 0;
 };
 
@@ -59,6 +61,8 @@ struct NotFinite {
     int64_t layer = -1, row = -1;
     std::vector<int64_t> experts = {};
 };
+
+bool is_finite(const float *x, int64_t size);
 
 class Program {
 public:
@@ -78,7 +82,8 @@ public:
     // Raises std::invalid_argument for a batch that would be read past an end.
     void check(const Batch &batch, int64_t texts, int64_t logits) const;
 
-    void run(const Batch &batch);
+    // Whether all logits are finite.
+    bool run(const Batch &batch);
     // The same, looking at what every step wrote: the first that is not finite, or a row of -1.
     NotFinite run_checked(const Batch &batch);
 

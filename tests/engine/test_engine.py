@@ -156,6 +156,15 @@ def test_says_where_a_number_is_not_finite() -> None:
         engine.generate(PROMPTS[0], 2)
 
 
+def test_says_which_expert_broke() -> None:
+    model = Decoder(model_of(next(case for case in OURS if case.startswith("mixtral/"))).config).initialize(3).eval()
+    with torch.no_grad():
+        dict(model.named_parameters())["layers.2.feed_forward.experts.down"][1, 4, 2] = torch.inf
+    engine = Engine(model, threads=1)
+    with pytest.raises(GenerationError, match="experts of layer 2, expert 1, at token"):
+        engine.generate(PROMPTS[2], 2)
+
+
 def test_refuses_other_bits() -> None:
     with pytest.raises(ConfigError, match="5 bits; known: 4, 8"):
         Engine(model_of(OURS[0]), bits=5)  # type: ignore[arg-type]

@@ -18,6 +18,7 @@ from moesaic.engine.lower.feed_forward import lower_mlp, lower_moe
 from moesaic.engine.lower.mla import lower_mla
 from moesaic.engine.lower.refusal import check_lowerable
 from moesaic.engine.packing import Packer
+from moesaic.errors import GenerationError
 
 
 class Batch(NamedTuple):
@@ -61,13 +62,17 @@ class Program:
         self.native.set_caches(cache.layers, cache.in_bf16)
 
     def run(self, batch: Batch, choices: Mapping[int, Tensor] | None = None) -> Tensor:
-        """logits_NV in fp32. choices: experts [T, M] that stand in for what layers would choose, weighed anew."""
+        """logits_NV in fp32. choices: experts [T, M] that stand in for what layers would choose, weighed anew.
+
+        Raises GenerationError where logits are infinite or no numbers, saying where that began.
+        """
         logits_NV = torch.empty(len(batch.output_rows_N), self.config.vocab_size)
         dictated = choices or {}
         for layer, expert_ids_TM in dictated.items():
             self.native.dictate(layer, expert_ids_TM)
         try:
-            self.native.run(*batch, logits_NV)
+            if not self.native.run(*batch, logits_NV):
+                raise GenerationError(self._not_finite(batch))
         finally:
             for layer in dictated:
                 self.native.dictate(layer, None)
@@ -82,19 +87,20 @@ class Program:
             self.native.read_choices(layer, *found[layer])
         return found
 
-    def find_not_finite(self, batch: Batch) -> str | None:
-        """Run a batch again, looking at all that is written: where the first number is that is infinite or none.
+    def _not_finite(self, batch: Batch) -> str:
+        """Where the first number is that is infinite or none: the batch is run again, looking at all that is written.
 
         The same tokens at the same places write the same to the cache, so nothing is lost.
         """
         logits_NV = torch.empty(len(batch.output_rows_N), self.config.vocab_size)
         found = self.native.run_checked(*batch, logits_NV)
-        if found is None:
-            return None
-        part, layer, row, experts = found
-        where = part if layer < 0 else f"{part} of layer {layer}"
-        of = f", expert {' or '.join(map(str, experts))}" if experts else ""
-        return f"{where}{of}, at token {batch.positions_T[row]} of its text"
+        where = "in the logits"
+        if found is not None:
+            part, layer, row, experts = found
+            of = f", expert {' or '.join(map(str, experts))}" if experts else ""
+            at = f"token {batch.positions_T[row]} of its text"
+            where = f"{part}{of}, at {at}" if layer < 0 else f"{part} of layer {layer}{of}, at {at}"
+        return f"a number that is infinite or none: {where}; look at the weights there (moesaic convert --check)"
 
 
 def _lower(build: Builder) -> None:

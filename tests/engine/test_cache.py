@@ -1,0 +1,56 @@
+"""moesaic.engine.cache: blocks go to texts and come back; what is in them stays as they grow."""
+
+import pytest
+import torch
+
+from moesaic.engine.builder import CacheShape
+from moesaic.engine.cache import BLOCK_TOKENS, BlockCache, Text
+from moesaic.errors import GenerationError
+
+SHAPES = [CacheShape(2, 8, 8, False), CacheShape(1, 12, 8, True)]
+
+
+def test_no_block_serves_two_texts():
+    cache, texts = BlockCache(SHAPES, in_bf16=True), [Text() for _ in range(5)]
+    for length in (1, BLOCK_TOKENS, BLOCK_TOKENS + 1, 20 * BLOCK_TOKENS):
+        for text in texts:
+            cache.make_room(text, length)
+        held = [block for text in texts for block in text.blocks]
+        assert len(held) == len(set(held)) and max(held) < cache.num_blocks
+        assert {len(text.blocks) for text in texts} == {-(-length // BLOCK_TOKENS)}
+
+
+def test_what_is_in_blocks_stays_as_they_grow():
+    cache, text = BlockCache(SHAPES, in_bf16=False), Text()
+    assert cache.make_room(text, 1)
+    for keys, values in cache.layers:
+        keys.fill_(7), values.fill_(9)
+    assert not cache.make_room(text, 2)
+    assert cache.make_room(text, 100 * BLOCK_TOKENS)
+    for keys, values in cache.layers:
+        assert torch.equal(keys[:16], torch.full_like(keys[:16], 7))
+        assert torch.equal(values[:16], torch.full_like(values[:16], 9))
+
+
+def test_a_cut_text_gives_blocks_back():
+    cache, text = BlockCache(SHAPES, in_bf16=True), Text()
+    cache.make_room(text, 10 * BLOCK_TOKENS)
+    text.length = 10 * BLOCK_TOKENS
+    cache.cut(text, BLOCK_TOKENS + 1)
+    assert (text.length, len(text.blocks)) == (BLOCK_TOKENS + 1, 2)
+    cache.make_room(Text(), 14 * BLOCK_TOKENS)
+    assert cache.num_blocks == 16
+
+
+def test_a_cache_that_may_not_grow_says_so_and_changes_nothing():
+    cache, text = BlockCache(SHAPES, in_bf16=True, max_blocks=3), Text()
+    cache.make_room(text, 2 * BLOCK_TOKENS)
+    with pytest.raises(GenerationError, match="the cache holds 96 tokens and may not grow"):
+        cache.make_room(text, 4 * BLOCK_TOKENS)
+    assert len(text.blocks) == 2
+    cache.make_room(text, 3 * BLOCK_TOKENS)
+
+
+def test_bytes_of_a_token():
+    in_bf16, in_fp32 = (BlockCache(SHAPES, in_bf16=narrow).bytes_per_token for narrow in (True, False))
+    assert in_fp32 == 2 * in_bf16 >= 2 * 2 * (2 * (8 + 8) + 12)
