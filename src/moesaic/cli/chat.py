@@ -19,6 +19,7 @@ from moesaic.cli.text import (
 )
 from moesaic.errors import ConfigError, GenerationError
 
+DEFAULT_MODEL_BITS = 8
 HELP = "/reset starts over, /system TEXT starts over with a system message, /exit or Ctrl-D leaves"
 
 
@@ -75,6 +76,9 @@ def _choose(args: argparse.Namespace) -> _Chosen:
     origin = (
         f"; an MoE made from the dense SmolLM2-135M-Instruct, whose logits differ by {difference:.1e} of their scale"
     )
+    if args.bits is None and args.dtype is None:  # what it was made from has 4 to 8 bits
+        args.bits = DEFAULT_MODEL_BITS
+        origin += f"; in {args.bits} bits here (--dtype fp32 keeps every digit)"
     return _Chosen(open_writer(str(folder), args), "smollm2-moe", origin)
 
 
