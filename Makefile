@@ -7,7 +7,7 @@ BIN := .venv/bin
 STAMP := .venv/installed
 DEMO_STAMP := .venv/installed-demo-model
 SANITIZED := .venv-sanitized
-SANITIZED_TESTS := tests/kernels/test_packed.py tests/kernels/test_route.py
+SANITIZED_TESTS := tests/kernels
 SOURCES := pyproject.toml CMakeLists.txt $(wildcard csrc/*)
 
 .PHONY: help install demo test test-slow test-sanitized lint format docs clean
