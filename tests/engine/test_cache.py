@@ -24,7 +24,8 @@ def test_what_is_in_blocks_stays_as_they_grow():
     cache, text = BlockCache(SHAPES, in_bf16=False), Text()
     assert cache.make_room(text, 1)
     for keys, values in cache.layers:
-        keys.fill_(7), values.fill_(9)
+        keys.fill_(7)
+        values.fill_(9)
     assert not cache.make_room(text, 2)
     assert cache.make_room(text, 100 * BLOCK_TOKENS)
     for keys, values in cache.layers:
