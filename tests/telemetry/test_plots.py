@@ -4,7 +4,7 @@ import math
 import xml.etree.ElementTree as ElementTree
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from moesaic.telemetry.plots import HEAT_BINS, Series, bars, color_bar, heat_bin, heat_map, line_chart
@@ -56,6 +56,7 @@ def test_a_cut_start_is_admitted():
 
 
 @given(st.lists(st.tuples(st.floats(0, 1e18), st.floats(-1e6, 1e6)), min_size=1, max_size=12))
+@example([(0.0, 0.0), (5e-324, 0.0)])
 def test_any_finite_points_make_a_picture(points):
     chart(Series("any", [x for x, _ in points], [y for _, y in points], label="any"), cut_start=True)
 

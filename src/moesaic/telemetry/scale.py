@@ -4,12 +4,13 @@ import math
 
 _PREFIXES = ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 MISSING = "\N{EN DASH}"
+_NO_SPAN = 1e-300  # parts of less are no normal numbers, and some of them zero
 
 
 def ticks(low: float, high: float, target: int = 5) -> list[float]:
     """About `target` round numbers (1, 2, 2.5 or 5 times a power of ten) inside [low, high]."""
     span = high - low
-    if not (math.isfinite(span) and span > 0):
+    if not (math.isfinite(span) and span > _NO_SPAN):
         return [low]
     raw = span / max(1, target - 1)
     power = 10.0 ** math.floor(math.log10(raw))
