@@ -43,6 +43,7 @@ def matrices(kind: str, num_experts: int, outputs: int, inputs: int, *, paired: 
 
 
 def case(kind: str, num_experts: int, hidden: int, inner: int, rows_per_expert: int) -> Case:
+    """Random experts of a format, and as many tokens that each go to one of them, evenly."""
     into = matrices(kind, num_experts, 2 * inner, hidden, paired=True)
     down = matrices(kind, num_experts, hidden, inner, paired=False)
     tokens = num_experts * rows_per_expert
@@ -64,6 +65,7 @@ def seconds(call: Callable[[], object]) -> float:
 
 
 def measured(chosen: Case, rounds: int) -> dict[str, float]:
+    """Medians over rounds, ours in turn with torch's int8 product and a read of memory."""
     out_TD = torch.zeros_like(chosen.x_TD)
     a, b = (torch.randint(-128, 127, (2048, 2048), dtype=torch.int8) for _ in range(2))
     probe = torch.zeros(128 << 20)
@@ -87,6 +89,7 @@ def measured(chosen: Case, rounds: int) -> dict[str, float]:
 
 
 def main() -> None:
+    """Measure every number of rows an expert, and print a line for each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--format", default="int4/32", help="fp32, bf16, fp8, mxfp4, int8/GROUP, int4/GROUP")
     parser.add_argument("--experts", type=int, default=64)

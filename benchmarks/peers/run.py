@@ -124,6 +124,7 @@ def _name(sample: dict[str, Any]) -> str:
 
 
 def main() -> None:
+    """Take the samples in turns, print the table, and write all samples where asked."""
     parser = argparse.ArgumentParser(description="Engines against each other on this machine.")
     parser.add_argument("model", help="a name that make_models.py knows")
     parser.add_argument("--models", type=Path, required=True, help="what make_models.py wrote")

@@ -33,6 +33,7 @@ def quantize(tree: Path, source: Path, target: Path, kind: str) -> None:
 
 
 def main() -> None:
+    """Convert every model, and quantize it in every way."""
     parser = argparse.ArgumentParser(description="Models as GGUF files.")
     parser.add_argument("llama_cpp", type=Path)
     parser.add_argument("models", type=Path)

@@ -32,6 +32,7 @@ def load(path: str, threads: int, *, repack: bool) -> IkContext:
 
 
 def main() -> None:
+    """Answer with tokens a second, sample by sample, until standard input ends."""
     context = load(sys.argv[1], int(sys.argv[2]), repack=sys.argv[3] == "1")
 
     def forward(texts: list[list[int]], position: int) -> None:

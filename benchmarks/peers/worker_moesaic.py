@@ -12,6 +12,7 @@ from moesaic.kernels.rounding import Bits
 
 
 def main() -> None:
+    """Answer with tokens a second, sample by sample, until standard input ends."""
     known: dict[str, Bits] = {"8": 8, "4": 4}
     bits = known[sys.argv[3]] if len(sys.argv) > 3 else None
     engine = Engine(sys.argv[1], bits=bits, threads=int(sys.argv[2]), max_length=1024)

@@ -13,6 +13,7 @@ from worker import PROMPT_TOKENS, random_ids, serve
 
 @torch.inference_mode()
 def main() -> None:
+    """Answer with tokens a second, sample by sample, until standard input ends."""
     torch.set_num_threads(int(sys.argv[2]))
     model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.bfloat16).eval()
     if hasattr(model, "set_experts_implementation") and "moe" in type(model).__name__.lower() + model.config.model_type:

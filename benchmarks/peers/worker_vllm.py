@@ -16,6 +16,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
 def main() -> None:
+    """Answer with tokens a second, sample by sample, until standard input ends."""
     from vllm import LLM, SamplingParams  # pyright: ignore[reportMissingImports]  # pyright: ignore[reportMissingImports]
 
     said, sys.stdout = sys.stdout, sys.stderr  # it prints to stdout, where answers go
