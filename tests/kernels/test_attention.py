@@ -11,15 +11,6 @@ native = pytest.importorskip("moesaic.kernels.native", reason="the kernels were 
 DTYPES = [torch.float32, torch.bfloat16]
 
 
-@pytest.fixture(params=native._native.available_isas())
-def isa(request: pytest.FixtureRequest):
-    """Each instruction set that this machine has."""
-    before = native._native.isa()
-    assert native._native.use_isa(request.param)
-    yield request.param
-    native._native.use_isa(before)
-
-
 def _inputs(dtype, *, batch=2, heads=4, key_value_heads=2, queries=7, keys=7, head_dim=8):
     generator = torch.Generator().manual_seed(0)
     shapes = [(batch, heads, queries, head_dim), *[(batch, key_value_heads, keys, head_dim)] * 2]

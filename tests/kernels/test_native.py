@@ -16,18 +16,11 @@ from moesaic.kernels import reference
 
 native = pytest.importorskip("moesaic.kernels.native", reason="the kernels were not built: no C++ compiler")
 _native = native._native
+pytestmark = pytest.mark.usefixtures("isa")
 
 DTYPES = [torch.float32, torch.bfloat16]
 SIZES = [1, 7, 8, 15, 16, 17, 31, 33, 97]  # primes and 2N + 1 of every lane count
 COUNTS = [[0, 0, 0], [0, 1, 0], [1, 0, 3, 2], [5, 0, 11], [1, 1, 1, 1], [40, 1, 0, 2]]
-
-
-@pytest.fixture(params=_native.available_isas(), autouse=True)
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    before = _native.isa()
-    assert _native.use_isa(request.param)
-    yield request.param
-    _native.use_isa(before)
 
 
 @pytest.fixture(params=[1, 2])

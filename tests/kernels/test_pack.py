@@ -3,7 +3,6 @@
 E experts, O outputs, I inputs, G groups of inputs that share a scale.
 """
 
-from collections.abc import Iterator
 from functools import cache
 
 import pytest
@@ -32,14 +31,6 @@ SIZES = [
     (62, 65, True),
     (96, 130, True),
 ]
-
-
-@pytest.fixture(params=_native.available_isas())
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    before = _native.isa()
-    assert _native.use_isa(request.param)
-    yield request.param
-    _native.use_isa(before)
 
 
 @cache

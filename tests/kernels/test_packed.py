@@ -3,8 +3,6 @@
 R rows sorted by expert, E experts, I inputs, O outputs, G groups of inputs that share a scale.
 """
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import Tensor
@@ -28,14 +26,6 @@ SIZES = [
     (32, 64, True),
 ]
 COUNTS = [[0, 0, 0], [0, 1, 0], [1, 0, 3], [13, 2, 6], [0, 0, 25]]
-
-
-@pytest.fixture(params=_native.available_isas())
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    before = _native.isa()
-    assert _native.use_isa(request.param)
-    yield request.param
-    _native.use_isa(before)
 
 
 def rows(counts: list[int], inputs: int) -> tuple[Tensor, Tensor]:

@@ -3,8 +3,6 @@
 T tokens, R rows sorted by expert, E experts, K choices, D hidden, F expert inner.
 """
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import Tensor
@@ -20,14 +18,6 @@ _native = native._native
 E = 3
 # hidden, inner: odd ones, less than a strip; whole strips and blocks of both; one more than them
 SIZES = [(33, 5), (64, 128), (129, 97)]
-
-
-@pytest.fixture(params=_native.available_isas())
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    before = _native.isa()
-    assert _native.use_isa(request.param)
-    yield request.param
-    _native.use_isa(before)
 
 
 def experts_of(
@@ -78,7 +68,7 @@ def fed_forward(
     return out_TD
 
 
-def agree(x_TD: Tensor, experts: PackedExperts, rows: ExpertRows | None, multiplier: float = 1.0) -> None:
+def assert_agrees(x_TD: Tensor, experts: PackedExperts, rows: ExpertRows | None, multiplier: float = 1.0) -> None:
     """Inner values that differ in their last bits may be rounded to neighbours: nearly all are not."""
     got = fed_forward(x_TD, experts, rows, multiplier)
     wanted = tokens_of(*x_TD.shape).clone()
@@ -97,22 +87,22 @@ def test_it_is_its_definition(kind: str, isa: str) -> None:
         for paired in (True, False):
             experts = experts_of(kind, hidden, inner, paired=paired)
             for ids_TK in (chosen(0), chosen(1), chosen(5, idle=1), chosen(30)):
-                agree(tokens_of(len(ids_TK), hidden), experts, rows_of(ids_TK))
+                assert_agrees(tokens_of(len(ids_TK), hidden), experts, rows_of(ids_TK))
 
 
 @pytest.mark.parametrize("kind", ["bf16", "int4/32", "mxfp4"])
 def test_biases_clamps_weights_on_the_input_and_a_multiplier(kind: str, isa: str) -> None:
     x_TD, ids_TK = tokens_of(9, 129), chosen(9, idle=2)
     clamped = ClampedSwiglu(limit=0.5, alpha=1.702, shift=1.0)
-    agree(x_TD, experts_of(kind, 129, 97, activation=clamped, biased=True), rows_of(ids_TK))
-    agree(x_TD, experts_of(kind, 129, 97, biased=True), rows_of(ids_TK, weight_on_input=True), 0.25)
-    agree(x_TD, experts_of(kind, 129, 97, paired=False, activation="gelu", biased=True), rows_of(ids_TK), -2.0)
+    assert_agrees(x_TD, experts_of(kind, 129, 97, activation=clamped, biased=True), rows_of(ids_TK))
+    assert_agrees(x_TD, experts_of(kind, 129, 97, biased=True), rows_of(ids_TK, weight_on_input=True), 0.25)
+    assert_agrees(x_TD, experts_of(kind, 129, 97, paired=False, activation="gelu", biased=True), rows_of(ids_TK), -2.0)
 
 
 @pytest.mark.parametrize("name", ["silu", "gelu", "gelu_new", "relu", "relu2"])
 @pytest.mark.parametrize("paired", [True, False])
 def test_every_activation(name: str, paired: bool, isa: str) -> None:
-    agree(10 * tokens_of(7, 33), experts_of("fp32", 33, 37, paired=paired, activation=name), rows_of(chosen(7)))
+    assert_agrees(10 * tokens_of(7, 33), experts_of("fp32", 33, 37, paired=paired, activation=name), rows_of(chosen(7)))
 
 
 @pytest.mark.parametrize("kind", ["fp32", "bf16", "int8/64", "int4/128"])
@@ -122,7 +112,7 @@ def test_without_rows_it_is_a_dense_block(kind: str, isa: str) -> None:
     assert many.into_bias_EG is not None and many.down_bias_ED is not None
     one = PackedExperts(into, down, "silu", many.into_bias_EG[:1], many.down_bias_ED[:1])
     for tokens in (1, 7, 131):
-        agree(tokens_of(tokens, 64), one, None, 0.5)
+        assert_agrees(tokens_of(tokens, 64), one, None, 0.5)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -55,12 +55,6 @@ def using(isa: str) -> Iterator[None]:
         _native.use_isa(before)
 
 
-@pytest.fixture(params=_native.available_isas())
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    with using(request.param):
-        yield request.param
-
-
 class Step(NamedTuple):
     """Tokens and what they bring."""
 
