@@ -90,3 +90,16 @@ def lively(config: ModelConfig, seed: int = 0) -> Decoder:
             if name.endswith(".selection_bias"):
                 buffer.normal_(0.0, 0.1)
     return model.eval()
+
+
+def lively_decoder(config: ModelConfig) -> Decoder:
+    """A model in fp32 in which nothing is so small, or so nearly 0 or 1, that a mistake in it would not show."""
+    model = Decoder(config, dtype=torch.float32).initialize(7)
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.normal_(float("norm" in name), 0.2, generator=generator)
+        for buffer in model.buffers():
+            if buffer.is_floating_point():
+                buffer.add_(torch.rand(buffer.shape, generator=generator) / 10)
+    return model

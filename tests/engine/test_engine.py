@@ -17,6 +17,7 @@ from moesaic.engine.engine import Engine, Piece
 from moesaic.errors import CheckpointError, ConfigError, GenerationError
 from moesaic.models.decoder import Decoder
 from tests.families.cases import CASES, COMMON
+from tests.tiny import lively_decoder
 
 REFERENCE_ONLY = ("deepseek_v32", "deepseek_v4", "glm_moe_dsa")
 OURS = [case for case in CASES if not case.startswith(REFERENCE_ONLY)]
@@ -26,15 +27,7 @@ PROMPTS = [[5, 9, 2, 77, 31, 8, 19], [4], list(range(3, 44))]
 @cache
 def model_of(case: str) -> Decoder:
     fields: dict[str, Any] = {"model_type": case.partition("/")[0], **COMMON, **CASES[case]}
-    model = Decoder(families.from_hf(fields), dtype=torch.float32).initialize(7).eval()
-    generator = torch.Generator().manual_seed(7)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.normal_(float("norm" in name), 0.2, generator=generator)
-        for buffer in model.buffers():
-            if buffer.is_floating_point():
-                buffer.add_(torch.rand(buffer.shape, generator=generator) / 10)
-    return model
+    return lively_decoder(families.from_hf(fields)).eval()
 
 
 def rows(engine: Engine, text: Text, token_ids: list[int]) -> Tensor:

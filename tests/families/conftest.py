@@ -7,16 +7,15 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
-import torch
 from torch import Tensor
 
 from moesaic import families
 from moesaic.hub import load, save
-from moesaic.models.decoder import Decoder
 from tests.families import decoder_oracle, encoder_decoder_oracle
 from tests.families.cases import CASES, COMMON, OUR_CASES
 from tests.families.encoder_decoder_cases import CASES as ENCODER_DECODERS
 from tests.families.golden import COLUMNS, golden
+from tests.tiny import lively_decoder
 
 
 @dataclass(frozen=True)
@@ -61,15 +60,7 @@ Made = Callable[..., Oracle]
 def our_folder(case: str, folder: Path) -> None:
     """A tiny model that only we have, saved by us."""
     fields = {"model_type": case.partition("/")[0], **COMMON, **OUR_CASES[case]}
-    model = Decoder(families.from_hf(fields), dtype=torch.float32).initialize(7)
-    generator = torch.Generator().manual_seed(7)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.normal_(float("norm" in name), 0.2, generator=generator)
-        for buffer in model.buffers():
-            if buffer.is_floating_point():
-                buffer.add_(torch.rand(buffer.shape, generator=generator) / 10)
-    save(model, folder)
+    save(lively_decoder(families.from_hf(fields)), folder)
 
 
 @pytest.fixture(scope="session")
