@@ -69,6 +69,7 @@ def test_no_prefill(moesaic, dense_folder):
         (("--samples", "0"), "--samples 0; give 1 or more"),
         (("--experts-bits", "4"), "--experts-bits without --bits"),
         (("--bits", "5"), "invalid choice"),
+        (("--plot", "/nowhere/picture.svg"), "--plot /nowhere/picture.svg; there is no folder /nowhere"),
     ],
 )
 def test_bad_input_is_one_line(moesaic, moe_folder, arguments, message):

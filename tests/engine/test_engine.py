@@ -158,6 +158,20 @@ def test_says_which_expert_broke() -> None:
         engine.generate(PROMPTS[2], 2)
 
 
+@pytest.mark.parametrize("given", [{"threads": 0}, {"threads": -2}, {"max_length": 0}])
+def test_refuses_sizes_below_one(given: dict[str, int]) -> None:
+    name, value = next(iter(given.items()))
+    with pytest.raises(ConfigError, match=f"{name}={value}; use 1 or more, or leave it out"):
+        Engine(model_of(OURS[0]), **given)  # type: ignore[arg-type]
+
+
+def test_refuses_a_text_twice_in_a_step() -> None:
+    engine, text = Engine(model_of(OURS[0]), threads=1), Text()
+    with pytest.raises(GenerationError, match="two pieces of one text in a step; put their tokens into one piece"):
+        engine.step([Piece(text, [5, 6]), Piece(text, [7])])
+    assert (text.length, text.blocks) == (0, [])
+
+
 def test_refuses_other_bits() -> None:
     with pytest.raises(ConfigError, match="5 bits; known: 4, 8"):
         Engine(model_of(OURS[0]), bits=5)  # type: ignore[arg-type]

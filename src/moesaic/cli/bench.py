@@ -71,6 +71,8 @@ def _check(args: argparse.Namespace) -> list[int]:
     for option, value in (("--threads", args.threads), ("--samples", args.samples)):
         if value is not None and value < 1:
             raise ConfigError(f"{option} {value}; give 1 or more")
+    if args.plot and not Path(args.plot).parent.is_dir():
+        raise ConfigError(f"--plot {args.plot}; there is no folder {Path(args.plot).parent}, make it first")
     return sorted({int(word) for word in words})
 
 

@@ -17,7 +17,7 @@ from moesaic.engine.packing import Packer, Precision
 from moesaic.engine.program import Batch, Program, Routed
 from moesaic.engine.sampling import Sampling, sample
 from moesaic.engine.weights import FileWeights, ModelWeights, Weights
-from moesaic.errors import GenerationError
+from moesaic.errors import ConfigError, GenerationError
 from moesaic.hub.resolve import weights_place
 from moesaic.hub.sources import open_source
 from moesaic.kernels.rounding import Bits
@@ -67,6 +67,9 @@ class Engine:
         packed_file: str | os.PathLike[str] | None = None,
     ) -> None:
         weights = _weights(path_or_model)
+        for name, value in (("threads", threads), ("max_length", max_length)):
+            if value is not None and value < 1:
+                raise ConfigError(f"{name}={value}; use 1 or more, or leave it out")
         precision = Precision(bits=bits, experts_bits=experts_bits, dtype=dtype)
         dtype = dtype or weights.dtype
         require_memory(weights.config, precision, dtype.itemsize)
@@ -188,6 +191,8 @@ class Engine:
         return written
 
     def _batch(self, pieces: Sequence[Piece]) -> Batch:
+        if len({id(piece.text) for piece in pieces}) < len(pieces):
+            raise GenerationError("two pieces of one text in a step; put their tokens into one piece")
         grown = False
         for piece in pieces:
             length = piece.text.length + len(piece.token_ids)
