@@ -172,6 +172,25 @@ def test_refuses_a_text_twice_in_a_step() -> None:
     assert (text.length, text.blocks) == (0, [])
 
 
+def test_goes_on_after_what_it_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, text = Engine(model_of(OURS[0]), threads=1), Text()
+    wanted = rows(engine, Text(), PROMPTS[2])
+    first = rows(engine, text, PROMPTS[2][:10])
+    many = [Piece(Text(), PROMPTS[2]) for _ in range(20)]  # more blocks than there are
+    for refused in ([*many, Piece(Text(), [5] * 65)], [*many, Piece(Text(), [10**6])]):
+        with pytest.raises(GenerationError):
+            engine.step(refused)
+    monkeypatch.setattr(engine.cache, "max_blocks", 30)
+    with pytest.raises(GenerationError, match="may not grow"):
+        engine.step(many)
+    assert torch.equal(torch.cat([first, rows(engine, text, PROMPTS[2][10:])]), wanted)
+
+
+def test_refuses_another_dtype() -> None:
+    with pytest.raises(ConfigError, match=r"dtype=torch\.float16; known: torch\.float32, torch\.bfloat16"):
+        Engine(model_of(OURS[0]), dtype=torch.float16)
+
+
 def test_refuses_other_bits() -> None:
     with pytest.raises(ConfigError, match="5 bits; known: 4, 8"):
         Engine(model_of(OURS[0]), bits=5)  # type: ignore[arg-type]

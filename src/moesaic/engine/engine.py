@@ -44,8 +44,7 @@ class Engine:
     these differ.
     dtype: of what is not rounded, fp32 or bf16; None: as the files have it.
     threads: None: every processor that this process may use. max_length: the most tokens of a text; None: as many as
-    the model was made for. cache_in_bf16: None: where the model is in bf16, or is packed in
-    few bits.
+    the model was made for. cache_in_bf16: None: where the model is in bf16, or is packed in few bits.
     packed_file: where the packed weights are kept: mapped into memory if it is there, else written, so that the next
     start need not read and pack them.
 
@@ -191,23 +190,11 @@ class Engine:
         return written
 
     def _batch(self, pieces: Sequence[Piece]) -> Batch:
-        if len({id(piece.text) for piece in pieces}) < len(pieces):
-            raise GenerationError("two pieces of one text in a step; put their tokens into one piece")
-        grown = False
+        token_ids_T = self._checked(pieces)
         for piece in pieces:
-            length = piece.text.length + len(piece.token_ids)
-            if length > self.max_length:
-                raise GenerationError(f"a text of {length} tokens; this engine's texts have {self.max_length} or fewer")
-            grown = self.cache.make_room(piece.text, length) or grown
-        if grown:
-            self.program.connect(self.cache)
+            if self.cache.make_room(piece.text, piece.text.length + len(piece.token_ids)):
+                self.program.connect(self.cache)  # at once: the blocks that it knew are gone
         counts = [len(piece.token_ids) for piece in pieces]
-        token_ids_T = np.fromiter((token for piece in pieces for token in piece.token_ids), np.int64, sum(counts))
-        vocab = self.config.vocab_size
-        if len(token_ids_T) and not 0 <= int(token_ids_T.min()) <= int(token_ids_T.max()) < vocab:
-            raise GenerationError(
-                f"token ids {token_ids_T.min()} to {token_ids_T.max()}; the model knows 0 to {vocab - 1}"
-            )
         starts = [piece.text.length for piece in pieces]
         tables_SW = np.zeros((len(pieces), max((len(piece.text.blocks) for piece in pieces), default=0)), np.int32)
         for table, piece in zip(tables_SW, pieces, strict=True):
@@ -220,6 +207,20 @@ class Engine:
             tables_SW,
             np.fromiter(_output_rows(pieces), np.int64),
         )
+
+    def _checked(self, pieces: Sequence[Piece]) -> np.ndarray:
+        """All token ids, int64, of pieces that can be run."""
+        if len({id(piece.text) for piece in pieces}) < len(pieces):
+            raise GenerationError("two pieces of one text in a step; put their tokens into one piece")
+        longest = max((piece.text.length + len(piece.token_ids) for piece in pieces), default=0)
+        if longest > self.max_length:
+            raise GenerationError(f"a text of {longest} tokens; this engine's texts have {self.max_length} or fewer")
+        token_ids_T = np.fromiter((token for piece in pieces for token in piece.token_ids), np.int64)
+        vocab = self.config.vocab_size
+        if len(token_ids_T) and not 0 <= int(token_ids_T.min()) <= int(token_ids_T.max()) < vocab:
+            seen = f"token ids {token_ids_T.min()} to {token_ids_T.max()}"
+            raise GenerationError(f"{seen}; the model knows 0 to {vocab - 1}")
+        return token_ids_T
 
 
 def _in_steps(texts: list[tuple[Text, list[int]]]) -> Iterator[list[Piece]]:

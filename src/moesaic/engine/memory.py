@@ -3,9 +3,9 @@
 import os
 
 from moesaic.config import ModelConfig
-from moesaic.engine.packing import GROUP, Precision
+from moesaic.engine.packing import Precision
 from moesaic.errors import ConfigError
-from moesaic.kernels.rounding import Bits
+from moesaic.kernels.rounding import GROUP, Bits
 
 
 def packed_bytes(config: ModelConfig, precision: Precision, bytes_per_parameter: float) -> int:

@@ -14,10 +14,7 @@ from moesaic.errors import ConfigError
 from moesaic.hub.memory import empty
 from moesaic.kernels.blocks import PackedMatrices
 from moesaic.kernels.native_packing import Parts, pack_floats, pack_rounded
-from moesaic.kernels.rounding import Bits
-
-BITS: tuple[Bits, ...] = (4, 8)
-GROUP = 32
+from moesaic.kernels.rounding import BITS, GROUP, Bits
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +23,7 @@ class Precision:
 
     dtype: of what is not rounded, fp32 or bf16; None: as the files have it (other formats become fp32).
     The head has 8 bits where others have 4 or 8, and so have matrices that heads read one by one (MLA). Routers, norms
-    and embeddings are never rounded. Raises ConfigError for other bits.
+    and embeddings are never rounded. Raises ConfigError for other bits or another dtype.
     """
 
     bits: Bits | None = None
@@ -37,6 +34,10 @@ class Precision:
         for value in (self.bits, self.experts_bits):
             if value is not None and value not in BITS:
                 raise ConfigError(f"{value} bits; known: {', '.join(map(str, BITS))}, or none to keep what files have")
+        if self.dtype not in (None, torch.float32, torch.bfloat16):
+            raise ConfigError(
+                f"dtype={self.dtype}; known: torch.float32, torch.bfloat16, or none for the files' own"
+            )
 
     @property
     def of_experts(self) -> Bits | None:

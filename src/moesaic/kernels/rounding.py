@@ -4,12 +4,16 @@ I inputs, G groups.
 """
 
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
 Bits = Literal[4, 8]
+BITS: tuple[Bits, ...] = get_args(Bits)
+GROUP = 32
+"""Inputs that share a scale where nobody says how many."""
+
 # Shares of the scale that uses the whole range: a smaller one cuts off the largest weights and steps finer elsewhere.
 _SHARES = (1.0, 0.96, 0.92, 0.88, 0.84, 0.8, 0.75, 0.7)
 

@@ -13,11 +13,9 @@ from moesaic.errors import ConfigError
 from moesaic.experts.grouped import GroupedExperts
 from moesaic.experts.packed import PackedExperts, PackedLinear
 from moesaic.kernels.blocks import PackedMatrices, pack_ints
-from moesaic.kernels.rounding import Bits, dequantized, round_to_ints
+from moesaic.kernels.rounding import BITS, GROUP, Bits, dequantized, round_to_ints
 from moesaic.models.base import LanguageModel
 
-BITS: tuple[Bits, ...] = (4, 8)
-GROUP = 32
 HEAD_BITS: Bits = 8
 
 

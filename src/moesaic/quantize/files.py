@@ -31,8 +31,7 @@ from moesaic.hub.streaming import Converted, convert
 from moesaic.hub.targets import NEVER_PACKED, Target
 from moesaic.hub.values import Part
 from moesaic.kernels.blocks import GROUPS
-from moesaic.kernels.rounding import Bits
-from moesaic.quantize.apply import BITS, GROUP
+from moesaic.kernels.rounding import BITS, GROUP, Bits
 from moesaic.quantize.encoding import RoundedInts, Squares
 from moesaic.tensor_spec import Role
 
