@@ -35,9 +35,7 @@ class Precision:
             if value is not None and value not in BITS:
                 raise ConfigError(f"{value} bits; known: {', '.join(map(str, BITS))}, or none to keep what files have")
         if self.dtype not in (None, torch.float32, torch.bfloat16):
-            raise ConfigError(
-                f"dtype={self.dtype}; known: torch.float32, torch.bfloat16, or none for the files' own"
-            )
+            raise ConfigError(f"dtype={self.dtype}; known: torch.float32, torch.bfloat16, or none for the files' own")
 
     @property
     def of_experts(self) -> Bits | None:
