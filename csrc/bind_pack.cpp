@@ -11,8 +11,7 @@ Kind kind_of_values(const Array &values, Format format) {
     if (format == Format::fp8 || format == Format::mxfp4) return Kind::u8;
     for (Kind kind : {Kind::bf16, Kind::f16})
         if (is(values, kind)) return kind;
-    const bool is_whole = (format == Format::int8 || format == Format::int4) && is(values, Kind::i8);
-    return is_whole ? Kind::i8 : Kind::f32;
+    return has_groups(format) && is(values, Kind::i8) ? Kind::i8 : Kind::f32;
 }
 
 Kind kind_of_scales(Format format) {

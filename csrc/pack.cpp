@@ -68,42 +68,54 @@ void put_quads(const int32_t (&numbers)[8][strip_outputs], int first, uint8_t *o
     std::memcpy(out, words, sizeof words);
 }
 
-// Eight numbers of half a byte for each output.
+// The lower four bits of eight numbers for each output.
 void put_halves(const int32_t (&numbers)[8][strip_outputs], uint8_t *out) {
     uint32_t words[strip_outputs];
     for (int o = 0; o < strip_outputs; ++o) {
         uint32_t word = 0;
         for (int i = 0; i < 4; ++i)
-            word |= static_cast<uint32_t>(numbers[i][o] | numbers[i + 4][o] << 4) << 8 * i;
+            word |= static_cast<uint32_t>((numbers[i][o] & 15) | (numbers[i + 4][o] & 15) << 4) << 8 * i;
         words[o] = word;
     }
     std::memcpy(out, words, sizeof words);
 }
 
+// The upper two bits of eight numbers of six, in the quarters `quarter` and the next of each byte; the first quarter
+// begins the bytes.
+void put_upper(const int32_t (&numbers)[8][strip_outputs], int64_t quarter, uint8_t *out) {
+    uint32_t words[strip_outputs] = {};
+    if (quarter) std::memcpy(words, out, sizeof words);
+    for (int o = 0; o < strip_outputs; ++o)
+        for (int i = 0; i < 8; ++i)
+            words[o] |= static_cast<uint32_t>(numbers[i][o] >> 4) << (8 * (i % 4) + 2 * (quarter + i / 4));
+    std::memcpy(out, words, sizeof words);
+}
+
 void round_block(const Strip &strip, int64_t start, uint8_t *out) {
-    const bool four_bits = strip.shape.format == Format::int4;
+    const Format format = strip.shape.format;
+    const int bits = format == Format::int8 ? 8 : format == Format::int6 ? 6 : 4;
     const int64_t group = strip.shape.group;
     Columns x[most_inputs];
     Scales scales;
     columns(strip.element, strip.values, start, group, x);
-    find_scales(x, group, four_bits, scales);
+    find_scales(x, group, bits, scales);
     uint16_t halves[strip_outputs];
     for (int o = 0; o < strip_outputs; ++o) halves[o] = half_of(scales.scale[o]);
     for (int o = 0; o < strip_outputs; ++o)
-        if (!strip.values.row[o]) halves[o] = 0;  // 0 / -8 would leave a sign
+        if (!strip.values.row[o]) halves[o] = 0;  // 0 over the lowest would leave a sign
     std::memcpy(out, halves, sizeof halves);
     out += sizeof halves;
     for (int64_t i = 0; i < group; i += 8) {
         int32_t numbers[8][strip_outputs];
         for (int part = 0; part < 8; ++part)
-            whole_numbers(x[i + part], scales, four_bits ? -8.0f : -127.0f, four_bits ? 7.0f : 127.0f,
-                          four_bits ? 8 : 128, numbers[part]);
-        if (four_bits) {
-            put_halves(numbers, out + i / 8 * unit_bytes);
-        } else {
+            whole_numbers(x[i + part], scales, range_of(bits), 1 << (bits - 1), numbers[part]);
+        if (format == Format::int8) {
             put_quads(numbers, 0, out + i / 4 * unit_bytes);
             put_quads(numbers, 4, out + (i / 4 + 1) * unit_bytes);
+            continue;
         }
+        put_halves(numbers, out + i / 8 * unit_bytes);
+        if (format == Format::int6) put_upper(numbers, i % 16 / 4, out + (group / 8 + i / 16) * unit_bytes);
     }
 }
 
@@ -114,6 +126,14 @@ void put_both(const Word *pair, uint32_t flip, uint8_t *out) {
     uint32_t words[strip_outputs];
     for (int o = 0; o < strip_outputs; ++o)
         words[o] = ((pair[0][o] & 0x0f0f0f0fu) ^ flip) | ((pair[1][o] & 0x0f0f0f0fu) ^ flip) << 4;
+    std::memcpy(out, words, sizeof words);
+}
+
+// The upper two bits of four words of numbers of six bits, 32 added.
+void put_quarters(const Word *four, uint8_t *out) {
+    uint32_t words[strip_outputs] = {};
+    for (int o = 0; o < strip_outputs; ++o)
+        for (int j = 0; j < 4; ++j) words[o] |= ((four[j][o] >> 4 & 0x03030303u) ^ 0x02020202u) << 2 * j;
     std::memcpy(out, words, sizeof words);
 }
 
@@ -137,6 +157,11 @@ void pack_ints(const Strip &strip, int64_t block, uint8_t *out) {
     out += sizeof halves;
     if (strip.shape.format == Format::int4) {  // a negative number plus 8 is its low half with the upper bit flipped
         for (int64_t j = 0; j < group / 8; ++j) put_both(words + 2 * j, 0x08080808u, out + j * unit_bytes);
+        return;
+    }
+    if (strip.shape.format == Format::int6) {
+        for (int64_t j = 0; j < group / 8; ++j) put_both(words + 2 * j, 0, out + j * unit_bytes);
+        for (int64_t j = 0; j < group / 16; ++j) put_quarters(words + 4 * j, out + (group / 8 + j) * unit_bytes);
         return;
     }
     for (int64_t j = 0; j < group / 4; ++j)

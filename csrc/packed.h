@@ -8,6 +8,8 @@
 //   int8     group    32 fp16                  [group / 4][32][4] q + 128
 //   int4     group    32 fp16                  [group / 8][32][4] q + 8, inputs 8j + i in the low and 8j + 4 + i in the
 //                                              high half of a byte
+//   int6     group    32 fp16                  the lower four bits of q + 32 as in int4, then [group / 16][32][4] of the
+//                                              upper two, of inputs 16j + i, 16j + 4 + i, ... from the lowest bits on
 //   mxfp4    64       2 x 32 exponents         2 x [4][32][4] codes, halves of a byte as in int4
 //
 // paired: the first 16 outputs of a strip are of the matrix's first half (gate), the others of its second (up).
@@ -18,14 +20,19 @@
 
 namespace moesaic {
 
-enum class Format { f32, b16, fp8, int8, int4, mxfp4 };
+enum class Format { f32, b16, fp8, int8, int6, int4, mxfp4 };
+
+// Whole numbers whose scale is shared by as many inputs as one likes.
+constexpr bool has_groups(Format format) {
+    return format == Format::int8 || format == Format::int6 || format == Format::int4;
+}
 
 constexpr int64_t strip_outputs = 32;
 
 struct PackedShape {
     Format format;
     int64_t outputs, inputs;
-    int64_t group;  // inputs that share a scale (int8, int4)
+    int64_t group;  // inputs that share a scale (int8, int6, int4)
     bool paired;
 
     int64_t block() const {
@@ -39,12 +46,7 @@ struct PackedShape {
     }
     // Inputs for which rows have one scale; 0 where rows are not quantized.
     int64_t row_group() const {
-        switch (format) {
-            case Format::int8:
-            case Format::int4: return group;
-            case Format::mxfp4: return 32;
-            default: return 0;
-        }
+        return has_groups(format) ? group : format == Format::mxfp4 ? 32 : 0;
     }
     int64_t row_groups() const { return row_group() ? padded_inputs() / row_group() : 0; }
     int64_t row_element_bytes() const { return row_group() ? 1 : format == Format::b16 ? 2 : 4; }
@@ -61,6 +63,7 @@ struct PackedShape {
             case Format::b16: return 128;
             case Format::fp8: return 64 + 128 * strip_outputs;
             case Format::int8: return 64 + group * strip_outputs;
+            case Format::int6: return 64 + group * strip_outputs * 3 / 4;
             case Format::int4: return 64 + group * strip_outputs / 2;
             default: return 64 + 64 * strip_outputs / 2;
         }

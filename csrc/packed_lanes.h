@@ -40,6 +40,16 @@ MOESAIC_INLINE Bytes low_halves(const Bytes &x) {
 MOESAIC_INLINE Bytes high_halves(const Bytes &x) {
     return low_halves({{_mm512_srli_epi16(x.v[0], 4), _mm512_srli_epi16(x.v[1], 4)}});
 }
+// Two bits of each byte, the `quarter`th from the lowest, in bits 4 and 5; the others of `low` below them.
+template <int quarter>
+MOESAIC_INLINE Bytes six_bits(const Bytes &low, const Bytes &upper) {
+    const auto part = [&](int i) {
+        const __m512i x = upper.v[i], mask = _mm512_set1_epi8(0x30);
+        if constexpr (quarter < 2) return _mm512_and_si512(_mm512_slli_epi16(x, 4 - 2 * quarter), mask);
+        else return _mm512_and_si512(_mm512_srli_epi16(x, 2 * quarter - 4), mask);
+    };
+    return {{_mm512_or_si512(low.v[0], part(0)), _mm512_or_si512(low.v[1], part(1))}};
+}
 MOESAIC_INLINE Bytes look_up(const uint8_t *table16, const Bytes &x) {
     const __m512i table = _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i *>(table16)));
     return {{_mm512_shuffle_epi8(table, x.v[0]), _mm512_shuffle_epi8(table, x.v[1])}};
@@ -66,6 +76,13 @@ MOESAIC_INLINE Bytes bytes(const uint8_t *p) { return {{_mm256_loadu_si256(reint
 MOESAIC_INLINE void store(uint8_t *p, const Bytes &x) { _mm256_storeu_si256(reinterpret_cast<__m256i *>(p), x.v[0]); }
 MOESAIC_INLINE Bytes low_halves(const Bytes &x) { return {{_mm256_and_si256(x.v[0], _mm256_set1_epi8(15))}}; }
 MOESAIC_INLINE Bytes high_halves(const Bytes &x) { return low_halves({{_mm256_srli_epi16(x.v[0], 4)}}); }
+template <int quarter>
+MOESAIC_INLINE Bytes six_bits(const Bytes &low, const Bytes &upper) {
+    const __m256i x = upper.v[0], mask = _mm256_set1_epi8(0x30);
+    if constexpr (quarter < 2)
+        return {{_mm256_or_si256(low.v[0], _mm256_and_si256(_mm256_slli_epi16(x, 4 - 2 * quarter), mask))}};
+    else return {{_mm256_or_si256(low.v[0], _mm256_and_si256(_mm256_srli_epi16(x, 2 * quarter - 4), mask))}};
+}
 MOESAIC_INLINE Bytes look_up(const uint8_t *table16, const Bytes &x) {
     const __m128i table = _mm_loadu_si128(reinterpret_cast<const __m128i *>(table16));
     return {{_mm256_shuffle_epi8(_mm256_broadcastsi128_si256(table), x.v[0])}};
@@ -104,6 +121,13 @@ MOESAIC_INLINE Bytes high_halves(const Bytes &x) {
     for (unsigned i = 0; i < sizeof x.v; ++i) y.v[i] = x.v[i] >> 4;
     return y;
 }
+template <int quarter>
+MOESAIC_INLINE Bytes six_bits(const Bytes &low, const Bytes &upper) {
+    Bytes y;
+    for (unsigned i = 0; i < sizeof low.v; ++i)
+        y.v[i] = static_cast<uint8_t>(low.v[i] | (upper.v[i] >> 2 * quarter & 3) << 4);
+    return y;
+}
 MOESAIC_INLINE Bytes look_up(const uint8_t *table16, const Bytes &x) {
     Bytes y;
     for (unsigned i = 0; i < sizeof x.v; ++i) y.v[i] = table16[x.v[i]];
@@ -124,7 +148,12 @@ constexpr bool signed_has_offset = true;
 constexpr bool signed_has_offset = false;
 #endif
 constexpr int32_t offset_of(Format format) {
-    return format == Format::int8 ? (signed_has_offset ? 128 : 0) : format == Format::int4 ? 8 : 12;
+    switch (format) {
+        case Format::int8: return signed_has_offset ? 128 : 0;
+        case Format::int6: return 32;
+        case Format::int4: return 8;
+        default: return 12;
+    }
 }
 
 MOESAIC_INLINE int32_t four_bytes(const int8_t *x) {

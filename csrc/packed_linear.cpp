@@ -79,7 +79,7 @@ Units units_of(const int64_t *offsets, int64_t num_experts, int64_t rows) {
 }
 
 int64_t strips_an_item(const PackedShape &shape, int64_t units, int64_t granule, int threads) {
-    constexpr int64_t chunk_bytes = 1 << 16, items_a_thread = 4;
+    constexpr int64_t chunk_bytes = 1 << 15, items_a_thread = 8;
     const int64_t granule_bytes = granule * (shape.strip_bytes() + 1);
     int64_t granules = (chunk_bytes + granule_bytes - 1) / granule_bytes;
     granules = at_most(granules, units * shape.strips() / (granule * threads * items_a_thread));

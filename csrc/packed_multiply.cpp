@@ -2,6 +2,8 @@
 // numbers of few bits are made bytes once for all of them.
 #include "packed_multiply.h"
 
+#include <type_traits>
+
 #include "packed_numbers.h"
 #include "packed_tiles.h"
 #include "tiles_of_rows.h"
@@ -11,6 +13,14 @@ namespace {
 
 constexpr int64_t piece_bytes = 16 << 10;
 
+template <int R, class G, bool odd>
+MOESAIC_INLINE void dot_pair(Ints (&sums)[R], const uint8_t *w, int64_t pair, const int8_t *x, int64_t stride) {
+    Bytes first, second;
+    G::template quads<odd>(w, pair, first, second);
+    for (int r = 0; r < R; ++r) add_dot<false>(sums[r], first, x + 8 * pair + r * stride);
+    for (int r = 0; r < R; ++r) add_dot<false>(sums[r], second, x + 8 * pair + 4 + r * stride);
+}
+
 template <int R, class G>
 MOESAIC_INLINE void dot_group(Ints (&sums)[R], const uint8_t *w, const int8_t *x, int64_t stride) {
     if constexpr (G::eight_bits) {
@@ -19,11 +29,9 @@ MOESAIC_INLINE void dot_group(Ints (&sums)[R], const uint8_t *w, const int8_t *x
             for (int r = 0; r < R; ++r) add_dot<G::is_signed>(sums[r], four, x + r * stride);
         }
     } else {
-        for (int64_t pair = 0; pair < G::size / 8; ++pair, w += 4 * strip_outputs, x += 8) {
-            const Bytes both = bytes(w);
-            const Bytes low = G::decoded(low_halves(both)), high = G::decoded(high_halves(both));
-            for (int r = 0; r < R; ++r) add_dot<false>(sums[r], low, x + r * stride);
-            for (int r = 0; r < R; ++r) add_dot<false>(sums[r], high, x + r * stride + 4);
+        for (int64_t pair = 0; pair < G::size / 8; pair += 2) {
+            dot_pair<R, G, false>(sums, w, pair, x, stride);
+            dot_pair<R, G, true>(sums, w, pair + 1, x, stride);
         }
     }
 }
@@ -68,10 +76,15 @@ void widen(const uint8_t *strip, int64_t g0, int64_t g1, uint8_t *to) {
             if constexpr (G::eight_bits) {
                 for (int64_t quad = 0; quad < G::size / 4; ++quad) put_quad(quad, bytes(w + quad * 4 * strip_outputs));
             } else {
-                for (int64_t pair = 0; pair < G::size / 8; ++pair) {
-                    const Bytes both = bytes(w + pair * 4 * strip_outputs);
-                    put_quad(2 * pair, G::decoded(low_halves(both)));
-                    put_quad(2 * pair + 1, G::decoded(high_halves(both)));
+                const auto put_pair = [&](int64_t pair, auto odd) {
+                    Bytes first, second;
+                    G::template quads<decltype(odd)::value>(w, pair, first, second);
+                    put_quad(2 * pair, first);
+                    put_quad(2 * pair + 1, second);
+                };
+                for (int64_t pair = 0; pair < G::size / 8; pair += 2) {
+                    put_pair(pair, std::false_type());
+                    put_pair(pair + 1, std::true_type());
                 }
             }
         }
@@ -127,6 +140,7 @@ void ints_times_rows(const uint8_t *strip, const PackedShape &shape, const Packe
 void multiply_strip(const uint8_t *strip, const PackedShape &shape, const PackedRows &rows, float *sums) {
     switch (shape.format) {
         case Format::int8: return ints_times_rows<Format::int8>(strip, shape, rows, sums);
+        case Format::int6: return ints_times_rows<Format::int6>(strip, shape, rows, sums);
         case Format::int4: return ints_times_rows<Format::int4>(strip, shape, rows, sums);
         case Format::mxfp4: return ints_times_rows<Format::mxfp4, 32>(strip, shape, rows, sums);
         default: return multiply_strip_of_floats(strip, shape, rows, sums);

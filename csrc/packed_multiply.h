@@ -42,7 +42,7 @@ struct Units {
 // Experts without rows have none. Without offsets there is one expert.
 Units units_of(const int64_t *offsets, int64_t num_experts, int64_t rows);
 
-// Strips that one thread takes at a time, a multiple of `granule` (but for the last): about 64 KB of weights, less
+// Strips that one thread takes at a time, a multiple of `granule` (but for the last): about 32 KB of weights, less
 // where threads would be left without.
 int64_t strips_an_item(const PackedShape &shape, int64_t units, int64_t granule, int threads);
 

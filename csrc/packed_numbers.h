@@ -98,15 +98,16 @@ MOESAIC_INLINE void e4m3_over_256(const uint8_t *p, Vec (&w)[strip_outputs / Vec
 // Twice the values of the 16 codes of e2m1, plus 12.
 alignas(16) constexpr uint8_t doubled_e2m1[16] = {12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0};
 
-// Where group g of a strip lies, its scales and its numbers, with `bits` a number. Wide: numbers of fewer bits made
-// bytes, 32 scales as floats before each group.
+// Where group g of a strip lies, its scales and its numbers. Wide: numbers of fewer bits made bytes, 32 scales as
+// floats before each group.
 template <Format F, int64_t group, bool wide>
 struct Groups {
     static constexpr Format format = F;
     static constexpr int64_t size = group;
     static constexpr bool eight_bits = wide || F == Format::int8;
     static constexpr bool is_signed = F == Format::int8;
-    static constexpr int64_t number_bytes = group * strip_outputs / (eight_bits ? 1 : 2);
+    static constexpr int64_t bits = eight_bits ? 8 : F == Format::int6 ? 6 : 4;
+    static constexpr int64_t number_bytes = group * strip_outputs * bits / 8;
     static constexpr int64_t wide_bytes = (4 + group) * strip_outputs;
     static constexpr int64_t block_groups = !wide && F == Format::mxfp4 ? 2 : 1;
     static constexpr int64_t head_bytes = wide ? 4 * strip_outputs : 64;
@@ -121,9 +122,16 @@ struct Groups {
         else if constexpr (F == Format::mxfp4) return exponent_scales(head + g % 2 * strip_outputs + first_output);
         else return half_scales(head + 2 * first_output);
     }
-    static MOESAIC_INLINE Bytes decoded(const Bytes &halves) {
-        if constexpr (F == Format::mxfp4) return look_up(doubled_e2m1, halves);
-        else return halves;
+    // Eight inputs of a pass's outputs, in two quads, where numbers have fewer than eight bits; odd: whether `pair` is.
+    template <bool odd>
+    static MOESAIC_INLINE void quads(const uint8_t *numbers, int64_t pair, Bytes &first, Bytes &second) {
+        const Bytes both = bytes(numbers + pair * 4 * strip_outputs);
+        first = low_halves(both), second = high_halves(both);
+        if constexpr (F == Format::mxfp4) first = look_up(doubled_e2m1, first), second = look_up(doubled_e2m1, second);
+        if constexpr (F == Format::int6) {
+            const Bytes upper = bytes(numbers + (group / 8 + pair / 2) * 4 * strip_outputs);
+            first = six_bits<2 * odd>(first, upper), second = six_bits<2 * odd + 1>(second, upper);
+        }
     }
 };
 

@@ -14,7 +14,13 @@ using Clock = std::chrono::steady_clock;
 // Longer than what lies between two loops of a step, shorter than what lies between two steps of a busy server.
 constexpr auto looking = std::chrono::microseconds(100);
 constexpr int looks_between_clocks = 64;
-constexpr uint64_t one_job = 1ull << 32;
+constexpr int bits_of_piece = 20;
+constexpr int64_t most_pieces = (1 << bits_of_piece) - 1;
+constexpr uint64_t most_loops = 1ull << (64 - 2 * bits_of_piece);
+
+uint64_t share_of(uint64_t loop, int64_t begin, int64_t end) {
+    return (loop << bits_of_piece | static_cast<uint64_t>(begin)) << bits_of_piece | static_cast<uint64_t>(end);
+}
 
 thread_local Pool *current_pool = nullptr;
 
@@ -45,8 +51,8 @@ Pool *Pool::current() { return current_pool; }
 Pool::Scope::Scope(Pool &pool) : before_(current_pool) { current_pool = &pool; }
 Pool::Scope::~Scope() { current_pool = before_; }
 
-Pool::Pool(int threads) {
-    for (int i = 1; i < threads; ++i) workers_.emplace_back([this] { work(); });
+Pool::Pool(int threads) : shares_(static_cast<size_t>(threads > 1 ? threads : 1)) {
+    for (int i = 1; i < threads; ++i) workers_.emplace_back([this, i] { work(i); });
 }
 
 Pool::~Pool() {
@@ -58,19 +64,19 @@ Pool::~Pool() {
     for (std::thread &worker : workers_) worker.join();
 }
 
-bool Pool::has_work(uint64_t ticket) const { return static_cast<uint32_t>(ticket) < pieces_.load(); }
-
-// One piece of the job that `ticket` belongs to; whether there was one. A ticket that is out of date takes nothing: the
-// number of its job has changed.
-bool Pool::take(uint64_t ticket) {
-    if (!has_work(ticket)) return false;
-    const Body body = body_.load();
-    const void *context = context_.load();
-    const int64_t items = items_.load(), chunk = chunk_.load();
-    if (!ticket_.compare_exchange_strong(ticket, ticket + 1)) return true;  // another took it: look again
-    const int64_t begin = static_cast<int64_t>(static_cast<uint32_t>(ticket)) * chunk;
+// A piece of what is left of a share, its first for whom it belongs to and its last for others; whether there was one.
+bool Pool::take_from(Share &share, uint64_t loop, bool own) {
+    uint64_t left = share.left.load();
+    int64_t begin, end;
+    do {
+        begin = static_cast<int64_t>(left >> bits_of_piece) & most_pieces, end = static_cast<int64_t>(left) & most_pieces;
+        if (left >> 2 * bits_of_piece != loop || begin == end) return false;
+    } while (!share.left.compare_exchange_weak(left, share_of(loop, own ? begin + 1 : begin, own ? end : end - 1)));
+    // This loop goes on until the piece is done, so what is read now is its own.
+    const int64_t piece = own ? begin : end - 1, chunk = chunk_.load(), items = items_.load();
+    const int64_t first = piece * chunk, last = first + chunk < items ? first + chunk : items;
     try {
-        body(context, begin, begin + chunk < items ? begin + chunk : items);
+        body_.load()(context_.load(), first, last);
     } catch (...) {  // one that left a thread would end the process
         failed_ = true;
     }
@@ -78,25 +84,31 @@ bool Pool::take(uint64_t ticket) {
     return true;
 }
 
+bool Pool::take(int thread, uint64_t loop) {
+    const int count = static_cast<int>(shares_.size());
+    for (int i = 0; i < count; ++i)
+        if (take_from(shares_[static_cast<size_t>((thread + i) % count)], loop, i == 0)) return true;
+    return false;
+}
+
 void Pool::run(int64_t items, int64_t chunk, Body body, const void *context) {
-    constexpr int64_t most = UINT32_MAX - 1;
-    if ((items + chunk - 1) / chunk > most) chunk = (items + most - 1) / most;
-    const int64_t pieces = (items + chunk - 1) / chunk;
-    const uint64_t number = (ticket_.load() & ~(one_job - 1)) + one_job;
-    ticket_ = number | UINT32_MAX;  // closed, so that nobody takes half of what is written next
-    body_ = body;
+    if ((items + chunk - 1) / chunk > most_pieces) chunk = (items + most_pieces - 1) / most_pieces;
+    const int64_t pieces = (items + chunk - 1) / chunk, threads = static_cast<int64_t>(shares_.size());
+    const uint64_t loop = (loop_.load() + 1) % most_loops;
+    body_ = body;  // nothing of the loop before is left to take
     context_ = context;
     items_ = items;
     chunk_ = chunk;
-    pieces_ = static_cast<uint32_t>(pieces);
     finished_ = 0;
     failed_ = false;
-    ticket_ = number;
+    for (int64_t i = 0; i < threads; ++i)
+        shares_[static_cast<size_t>(i)].left = share_of(loop, pieces * i / threads, pieces * (i + 1) / threads);
+    loop_ = loop;
     if (asleep_.load() > 0) {
         const std::lock_guard<std::mutex> lock(mutex_);
         wake_.notify_all();
     }
-    while (take(ticket_.load())) {
+    while (take(0, loop)) {
     }
     const auto done = [&] { return finished_.load() == pieces; };
     while (!done()) {
@@ -108,15 +120,16 @@ void Pool::run(int64_t items, int64_t chunk, Body body, const void *context) {
 void Pool::sleep(uint64_t seen) {
     std::unique_lock<std::mutex> lock(mutex_);
     asleep_.fetch_add(1);
-    wake_.wait(lock, [&] { return stopping_.load() || ticket_.load() != seen; });
+    wake_.wait(lock, [&] { return stopping_.load() || loop_.load() != seen; });
     asleep_.fetch_sub(1);
 }
 
-void Pool::work() {
+void Pool::work(int thread) {
     while (!stopping_) {
-        uint64_t seen = ticket_.load();
-        while (take(seen)) seen = ticket_.load();
-        const auto news = [&] { return stopping_.load() || ticket_.load() != seen; };
+        const uint64_t seen = loop_.load();
+        while (take(thread, seen)) {
+        }
+        const auto news = [&] { return stopping_.load() || loop_.load() != seen; };
         if (!look(news)) sleep(seen);
     }
 }

@@ -1,7 +1,9 @@
 // Threads that share the items of one loop after another: the engine's own, beside torch's OpenMP.
 //
-// A worker looks for work for a short while and then sleeps, so an engine between two steps takes no processor. Nobody
-// waits for a worker that holds no item: where another process has taken a core, the others go on without it.
+// Each thread has a share of its own, consecutive items that it takes from the front, so that what they read is one
+// stream; who has done with its share takes from the backs of the others'. A worker looks for work for a short while
+// and then sleeps, so an engine between two steps takes no processor. Nobody waits for a worker that holds no item:
+// where another process has taken a core, the others go on without it.
 #pragma once
 
 #include <atomic>
@@ -44,17 +46,24 @@ public:
     };
 
 private:
-    void work();
-    bool take(uint64_t ticket);
-    bool has_work(uint64_t ticket) const;
+    // Pieces of one thread that nobody has taken yet, of the loop with this number: 24 bits, and 20 for the first and for
+    // what is behind the last. Whoever takes one changes all three in one go, so that a share of another loop is never
+    // taken for this one's.
+    struct alignas(64) Share {
+        std::atomic<uint64_t> left{0};
+    };
+
+    void work(int thread);
+    bool take(int thread, uint64_t loop);
+    bool take_from(Share &share, uint64_t loop, bool own);
     void sleep(uint64_t seen);
 
-    // What to do, valid while `ticket_` holds its number in the upper half; the next piece is in the lower half.
+    // What to do in the loop of this number.
     std::atomic<Body> body_{nullptr};
     std::atomic<const void *> context_{nullptr};
     std::atomic<int64_t> items_{0}, chunk_{1};
-    std::atomic<uint32_t> pieces_{0};
-    alignas(64) std::atomic<uint64_t> ticket_{0};
+    std::vector<Share> shares_;
+    alignas(64) std::atomic<uint64_t> loop_{0};
     alignas(64) std::atomic<int64_t> finished_{0};  // pieces
     std::atomic<bool> failed_{false};
     alignas(64) std::atomic<int> asleep_{0};

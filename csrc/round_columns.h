@@ -90,23 +90,32 @@ inline void best_of_shares(const Columns *x, int64_t group, Scales &best) {
     }
 }
 
-inline void find_scales(const Columns *x, int64_t group, bool four_bits, Scales &scales) {
+// The least and the largest number of so many bits; of eight, as many to both sides.
+struct Range {
+    float low, high;
+};
+inline Range range_of(int bits) {
+    const float end = static_cast<float>(1 << (bits - 1));
+    return {bits == 8 ? 1.0f - end : -end, end - 1.0f};
+}
+
+inline void find_scales(const Columns *x, int64_t group, int bits, Scales &scales) {
     float most[strip_outputs];
     largest(x, group, most);
     for (int o = 0; o < strip_outputs; ++o) {
         const float magnitude = float_of(bits_of(most[o]) & 0x7fffffffu);
         // A little larger, so that rounding it to fp16 does not put the largest weight out of reach.
         const float over_all = most[o] == 0.0f ? 0.0f : magnitude / 127.0f * (1.0f + 0x1p-11f) + 0x1p-25f;
-        set_scale(scales, o, in_fp16(four_bits ? most[o] / -8.0f : over_all));
+        set_scale(scales, o, in_fp16(bits == 8 ? over_all : most[o] / range_of(bits).low));
     }
-    if (four_bits) best_of_shares(x, group, scales);
+    if (bits == 4) best_of_shares(x, group, scales);
 }
 
 // Whole numbers of one input, plus an offset; the offset where there is no number.
-inline void whole_numbers(const float *x, const Scales &scales, float low, float high, int32_t offset, int32_t *out) {
+inline void whole_numbers(const float *x, const Scales &scales, Range range, int32_t offset, int32_t *out) {
     float values[strip_outputs];
     for (int64_t o = 0; o < strip_outputs; o += Vec::lanes)
-        store(values + o, nearest(load(x + o), load(scales.inverse + o), low, high));
+        store(values + o, nearest(load(x + o), load(scales.inverse + o), range.low, range.high));
     for (int o = 0; o < strip_outputs; ++o)
         out[o] = (values[o] == values[o] ? static_cast<int32_t>(values[o]) : 0) + offset;
 }

@@ -8,7 +8,7 @@ from torch import Tensor
 from moesaic.kernels import blocks
 from moesaic.kernels.blocks import PackedMatrices
 
-KINDS = ["fp32", "bf16", "fp8", "mxfp4", *(f"int{bits}/{group}" for bits in (8, 4) for group in blocks.GROUPS)]
+KINDS = ["fp32", "bf16", "fp8", "mxfp4", *(f"int{bits}/{group}" for bits in (8, 6, 4) for group in blocks.GROUPS)]
 
 
 @cache
@@ -37,7 +37,7 @@ def packed_and_weights(kind: str, outputs: int, inputs: int, paired: bool) -> tu
         return blocks.pack_mxfp4(codes, exponents, paired=paired), _scaled(
             values, 2.0 ** (exponents.float() - 127), size
         )
-    bits = 8 if name == "int8" else 4
+    bits = next(bits for bits, each in blocks.INTS.items() if each == name)
     most = 2 ** (bits - 1)
     numbers = torch.randint(-most + (bits == 8), most, shape, generator=generator, dtype=torch.int8)
     scales = (torch.rand(3, outputs, num_groups, generator=generator) + 0.1).half().float()

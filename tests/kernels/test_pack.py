@@ -19,7 +19,7 @@ from moesaic.kernels import native_packing  # noqa: E402
 _native = native._native
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
-INTS = [(bits, group) for bits in (8, 4) for group in blocks.GROUPS]
+INTS = [(bits, group) for bits in (8, 6, 4) for group in blocks.GROUPS]
 # outputs, inputs, paired: one, primes, whole strips and blocks, one more and one less
 SIZES = [
     (1, 1, False),
@@ -139,7 +139,7 @@ def test_what_is_not_finite_stays_in_its_group(poison: float, isa: str) -> None:
     weight = torch.randn(1, 40, 100)
     weight[0, 33, 70] = poison
     assert bool(blocks.unpack(native_packing.pack_floats(weight, "bf16"))[0, 33, 70].isnan() == (poison != poison))
-    for bits in (8, 4):
+    for bits in (8, 6, 4):
         found = blocks.unpack(native_packing.pack_rounded(weight, bits, group=32))
         wanted = blocks.unpack(rounded(weight, bits, 32, False))
         assert torch.equal(found.isfinite(), wanted.isfinite()) and torch.equal(found.isnan(), wanted.isnan())

@@ -98,7 +98,7 @@ def test_what_is_not_finite_shows(kind: str, poison: float, isa: str) -> None:
 
 
 def test_what_cannot_be_packed_is_refused() -> None:
-    with pytest.raises(ConfigError, match="weight format 'int3'; known: fp32, bf16, fp8, int8, int4, mxfp4"):
+    with pytest.raises(ConfigError, match="weight format 'int3'; known: fp32, bf16, fp8, int8, int6, int4, mxfp4"):
         PackedShape(format="int3", outputs=1, inputs=1)  # pyright: ignore[reportArgumentType]
     with pytest.raises(ConfigError, match="group=48; use one of 32, 64, 128"):
         PackedShape(format="int4", outputs=1, inputs=1, group=48)

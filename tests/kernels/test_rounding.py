@@ -36,7 +36,7 @@ def test_four_bits_lose_less_than_by_the_largest_magnitude_alone(group):
     assert errors.sum() < 0.95 * plain_error.sum()
 
 
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("bits", [4, 6, 8])
 def test_what_was_rounded_stays(bits):
     weight = torch.randn(5, 96, generator=torch.Generator().manual_seed(2))
     once = dequantized(round_to_ints(weight, bits, 32), 32)
@@ -46,7 +46,7 @@ def test_what_was_rounded_stays(bits):
 def test_zeros_and_what_is_too_large_for_half_floats():
     weight = torch.zeros(2, 64)
     weight[1, 3] = 1e9
-    for bits in (4, 8):
+    for bits in (4, 6, 8):
         rounded = dequantized(round_to_ints(weight, bits, 32), 32)
         assert torch.equal(rounded[0], torch.zeros(64)) and rounded.isfinite().all()
         assert rounded[1, 3] > 5e5

@@ -22,8 +22,8 @@ class Precision:
     """bits: of projections; None: as the files have them. experts_bits: of routed experts; None: `bits`.
 
     dtype: of what is not rounded, fp32 or bf16; None: as the files have it (other formats become fp32).
-    The head has 8 bits where others have 4 or 8, and so have matrices that heads read one by one (MLA). Routers, norms
-    and embeddings are never rounded. Raises ConfigError for other bits or another dtype.
+    The head has 8 bits where others have 8, and 6 where they have 4; matrices that heads read one by one (MLA) have 8.
+    Routers, norms and embeddings are never rounded. Raises ConfigError for other bits or another dtype.
     """
 
     bits: Bits | None = None
@@ -43,7 +43,7 @@ class Precision:
 
     @property
     def of_head(self) -> Bits | None:
-        return None if self.bits is None else 8
+        return 6 if self.bits == 4 else self.bits
 
 
 @dataclass

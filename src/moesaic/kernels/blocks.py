@@ -3,6 +3,7 @@
 E experts, O outputs, I inputs, G groups of inputs that share a scale, S strips of 32 outputs, N blocks of a strip.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, get_args
 
@@ -12,9 +13,12 @@ from torch.nn.functional import pad
 
 from moesaic.checks import require
 from moesaic.config.activation import Activation
+from moesaic.kernels.rounding import Bits
 
-Format = Literal["fp32", "bf16", "fp8", "int8", "int4", "mxfp4"]
+Format = Literal["fp32", "bf16", "fp8", "int8", "int6", "int4", "mxfp4"]
 FORMATS: tuple[Format, ...] = get_args(Format)
+INTS: Mapping[Bits, Format] = {4: "int4", 6: "int6", 8: "int8"}
+"""The format of whole numbers of so many bits."""
 GROUPS = (32, 64, 128)
 STRIP = 32
 FP8_BLOCK, MXFP4_GROUP = 128, 32
@@ -26,7 +30,7 @@ E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -
 class PackedShape:
     """One matrix [outputs, inputs] in a format.
 
-    group: inputs that share a scale, in int8 and int4. paired: the matrix holds gate and then up, [2F, inputs], and a
+    group: inputs that share a scale, in int8, int6 and int4. paired: the matrix holds gate and then up, [2F, inputs], and a
     strip holds 16 outputs of each, so that whoever multiplies has both at hand.
     Raises ConfigError for an unknown format or group, and for paired outputs of an odd number.
     """
@@ -65,7 +69,7 @@ class PackedShape:
     @property
     def num_bytes(self) -> int:
         """What a packed matrix takes, scales and padding included: a multiple of 64."""
-        bits = {"fp32": 32, "bf16": 16, "int4": 4, "mxfp4": 4}.get(self.format, 8)
+        bits = {"fp32": 32, "bf16": 16, "int6": 6, "int4": 4, "mxfp4": 4}.get(self.format, 8)
         scales = 64 if self.scale_group else 0
         return self.num_strips * self.num_blocks * (scales + STRIP * self.block * bits // 8)
 
@@ -116,20 +120,21 @@ def pack_floats(weight_EOI: Tensor, format_: Literal["fp32", "bf16"], *, paired:
 
 
 def pack_ints(
-    values_EOI: Tensor, scales_EOG: Tensor, bits: Literal[4, 8], *, group: int, paired: bool = False
+    values_EOI: Tensor, scales_EOG: Tensor, bits: Bits, *, group: int, paired: bool = False
 ) -> PackedMatrices:
     """Whole numbers (int8, of `bits` bits) times a scale, rounded to fp16, for each `group` of inputs."""
     outputs, inputs = values_EOI.shape[1:]
-    shape = PackedShape(
-        format="int8" if bits == 8 else "int4", outputs=outputs, inputs=inputs, group=group, paired=paired
-    )
+    shape = PackedShape(format=INTS[bits], outputs=outputs, inputs=inputs, group=group, paired=paired)
     offset = 1 << (bits - 1)
     unsigned = (_in_strips(values_EOI.short(), shape) + offset).to(torch.uint8)
     scales = _bytes_of(_in_strips(scales_EOG.half(), shape, group).transpose(2, 3))  # [E, S, N, 64]
     if bits == 8:
         numbers = unsigned.unflatten(-1, (shape.num_blocks, -1, 4)).permute(0, 1, 3, 4, 2, 5)
     else:
-        numbers = _halves(unsigned.unflatten(-1, (shape.num_blocks, -1, 2, 4)))
+        numbers = _halves((unsigned & 15).unflatten(-1, (shape.num_blocks, -1, 2, 4)))
+    if bits == 6:
+        upper = _quarters((unsigned >> 4).unflatten(-1, (shape.num_blocks, -1, 4, 4)))
+        numbers = torch.cat((numbers, upper), dim=3)
     return _joined(scales, numbers, shape)
 
 
@@ -183,6 +188,9 @@ def _numbers(blocks: Tensor, shape: PackedShape) -> tuple[Tensor, Tensor]:
     scales = head.contiguous().view(torch.float16).float().transpose(2, 3)
     if shape.format == "int4":
         return _whole(body, shape).float() - 8, scales
+    if shape.format == "int6":
+        lower, upper = body.split((body.shape[-1] * 2 // 3, body.shape[-1] // 3), dim=-1)
+        return (_whole(lower, shape) | _of_quarters(upper) << 4).float() - 32, scales
     quads = body.unflatten(-1, (-1, STRIP, 4)).permute(0, 1, 4, 2, 3, 5)
     return quads.flatten(3).float() - 128, scales
 
@@ -197,6 +205,18 @@ def _whole(body: Tensor, shape: PackedShape) -> Tensor:
     """The inverse of `_halves`, [E, S, 32, inputs]."""
     both = body.unflatten(-1, (-1, STRIP, 4)).permute(0, 1, 4, 2, 3, 5)
     return torch.stack((both & 15, both >> 4), dim=-2).flatten(3)
+
+
+def _quarters(numbers: Tensor) -> Tensor:
+    """[E, S, 32, N, n, 4, 4] of two bits as [E, S, N, n, 32, 4] bytes: the first four in the lowest."""
+    shifted = [part << 2 * index for index, part in enumerate(numbers.unbind(-2))]
+    return (shifted[0] | shifted[1] | shifted[2] | shifted[3]).permute(0, 1, 3, 4, 2, 5)
+
+
+def _of_quarters(upper: Tensor) -> Tensor:
+    """The inverse, [E, S, 32, inputs]."""
+    all_four = upper.unflatten(-1, (-1, STRIP, 4)).permute(0, 1, 4, 2, 3, 5)
+    return torch.stack([all_four >> 2 * index & 3 for index in range(4)], dim=-2).flatten(3)
 
 
 def _joined(head: Tensor, numbers: Tensor, shape: PackedShape) -> PackedMatrices:

@@ -11,8 +11,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from moesaic.kernels.blocks import Format, PackedMatrices, PackedShape
+from moesaic.kernels.blocks import INTS, Format, PackedMatrices, PackedShape
 from moesaic.kernels.native import _array, _native, _threads
+from moesaic.kernels.rounding import Bits
 
 Parts = Tensor | Sequence[Tensor]
 
@@ -25,19 +26,19 @@ def pack_floats(
 
 
 def pack_rounded(
-    weight_EOI: Parts, bits: Literal[4, 8], *, group: int, paired: bool = False, out: Tensor | None = None
+    weight_EOI: Parts, bits: Bits, *, group: int, paired: bool = False, out: Tensor | None = None
 ) -> PackedMatrices:
     """What blocks.pack_ints makes of rounding.round_to_ints, in one pass; weights are fp32, bf16 or fp16.
 
     Groups with NaN have a scale of NaN.
     """
-    return _pack(weight_EOI, (), "int8" if bits == 8 else "int4", group, paired, out)
+    return _pack(weight_EOI, (), INTS[bits], group, paired, out)
 
 
 def pack_ints(
     values_EOI: Parts,
     scales_EOG: Parts,
-    bits: Literal[4, 8],
+    bits: Bits,
     *,
     group: int,
     paired: bool = False,
@@ -45,7 +46,7 @@ def pack_ints(
 ) -> PackedMatrices:
     """See blocks.pack_ints."""
     scales = [scales.half() for scales in _parts(scales_EOG)]
-    return _pack(values_EOI, scales, "int8" if bits == 8 else "int4", group, paired, out)
+    return _pack(values_EOI, scales, INTS[bits], group, paired, out)
 
 
 def pack_mxfp4(

@@ -4,13 +4,14 @@ I inputs, G groups.
 """
 
 from collections.abc import Callable
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-Bits = Literal[4, 8]
-BITS: tuple[Bits, ...] = get_args(Bits)
+Bits = Literal[4, 6, 8]
+BITS: tuple[Bits, ...] = (4, 8)
+"""What models are rounded to; six bits are for the engine's heads, and no file has them."""
 GROUP = 32
 """Inputs that share a scale where nobody says how many."""
 
@@ -32,8 +33,9 @@ def round_to_ints(weight: Tensor, bits: Bits, group: int, *, in_bf16: bool = Fal
 
     in_bf16: only such scales as bf16 holds, too, for files that store them so.
 
-    8 bits: -127 to 127, the largest magnitude at an end. 4 bits: -8 to 7, the largest magnitude at -8 (so a scale may
-    be negative), or a somewhat smaller scale where the squared error of the group is then less.
+    8 bits: -127 to 127, the largest magnitude at an end. 6 and 4 bits: -32 to 31 and -8 to 7, the largest magnitude at
+    the lower end (so a scale may be negative); in 4 bits a somewhat smaller scale where the squared error of the group
+    is then less.
     """
     inputs = weight.shape[-1]
     groups = -(-inputs // group)
@@ -64,10 +66,16 @@ _Storable = Callable[[Tensor], Tensor]
 def _whole_range(groups: Tensor, bits: Bits, storable: _Storable) -> Tensor:
     """Scales [..., G] of groups [..., G, group], in fp32 and as they will be stored."""
     largest = groups.gather(-1, groups.abs().argmax(-1, keepdim=True))[..., 0]
-    if bits == 4:
-        return storable(largest / -8)
+    if bits != 8:
+        return storable(largest / _range(bits)[0])
     # A little larger, so that rounding it to fp16 does not put the largest weight out of reach.
     return storable(torch.where(largest == 0, 0.0, largest.abs() / 127 * (1 + 2**-11) + 2**-25))
+
+
+def _range(bits: Bits) -> tuple[int, int]:
+    """The least and the largest number; of eight bits, as many to both sides."""
+    end = 1 << (bits - 1)
+    return (1 - end if bits == 8 else -end), end - 1
 
 
 def _in_fp16(scales: Tensor) -> Tensor:
@@ -82,8 +90,7 @@ def _in_both(scales: Tensor) -> Tensor:
 
 def _nearest(groups: Tensor, scales: Tensor, bits: Bits, out: Tensor | None = None) -> Tensor:
     inverse = torch.where(scales == 0, 0.0, 1.0 / scales)[..., None]
-    low, high = (-127, 127) if bits == 8 else (-8, 7)
-    return torch.mul(groups, inverse, out=out).round_().clamp_(low, high)
+    return torch.mul(groups, inverse, out=out).round_().clamp_(*_range(bits))
 
 
 def _best_of_shares(groups: Tensor, scales: Tensor, storable: _Storable) -> Tensor:
