@@ -16,6 +16,17 @@
 
 namespace moesaic::MOESAIC_ISA {
 
+// Asks for what is read from memory once, so far ahead: left alone the processor looks ahead to the end of 4 KB, and
+// not while it computes from its first cache. What lies behind the last weights is asked for in vain, which is allowed.
+MOESAIC_INLINE void fetch_ahead(const uint8_t *p, int64_t bytes) {
+#if defined(__GNUC__)
+    constexpr int64_t ahead = 4096;
+    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(p + ahead + i);
+#else
+    (void)p, (void)bytes;
+#endif
+}
+
 #if defined(__AVX512F__)
 
 constexpr int row_tile = 6;  // rows whose sums fit the registers beside the weights

@@ -41,6 +41,7 @@ template <int R, class G>
 void add_groups(const uint8_t *strip, int64_t strip_g0, int64_t g0, int64_t g1, const PackedShape &shape,
                 const PackedRows &rows, int64_t row, float *sums) {
     const int64_t stride = shape.row_stride(), apart = rows.groups_apart;
+    const bool reads_memory = G::in_memory && row == 0;  // later rows find the strip in the cache
     const int8_t *x = static_cast<const int8_t *>(rows.values) + row * stride;
     const float *row_scales = rows.scales + row;
     const int32_t *starts = rows.starts + row;
@@ -49,6 +50,7 @@ void add_groups(const uint8_t *strip, int64_t strip_g0, int64_t g0, int64_t g1, 
         Floats total[R];
         for (int r = 0; r < R; ++r) total[r] = g0 ? floats_at(sums + r * strip_outputs + first) : zeros();
         for (int64_t g = g0; g < g1; ++g) {
+            if (reads_memory && first == 0) G::fetch_group_ahead(strip, g - strip_g0);
             Ints group_sums[R];
             for (int r = 0; r < R; ++r) group_sums[r] = ints(starts[g * apart + r]);
             dot_group<R, G>(group_sums, G::numbers(strip, g - strip_g0) + 4 * first, x + g * G::size, stride);
@@ -62,7 +64,8 @@ void add_groups(const uint8_t *strip, int64_t strip_g0, int64_t g0, int64_t g1, 
 // Groups g0 to g1 as bytes with scales as floats; signed: without the offset.
 template <class G, bool is_signed>
 void widen(const uint8_t *strip, int64_t g0, int64_t g1, uint8_t *to) {
-    for (int64_t g = g0; g < g1; ++g, to += G::wide_bytes)
+    for (int64_t g = g0; g < g1; ++g, to += G::wide_bytes) {
+        G::fetch_group_ahead(strip, g);
         for (int64_t first = 0; first < strip_outputs; first += pass_outputs) {
             store(reinterpret_cast<float *>(to) + first, G::scales(strip, g, first));
             const uint8_t *w = G::numbers(strip, g) + 4 * first;
@@ -88,6 +91,7 @@ void widen(const uint8_t *strip, int64_t g0, int64_t g1, uint8_t *to) {
                 }
             }
         }
+    }
 }
 
 template <Format F, int64_t group>

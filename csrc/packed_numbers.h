@@ -112,9 +112,13 @@ struct Groups {
     static constexpr int64_t block_groups = !wide && F == Format::mxfp4 ? 2 : 1;
     static constexpr int64_t head_bytes = wide ? 4 * strip_outputs : 64;
     static constexpr int64_t block_bytes = head_bytes + block_groups * number_bytes;
+    static constexpr bool in_memory = !wide;
 
     static MOESAIC_INLINE const uint8_t *numbers(const uint8_t *strip, int64_t g) {
         return strip + g / block_groups * block_bytes + head_bytes + g % block_groups * number_bytes;
+    }
+    static MOESAIC_INLINE void fetch_group_ahead(const uint8_t *strip, int64_t g) {
+        fetch_ahead(strip + g * (block_bytes / block_groups), block_bytes / block_groups);
     }
     static MOESAIC_INLINE Floats scales(const uint8_t *strip, int64_t g, int64_t first_output) {
         const uint8_t *head = strip + g / block_groups * block_bytes;
