@@ -32,8 +32,10 @@ struct Sums {
 };
 
 template <int R>
-MOESAIC_INLINE void add_floats(Sums<R> &sums, const float *w, int64_t inputs, const float *x, int64_t stride) {
+MOESAIC_INLINE void add_floats(Sums<R> &sums, const float *w, int64_t inputs, const float *x, int64_t stride,
+                               bool reads_memory) {
     for (int64_t k = 0; k < inputs; ++k, w += strip_outputs) {
+        if (reads_memory) fetch_ahead(reinterpret_cast<const uint8_t *>(w), 4 * strip_outputs);
         Vec ws[together];
         for (int i = 0; i < together; ++i) ws[i] = load(w + i * Vec::lanes);
         for (int r = 0; r < R; ++r) sums.add(ws, r, set(x[r * stride + k]));
@@ -50,7 +52,8 @@ void floats_times_rows(const float *strip, const PackedShape &shape, const Packe
                 float *kept = sums + row * strip_outputs + first;
                 Sums<decltype(count)::value> total;
                 total.begin(k ? kept : nullptr);
-                add_floats(total, strip + k * strip_outputs + first, inputs - k < step ? inputs - k : step, x, stride);
+                add_floats(total, strip + k * strip_outputs + first, inputs - k < step ? inputs - k : step, x, stride,
+                           row == 0 && first == 0);
                 total.keep(kept);
             }
         });
@@ -90,7 +93,7 @@ void fp8_times_rows(const uint8_t *strip, const PackedShape &shape, const Packed
                 Sums<R> of_block, total;
                 of_block.begin(nullptr);
                 if (at_once) add_e4m3(of_block, strip + 64, x, stride);
-                else add_floats(of_block, wide + first, piece, x, stride);
+                else add_floats(of_block, wide + first, piece, x, stride, false);
                 total.begin(k ? kept : nullptr);
                 for (int i = 0; i < together; ++i) {
                     float scale;  // one for each half of the strip

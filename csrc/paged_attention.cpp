@@ -13,7 +13,7 @@ namespace moesaic::MOESAIC_ISA {
 namespace {
 
 constexpr int64_t rows_together = 64;  // queries that share a tile: they and their sums stay in the nearest caches
-constexpr int64_t grain = 1 << 18;     // multiplications below which waking a second thread costs more than it saves
+constexpr int64_t grain = 1 << 15;     // multiplications below which waking a second thread costs more than it saves
 enum Slot { stretches_slot = 3, rows_slot, tile_slot };  // those of attention.cpp, which never runs at the same time
 
 // Tokens in a row that follow each other in their sequence, too.
