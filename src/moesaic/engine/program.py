@@ -142,6 +142,7 @@ def _lower_ahead(build: Builder, depth: int, before: int) -> None:
     """norm(layer(M [norm(residual); norm(h^(depth - 1))])), as models/mtp.py defines it. before: of `_kept`."""
     config, size, name = build.config, build.config.hidden_size, f"mtp.{depth - 1}"
     layer, index = config.mtp[depth - 1], len(config.layers) + depth - 1
+    assert layer.hyper_connection is None, "residual streams would have to be normed and projected each for itself"
     label, both = Label("further tokens", index), build.buffer("embedding and hidden state", 2 * size)
     hidden = both.after(size)
     build.norm(label, layer.norm, f"{name}.embedding_norm", build.residual, both, size)

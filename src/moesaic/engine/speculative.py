@@ -70,8 +70,9 @@ def draft(engine: Engine, texts: Sequence[tuple[Text, Sequence[int]]]) -> list[l
                 f"a text of {len(token_ids)} tokens of which {text.length} were run; run all but the newest"
             )
     drafts: list[list[int]] = [[] for _ in texts]
+    num_layers = engine.program.num_ahead if texts else 0
     try:
-        for depth in range(1, engine.program.num_ahead + 1):
+        for depth in range(1, num_layers + 1):
             new = [
                 (text, _from(text.ahead.get(depth, 0) + depth, token_ids, drafted))
                 for (text, token_ids), drafted in zip(texts, drafts, strict=True)
@@ -144,7 +145,7 @@ def _write(engine: Engine, texts: list[_Written], on_token: Callable[[int, int],
 def _first_logits(engine: Engine, texts: list[_Written]) -> Sequence[Tensor]:
     """Of each text's last token, [1, V]."""
     steps = in_steps([(each.text, each.token_ids) for each in texts])
-    return [row for pieces in steps for row in engine.step(pieces).split(1)]
+    return [logits_V[None] for pieces in steps for logits_V in engine.step(pieces)]
 
 
 def _next_logits(engine: Engine, texts: list[_Written]) -> tuple[list[list[int]], Sequence[Tensor]]:
