@@ -1,4 +1,5 @@
-// Steps of attention: what each head multiplies for itself, and queries that meet what is cached.
+// Steps of attention: what each head multiplies for itself, queries that meet what is cached, and rows that are cached
+// for another section.
 #include "bind_program.h"
 #include "scratch.h"
 
@@ -13,6 +14,16 @@ using ShapeTuple = std::tuple<int64_t, int64_t, int64_t, bool>;
 PagedCache cache_of(const ShapeTuple &shape) {
     const auto &[groups, key_dim, value_dim, shared] = shape;
     return {nullptr, nullptr, false, 0, groups, key_dim, value_dim, shared};
+}
+
+// Program::set_caches hands over the memory of the cache of this number, of which the shape is known from now on.
+void add_cache(Program &program, int64_t number, const PagedCache &shape) {
+    program.caches().resize(std::max(program.caches().size(), static_cast<size_t>(number) + 1));
+    program.caches()[static_cast<size_t>(number)] = shape;
+}
+
+PagedTokens tokens_of(const Batch &batch) {
+    return {batch.tokens, batch.positions, batch.text_of, batch.tables, batch.table_width};
 }
 
 // Each head's matrix times `inputs` floats of each row, every `stride` of them; results every `step` floats.
@@ -64,15 +75,50 @@ void attend(Program &program, const Label &label, Place queries, Place keys, Pla
     program.add_step({label.part, label.layer, to.buffer, to.offset, heads * shape.value_dim,
                       [=](const Batch &batch, Program &p) {
         const PagedCache &cache = p.caches().at(static_cast<size_t>(number));
-        const PagedTokens tokens = {batch.tokens, batch.positions, batch.text_of, batch.tables, batch.table_width};
+        const PagedTokens tokens = tokens_of(batch);
         const PagedSight sight = {heads, window, chunk, scale, floats_or_null(sinks)};
         const RowsOf q = p.rows(queries.buffer, queries.offset), out = p.rows(to.buffer, to.offset);
         const RowsOf k = p.rows(keys.buffer, keys.offset), v = p.rows(values.buffer, values.offset);
         chosen().write_cache(cache, tokens, k.data, k.stride, shape.shared ? nullptr : v.data, v.stride, p.threads());
         chosen().paged_attention(cache, tokens, sight, q.data, q.stride, out.data, out.stride, p.threads());
     }});
-    program.caches().resize(std::max(program.caches().size(), static_cast<size_t>(number) + 1));
-    program.caches()[static_cast<size_t>(number)] = shape;
+    add_cache(program, number, shape);
+}
+
+// A row's first numbers go into a cache that is made as one of shared latents.
+void keep(Program &program, const Label &label, Place from, int64_t number, const ShapeTuple &cache_shape) {
+    const PagedCache shape = cache_of(cache_shape);
+    if (!shape.shared || shape.num_groups != 1) refuse("shape", "is not one row for each token");
+    check_place("source", program, from, shape.key_dim);
+    program.add_step({label.part, label.layer, -1, 0, 0, [=](const Batch &batch, Program &p) {
+        const PagedCache &cache = p.caches().at(static_cast<size_t>(number));
+        const RowsOf rows = p.rows(from.buffer, from.offset);
+        chosen().write_cache(cache, tokens_of(batch), rows.data, rows.stride, nullptr, 0, p.threads());
+    }});
+    add_cache(program, number, shape);
+}
+
+template <class T>
+void take_rows(const PagedCache &cache, const Batch &batch, const RowsOf &to, float multiplier) {
+    for (int64_t t = 0; t < batch.tokens; ++t) {
+        const int64_t position = batch.positions[t], place = position % block_tokens;
+        const int64_t block = batch.tables[batch.text_of[t] * batch.table_width + position / block_tokens];
+        const T *row = static_cast<const T *>(cache.keys) + (block * block_tokens + place) * cache.value_pitch();
+        for (int64_t i = 0; i < cache.key_dim; ++i) to.row(t)[i] = widened(row[i]) * multiplier;
+    }
+}
+
+// What `keep` kept of the same places, times a multiplier.
+void take(Program &program, const Label &label, int64_t number, Place to, float multiplier) {
+    if (number < 0 || number >= static_cast<int64_t>(program.caches().size())) refuse("cache", "is kept by no step");
+    const int64_t size = program.caches()[static_cast<size_t>(number)].key_dim;
+    check_place("target", program, to, size);
+    program.add_step({label.part, label.layer, to.buffer, to.offset, size, [=](const Batch &batch, Program &p) {
+        const PagedCache &cache = p.caches().at(static_cast<size_t>(number));
+        const RowsOf rows = p.rows(to.buffer, to.offset);
+        if (cache.is_bf16) take_rows<bf16>(cache, batch, rows, multiplier);
+        else take_rows<float>(cache, batch, rows, multiplier);
+    }});
 }
 
 // (bytes of keys, bytes of values) of one block.
@@ -83,7 +129,7 @@ std::tuple<int64_t, int64_t> block_bytes(const ShapeTuple &shape, bool in_bf16) 
 }
 
 void set_caches(Program &program, const std::vector<std::tuple<Array, Array>> &layers, bool in_bf16) {
-    if (layers.size() != program.caches().size()) refuse("layers", "are not as many as attend");
+    if (layers.size() != program.caches().size()) refuse("layers", "are not as many as there are caches");
     for (size_t i = 0; i < layers.size(); ++i) {
         const auto &[keys, values] = layers[i];
         PagedCache &cache = program.caches()[i];
@@ -107,8 +153,10 @@ void bind_attention_steps(nb::class_<Program> &program) {
         .def("attend", &attend, nb::arg("label"), nb::arg("queries"), nb::arg("keys"), nb::arg("values"),
              nb::arg("target"), nb::arg("cache"), nb::arg("shape"), nb::arg("heads"), nb::arg("window"),
              nb::arg("chunk"), nb::arg("scale"), nb::arg("sinks").none())
+        .def("keep", &keep, nb::arg("label"), nb::arg("source"), nb::arg("cache"), nb::arg("shape"))
+        .def("take", &take, nb::arg("label"), nb::arg("cache"), nb::arg("target"), nb::arg("multiplier"))
         .def("set_caches", &set_caches, nb::arg("layers"), nb::arg("in_bf16"),
-             "Keys and values, uint8 [blocks, bytes of one], of every layer that attends. They stay the caller's.")
+             "Keys and values, uint8 [blocks, bytes of one], of every cache. They stay the caller's.")
         .def_static("cache_block_bytes", &block_bytes, nb::arg("shape"), nb::arg("in_bf16"));
     program.attr("block_tokens") = block_tokens;
 }

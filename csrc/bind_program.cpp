@@ -8,7 +8,8 @@ namespace moesaic {
 namespace {
 
 Batch check_batch(const Program &program, const Array &token_ids, const Array &positions, const Array &text_of,
-                  const Array &tables, const Array &output_rows, const Array &logits) {
+                  const Array &tables, const Array &output_rows, const Array &logits, int section) {
+    if (section < 0 || section >= program.sections()) refuse("section", "is one that the program does not have");
     check("token_ids", token_ids, {Kind::i64}, {any});
     const int64_t tokens = size(token_ids, 0);
     check("positions", positions, {Kind::i64}, {tokens});
@@ -25,19 +26,19 @@ Batch check_batch(const Program &program, const Array &token_ids, const Array &p
 }
 
 bool run(Program &program, const Array &token_ids, const Array &positions, const Array &text_of, const Array &tables,
-         const Array &output_rows, const Array &logits) {
-    const Batch batch = check_batch(program, token_ids, positions, text_of, tables, output_rows, logits);
+         const Array &output_rows, const Array &logits, int section) {
+    const Batch batch = check_batch(program, token_ids, positions, text_of, tables, output_rows, logits, section);
     nb::gil_scoped_release release;
-    return program.run(batch);
+    return program.run(batch, section);
 }
 
 using Found = std::tuple<std::string, int64_t, int64_t, std::vector<int64_t>>;
 
 std::optional<Found> run_checked(Program &program, const Array &token_ids, const Array &positions, const Array &text_of,
-                                 const Array &tables, const Array &output_rows, const Array &logits) {
-    const Batch batch = check_batch(program, token_ids, positions, text_of, tables, output_rows, logits);
+                                 const Array &tables, const Array &output_rows, const Array &logits, int section) {
+    const Batch batch = check_batch(program, token_ids, positions, text_of, tables, output_rows, logits, section);
     nb::gil_scoped_release release;
-    const NotFinite found = program.run_checked(batch);
+    const NotFinite found = program.run_checked(batch, section);
     if (found.row < 0) return {};
     return Found{found.part, found.layer, found.row, found.experts};
 }
@@ -65,10 +66,13 @@ void bind_program(nb::module_ &m) {
     program.def(nb::init<int>(), nb::arg("threads"))
         .def("buffer", &Program::add_buffer, nb::arg("width"), "A buffer of rows; its number.")
         .def("widen", &Program::widen, nb::arg("buffer"), nb::arg("width"), "Make its rows no narrower than this.")
+        .def("begin_section", &Program::begin_section,
+             "Steps belong to a new section from now on, which runs by itself; its number. The first is 0.")
         .def("run", &run, nb::arg("token_ids"), nb::arg("positions"), nb::arg("text_of"), nb::arg("tables"),
-             nb::arg("output_rows"), nb::arg("logits"), "Writes the logits; whether all of them are finite.")
+             nb::arg("output_rows"), nb::arg("logits"), nb::arg("section") = 0,
+             "Writes the logits; whether all of them are finite.")
         .def("run_checked", &run_checked, nb::arg("token_ids"), nb::arg("positions"), nb::arg("text_of"),
-             nb::arg("tables"), nb::arg("output_rows"), nb::arg("logits"),
+             nb::arg("tables"), nb::arg("output_rows"), nb::arg("logits"), nb::arg("section") = 0,
              "As run; the part, layer, row and experts of the first number that is not finite, or None.")
         .def("times", &times, "Part, layer and seconds of every step since `reset_times`.")
         .def("reset_times", &Program::reset_times)

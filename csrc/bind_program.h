@@ -3,6 +3,7 @@
 
 #include <nanobind/stl/tuple.h>
 
+#include <cstring>
 #include <tuple>
 
 #include "packed_checks.h"
@@ -30,6 +31,14 @@ struct Label {
     std::string part;
     int64_t layer = -1;
 };
+
+inline float widened(float x) { return x; }
+inline float widened(bf16 x) {
+    const uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
+    float value;
+    std::memcpy(&value, &bits, 4);
+    return value;
+}
 
 inline const float *floats_or_null(const std::optional<Array> &array) {
     return array ? data<float>(*array) : nullptr;

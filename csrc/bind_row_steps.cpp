@@ -10,14 +10,6 @@ namespace {
 
 constexpr int wanted_slot = 26, gates_slot = 27;
 
-float widened(float x) { return x; }
-float widened(bf16 x) {
-    const uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
-    float value;
-    std::memcpy(&value, &bits, 4);
-    return value;
-}
-
 template <class T>
 void look_up(const T *table, const int64_t *ids, const RowsOf &to, int64_t tokens, int64_t size, float multiplier) {
     for (int64_t t = 0; t < tokens; ++t)

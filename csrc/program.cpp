@@ -48,6 +48,17 @@ RowsOf Program::rows(int buffer, int64_t offset) {
     return {found.memory + offset, found.width};
 }
 
+int Program::begin_section() {
+    starts_.push_back(steps_.size());
+    return sections() - 1;
+}
+
+Program::Steps Program::steps_of(int section) {
+    const auto number = static_cast<size_t>(section);
+    const size_t end = number + 1 < starts_.size() ? starts_[number + 1] : steps_.size();
+    return {steps_.data() + starts_.at(number), steps_.data() + end};
+}
+
 int64_t Program::bytes() const {
     int64_t floats = 0;
     for (const Buffer &buffer : buffers_) floats += buffer.width * room_;
@@ -91,12 +102,12 @@ void Program::check(const Batch &batch, int64_t texts, int64_t logits) const {
         require(batch.tables[i] >= 0 && batch.tables[i] < blocks, "tables name blocks that the caches do not have");
 }
 
-bool Program::run(const Batch &batch) {
+bool Program::run(const Batch &batch, int section) {
     using Clock = std::chrono::steady_clock;
     make_room(batch.tokens);
     const Pool::Scope on_own_threads(pool_);
     auto before = Clock::now();
-    for (Step &step : steps_) {
+    for (Step &step : steps_of(section)) {
         step.run(batch, *this);
         const auto after = Clock::now();
         step.seconds += std::chrono::duration<double>(after - before).count();
@@ -109,10 +120,10 @@ bool Program::run(const Batch &batch) {
     return fine;
 }
 
-NotFinite Program::run_checked(const Batch &batch) {
+NotFinite Program::run_checked(const Batch &batch, int section) {
     make_room(batch.tokens);
     const Pool::Scope on_own_threads(pool_);
-    for (Step &step : steps_) {
+    for (Step &step : steps_of(section)) {
         step.run(batch, *this);
         if (step.buffer < 0) continue;
         const RowsOf written = rows(step.buffer);

@@ -1,4 +1,5 @@
-// A model as a list of steps over buffers of rows: what the engine runs once for every batch of tokens.
+// A model as a list of steps over buffers of rows: what the engine runs once for every batch of tokens. Layers beside
+// the model itself are further sections of the list, each of which runs by itself.
 //
 // Whoever builds a program (engine/lower) says which buffers a step reads and writes; the steps know no model. All of
 // a batch's tokens go through each step together, whether they belong to a prompt or are the newest of their text.
@@ -74,6 +75,9 @@ public:
     int64_t width(int buffer) const { return buffers_.at(static_cast<size_t>(buffer)).width; }
     RowsOf rows(int buffer, int64_t offset = 0);
     void add_step(Step step) { steps_.push_back(std::move(step)); }
+    // Steps belong to a new section from now on; its number. The first is 0.
+    int begin_section();
+    int sections() const { return static_cast<int>(starts_.size()); }
 
     // Token ids must be below `vocab`, and positions below `positions`; the least that was said holds.
     void limit_vocab(int64_t vocab) { vocab_ = vocab < vocab_ ? vocab : vocab_; }
@@ -83,9 +87,9 @@ public:
     void check(const Batch &batch, int64_t texts, int64_t logits) const;
 
     // Whether all logits are finite.
-    bool run(const Batch &batch);
+    bool run(const Batch &batch, int section);
     // The same, looking at what every step wrote: the first that is not finite, or a row of -1.
-    NotFinite run_checked(const Batch &batch);
+    NotFinite run_checked(const Batch &batch, int section);
 
     int threads() const { return pool_.threads(); }
     std::vector<PagedCache> &caches() { return caches_; }
@@ -103,7 +107,14 @@ private:
         void operator()(float *memory) const;
     };
 
+    struct Steps {
+        Step *first, *last;
+        Step *begin() const { return first; }
+        Step *end() const { return last; }
+    };
+
     void make_room(int64_t tokens);
+    Steps steps_of(int section);
 
     Pool pool_;
     int64_t vocab_ = INT64_MAX, positions_ = INT64_MAX, logits_ = 0;
@@ -113,6 +124,7 @@ private:
     std::vector<PagedCache> caches_;
     Choices choices_;
     std::vector<Step> steps_;
+    std::vector<size_t> starts_ = {0};  // of sections
 };
 
 }  // namespace moesaic

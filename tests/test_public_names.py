@@ -13,7 +13,7 @@ import moesaic
 SIGNATURES = {
     "Engine": (
         "(path_or_model, *, bits=None, experts_bits=None, dtype=None, threads=None, max_length=None, "
-        "cache_in_bf16=None, packed_file=None)"
+        "cache_in_bf16=None, packed_file=None, mtp=False)"
     ),
     "load": "(path_or_preset, *, dtype=None, device='cpu', allow_extra=False)",
     "save": "(model, folder, *, tokenizer=None, max_shard_bytes=5000000000)",

@@ -291,6 +291,10 @@ class ModelConfig:
         """What gradients reach, without the layers that predict further tokens."""
         return (tensor for tensor in self._main_tensors() if tensor.is_parameter)
 
+    def mtp_parameters(self) -> Iterator[TensorSpec]:
+        """Those of the layers that predict further tokens."""
+        return (tensor for tensor in self._mtp_tensors() if tensor.is_parameter)
+
     @property
     def total(self) -> int:
         return sum(tensor.numel for tensor in self.parameters())
@@ -307,12 +311,12 @@ class ModelConfig:
     @property
     def mtp_total(self) -> int:
         """The parameters of all layers that predict further tokens; embedding and head are the model's own."""
-        return sum(tensor.numel for tensor in self._mtp_tensors() if tensor.is_parameter)
+        return sum(tensor.numel for tensor in self.mtp_parameters())
 
     @property
     def mtp_active(self) -> int:
         """Those of them that one token uses."""
-        return sum(tensor.active_numel for tensor in self._mtp_tensors() if tensor.is_parameter)
+        return sum(tensor.active_numel for tensor in self.mtp_parameters())
 
     @property
     def roles(self) -> dict[Role, int]:

@@ -143,7 +143,7 @@ def longest(config: ModelConfig) -> int:
 
     With LongRoPE those of its short factors: what a cache holds was turned by these.
     """
-    ropes = [getattr(layer.attention, "rope", None) for layer in config.layers]
+    ropes = [getattr(layer.attention, "rope", None) for layer in config.every_layer]
     scalings = [rope.scaling for rope in ropes if rope is not None]
     limits = [scaling.original_length for scaling in scalings if isinstance(scaling, LongRopeConfig)]
     return min([config.context_length, *limits])

@@ -16,10 +16,19 @@ _FIRST_BLOCKS = 16
 
 @dataclass(eq=False)
 class Text:
-    """What a cache holds of one text: how many tokens, and the blocks that hold 32 of them each, in order."""
+    """What a cache holds of one text: how many tokens, and the blocks that hold 32 of them each, in order.
+
+    ahead: of each layer k = 1, 2, ... that predicts further tokens, at how many places from the first on it has run; at
+    place i it reads token i + k.
+    """
 
     length: int = 0
     blocks: list[int] = field(default_factory=list)
+    ahead: dict[int, int] = field(default_factory=dict)
+
+    def forget_ahead(self) -> None:
+        """Forget what those layers made of tokens that the text does not hold."""
+        self.ahead = {depth: min(places, max(0, self.length - depth)) for depth, places in self.ahead.items()}
 
 
 class BlockCache:
@@ -59,6 +68,7 @@ class BlockCache:
         self._free += text.blocks[kept:]
         del text.blocks[kept:]
         text.length = min(text.length, length)
+        text.forget_ahead()
 
     def _grow(self, missing: int) -> None:
         """At least so many further blocks: twice as many as there are, so that copying them is rare."""

@@ -46,7 +46,8 @@ class Engine:
     threads: None: every processor that this process may use. max_length: the most tokens of a text; None: as many as
     the model was made for. cache_in_bf16: None: where the model is in bf16, or is packed in few bits.
     packed_file: where the packed weights are kept: mapped into memory if it is there, else written, so that the next
-    start need not read and pack them.
+    start need not read and pack them. mtp: be ready to run the layers that predict further tokens (`ahead`), too; else
+    they are not even read.
 
     Within one instruction set and one packed format a token gets the same bits whatever batch, pieces, number of
     threads or blocks of the cache it runs with.
@@ -64,6 +65,7 @@ class Engine:
         max_length: int | None = None,
         cache_in_bf16: bool | None = None,
         packed_file: str | os.PathLike[str] | None = None,
+        mtp: bool = False,
     ) -> None:
         weights = _weights(path_or_model)
         for name, value in (("threads", threads), ("max_length", max_length)):
@@ -71,10 +73,10 @@ class Engine:
                 raise ConfigError(f"{name}={value}; use 1 or more, or leave it out")
         precision = Precision(bits=bits, experts_bits=experts_bits, dtype=dtype)
         dtype = dtype or weights.dtype
-        require_memory(weights.config, precision, dtype.itemsize)
+        require_memory(weights.config, precision, dtype.itemsize, mtp=mtp)
         store = None if packed_file is None else PackedStore(Path(packed_file), weights, precision)
         packer = Packer(weights, precision, store.read() if store else {})
-        self.program = Program(packer, threads=threads or _processors(), max_length=max_length)
+        self.program = Program(packer, threads=threads or _processors(), max_length=max_length, mtp=mtp)
         if store is not None:
             store.write(packer)
         self.config, self.max_length = weights.config, self.program.max_length
@@ -82,7 +84,7 @@ class Engine:
             cache_in_bf16 = bits is not None or dtype == torch.bfloat16
         self.cache = BlockCache(self.program.caches, in_bf16=cache_in_bf16)
         self.program.connect(self.cache)
-        self._num_routed = 0
+        self._routed = (0, 0)
 
     def step(self, pieces: Sequence[Piece], choices: Mapping[int, Tensor] | None = None) -> Tensor:
         """Run new tokens of any number of texts, each once: logits [N, V], of the wanted tokens in their order.
@@ -94,13 +96,32 @@ class Engine:
         batch = self._batch(pieces)
         logits_NV = self.program.run(batch, choices)
         for piece in pieces:
+            piece.text.forget_ahead()
             piece.text.length += len(piece.token_ids)
-        self._num_routed = len(batch.token_ids_T)
+        self._routed = (len(batch.token_ids_T), 0)
+        return logits_NV
+
+    def ahead(self, pieces: Sequence[Piece], depth: int = 1) -> Tensor:
+        """Run layer k = `depth` of those that predict further tokens: logits [N, V] of token i + k + 1 at place i.
+
+        The places of a piece are those that come next for this layer (`text.ahead`); its tokens are k places on, i + k.
+        The last of them may be tokens that the text does not hold: the next one, and drafts. What came of these is
+        forgotten when the text goes on or is cut. `step`, or layer k - 1, has seen all these places before.
+        Raises GenerationError as `step` does, and for a layer that there is not or places that it cannot see yet.
+        """
+        for piece in pieces:
+            self._check_places(piece, depth)
+        batch = self._batch(pieces, depth)
+        logits_NV = self.program.run(batch, depth=depth)
+        for piece in pieces:
+            piece.text.ahead[depth] = piece.text.ahead.get(depth, 0) + len(piece.token_ids)
+        self._routed = (len(batch.token_ids_T), depth)
         return logits_NV
 
     def routed(self) -> dict[int, Routed]:
-        """The experts that the tokens of the newest step went to, and their weights, by layer."""
-        return self.program.routed(self._num_routed)
+        """The experts that the tokens of the newest step (or `ahead`) went to, and their weights, by layer."""
+        num_tokens, depth = self._routed
+        return self.program.routed(num_tokens, depth=depth)
 
     def free(self, text: Text) -> None:
         """Forget a text; its blocks serve others."""
@@ -176,7 +197,7 @@ class Engine:
         generator = sampling.generator()
         new_ids = {index: prompts[index][texts[index].length :] for index in running}
         while running:
-            steps = _in_steps([(texts[index], new_ids[index]) for index in running])
+            steps = in_steps([(texts[index], new_ids[index]) for index in running])
             logits_NV = torch.cat([self.step(pieces) for pieces in steps])
             chosen = sample(logits_NV, sampling, generator).tolist()
             for index, token in zip(running, chosen, strict=True):
@@ -189,13 +210,25 @@ class Engine:
             ]
         return written
 
-    def _batch(self, pieces: Sequence[Piece]) -> Batch:
-        token_ids_T = self._checked(pieces)
-        for piece in pieces:
-            if self.cache.make_room(piece.text, piece.text.length + len(piece.token_ids)):
-                self.program.connect(self.cache)  # at once: the blocks that it knew are gone
+    def _check_places(self, piece: Piece, depth: int) -> None:
+        num_ahead = self.program.num_ahead
+        if not 1 <= depth <= num_ahead:
+            advice = "" if num_ahead else "; make it with mtp=True"
+            raise GenerationError(
+                f"depth={depth}; this engine has {num_ahead} layers that predict further tokens{advice}"
+            )
+        wanted, seen = _places(piece.text, depth) + len(piece.token_ids), _places(piece.text, depth - 1)
+        if wanted > seen:
+            before = f"ahead(..., depth={depth - 1})" if depth > 1 else "step"
+            raise GenerationError(f"{wanted} places of a text of which {before} has seen {seen}; run that first")
+
+    def _batch(self, pieces: Sequence[Piece], depth: int = 0) -> Batch:
+        token_ids_T = self._checked(pieces, depth)
         counts = [len(piece.token_ids) for piece in pieces]
-        starts = [piece.text.length for piece in pieces]
+        starts = [_places(piece.text, depth) for piece in pieces]
+        for piece, start, count in zip(pieces, starts, counts, strict=True):
+            if self.cache.make_room(piece.text, start + count):
+                self.program.connect(self.cache)  # at once: the blocks that it knew are gone
         tables_SW = np.zeros((len(pieces), max((len(piece.text.blocks) for piece in pieces), default=0)), np.int32)
         for table, piece in zip(tables_SW, pieces, strict=True):
             table[: len(piece.text.blocks)] = piece.text.blocks
@@ -208,11 +241,11 @@ class Engine:
             np.fromiter(_output_rows(pieces), np.int64),
         )
 
-    def _checked(self, pieces: Sequence[Piece]) -> np.ndarray:
+    def _checked(self, pieces: Sequence[Piece], depth: int) -> np.ndarray:
         """All token ids, int64, of pieces that can be run."""
         if len({id(piece.text) for piece in pieces}) < len(pieces):
             raise GenerationError("two pieces of one text in a step; put their tokens into one piece")
-        longest = max((piece.text.length + len(piece.token_ids) for piece in pieces), default=0)
+        longest = max((_places(piece.text, depth) + len(piece.token_ids) for piece in pieces), default=0)
         if longest > self.max_length:
             raise GenerationError(f"a text of {longest} tokens; this engine's texts have {self.max_length} or fewer")
         token_ids_T = np.fromiter((token for piece in pieces for token in piece.token_ids), np.int64)
@@ -223,7 +256,12 @@ class Engine:
         return token_ids_T
 
 
-def _in_steps(texts: list[tuple[Text, list[int]]]) -> Iterator[list[Piece]]:
+def _places(text: Text, depth: int) -> int:
+    """How many of a text's places the model, or a layer that predicts further tokens, has seen."""
+    return text.ahead.get(depth, 0) if depth else text.length
+
+
+def in_steps(texts: list[tuple[Text, list[int]]]) -> Iterator[list[Piece]]:
     """New tokens of texts in steps of limited size; of each text's last one logits are wanted."""
     pieces: list[Piece] = []
     room = PREFILL_TOKENS

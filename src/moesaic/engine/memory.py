@@ -1,6 +1,7 @@
 """Whether a packed model fits into memory, said before it is read."""
 
 import os
+from itertools import chain
 
 from moesaic.config import ModelConfig
 from moesaic.engine.packing import Precision
@@ -8,15 +9,18 @@ from moesaic.errors import ConfigError
 from moesaic.kernels.rounding import GROUP, Bits
 
 
-def packed_bytes(config: ModelConfig, precision: Precision, bytes_per_parameter: float) -> int:
-    """What a model's tensors will take, scales included. bytes_per_parameter: of what is not rounded."""
+def packed_bytes(config: ModelConfig, precision: Precision, bytes_per_parameter: float, *, mtp: bool = False) -> int:
+    """What a model's tensors will take, scales included. bytes_per_parameter: of what is not rounded.
+
+    mtp: with the layers that predict further tokens.
+    """
 
     def each(bits: Bits | None) -> float:
         return bytes_per_parameter if bits is None else bits / 8 + 2 / GROUP
 
     per_role = {"experts": each(precision.of_experts), "head": each(precision.of_head)}
     total = 0.0
-    for spec in config.parameters():
+    for spec in chain(config.parameters(), config.mtp_parameters() if mtp else ()):
         rounded = per_role.get(spec.role, each(precision.bits)) if len(spec.shape) > 1 else 4.0
         total += spec.numel * (bytes_per_parameter if spec.role == "embedding" else rounded)
     if config.tie_word_embeddings:
@@ -24,9 +28,9 @@ def packed_bytes(config: ModelConfig, precision: Precision, bytes_per_parameter:
     return round(total)
 
 
-def require_memory(config: ModelConfig, precision: Precision, bytes_per_parameter: float) -> None:
+def require_memory(config: ModelConfig, precision: Precision, bytes_per_parameter: float, *, mtp: bool = False) -> None:
     """Raise ConfigError where the packed weights are more than there is memory now."""
-    needed, available = packed_bytes(config, precision, bytes_per_parameter), available_bytes()
+    needed, available = packed_bytes(config, precision, bytes_per_parameter, mtp=mtp), available_bytes()
     if available is not None and needed > available:
         advice = "use fewer bits (8 or 4)" if precision.bits != 4 else "use a smaller model"
         raise ConfigError(

@@ -32,6 +32,6 @@ class PackedStore:
         return read_packed(self._path, self._source, f"delete {self._path}, and it is written anew")
 
     def write(self, packer: Packer) -> None:
-        """Keep what was packed, unless all of it was held."""
-        if packer.packed.keys() != packer.held.keys():
-            write_packed(self._path, packer.packed, self._source)
+        """Keep what was packed beside what is held, unless that has all of it."""
+        if not packer.packed.keys() <= packer.held.keys():
+            write_packed(self._path, {**packer.held, **packer.packed}, self._source)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from moesaic.config import AttentionConfig, LayerConfig, MlaConfig, MlpConfig, MoeConfig
-from moesaic.engine.builder import Builder, Label, longest, native_packed
+from moesaic.engine.builder import Builder, CacheShape, Label, longest, native_packed
 from moesaic.engine.cache import BlockCache
 from moesaic.engine.lower.attention import lower_attention
 from moesaic.engine.lower.feed_forward import lower_mlp, lower_moe
@@ -45,25 +45,29 @@ class Routed(NamedTuple):
 class Program:
     """What runs: one native call for each batch.
 
+    mtp: with the layers that predict further tokens, each a section of the program.
     Raises ConfigError for parts that have no lowering.
     """
 
-    def __init__(self, packer: Packer, *, threads: int, max_length: int | None = None) -> None:
+    def __init__(self, packer: Packer, *, threads: int, max_length: int | None = None, mtp: bool = False) -> None:
         self.config = config = packer.weights.config
-        check_lowerable(config)
+        check_lowerable(config, mtp=mtp)
         self.max_length = min(longest(config), max_length or longest(config))
+        self.num_ahead = len(config.mtp) if mtp else 0
         build = Builder(packer, threads, self.max_length)
         self.native, self.caches = build.native, build.caches
-        _lower(build)
+        _lower(build, self.num_ahead)
         self.packed_bytes = packer.packed_bytes
 
     def connect(self, cache: BlockCache) -> None:
         """Read and write this cache's blocks from now on."""
         self.native.set_caches(cache.layers, cache.in_bf16)
 
-    def run(self, batch: Batch, choices: Mapping[int, Tensor] | None = None) -> Tensor:
+    def run(self, batch: Batch, choices: Mapping[int, Tensor] | None = None, *, depth: int = 0) -> Tensor:
         """logits_NV in fp32. choices: experts [T, M] that stand in for what layers would choose, weighed anew.
 
+        depth: 0: the model itself; k: the layer that predicts one token more than k - 1 does, of which the batch has
+        the tokens k places on (see models/mtp.py); the model, or layer k - 1, has run at all these places.
         Raises GenerationError where logits are infinite or no numbers, saying where that began.
         """
         logits_NV = torch.empty(len(batch.output_rows_N), self.config.vocab_size)
@@ -71,29 +75,31 @@ class Program:
         for layer, expert_ids_TM in dictated.items():
             self.native.dictate(layer, expert_ids_TM)
         try:
-            if not self.native.run(*batch, logits_NV):
-                raise GenerationError(self._not_finite(batch))
+            if not self.native.run(*batch, logits_NV, depth):
+                raise GenerationError(self._not_finite(batch, depth))
         finally:
             for layer in dictated:
                 self.native.dictate(layer, None)
         return logits_NV
 
-    def routed(self, num_tokens: int) -> dict[int, Routed]:
-        """What the tokens of the newest batch, so many, chose in every layer that routes."""
-        found = {}
+    def routed(self, num_tokens: int, *, depth: int = 0) -> dict[int, Routed]:
+        """What the tokens of the newest batch, so many, chose in every layer that routes; depth: as it was run."""
+        found, ahead = {}, len(self.config.layers)
         for layer, columns in self.native.routing_layers():
+            if max(0, layer + 1 - ahead) != depth:
+                continue
             ids_TM = torch.empty(num_tokens, columns, dtype=torch.int64)
             found[layer] = Routed(ids_TM, torch.empty(num_tokens, columns))
             self.native.read_choices(layer, *found[layer])
         return found
 
-    def _not_finite(self, batch: Batch) -> str:
+    def _not_finite(self, batch: Batch, depth: int) -> str:
         """Where the first number is that is infinite or none: the batch is run again, looking at all that is written.
 
         The same tokens at the same places write the same to the cache, so nothing is lost.
         """
         logits_NV = torch.empty(len(batch.output_rows_N), self.config.vocab_size)
-        found = self.native.run_checked(*batch, logits_NV)
+        found = self.native.run_checked(*batch, logits_NV, depth)
         where = "in the logits"
         if found is not None:
             part, layer, row, experts = found
@@ -103,24 +109,53 @@ class Program:
         return f"a number that is infinite or none: {where}; look at the weights there (moesaic convert --check)"
 
 
-def _lower(build: Builder) -> None:
+def _lower(build: Builder, num_ahead: int) -> None:
     config = build.config
     table = build.packer.read("embedding.weight")
-    table = table if table.dtype == torch.bfloat16 else table.float()
-    build.native.embed(table.contiguous(), build.residual, config.embedding_multiplier)
+    table = (table if table.dtype == torch.bfloat16 else table.float()).contiguous()
+    build.native.embed(table, build.residual, config.embedding_multiplier)
     for index, layer in enumerate(config.layers):
-        _lower_layer(build, layer, index)
+        _lower_layer(build, layer, f"layers.{index}", index)
     final = config.decoder.final_norm
     build.norm(Label("norm"), final, "final_norm", build.residual, build.normed, config.hidden_size)
     head = "embedding.weight" if config.tie_word_embeddings else "head.weight"
-    packed = build.packer.matrix([head], build.packer.precision.of_head, "head")
+    packed = native_packed(build.packer.matrix([head], build.packer.precision.of_head, "head"))
     bias = build.floats("head.bias") if config.head_bias else None
-    build.native.output(build.normed, native_packed(packed), bias, config.logits_divisor)
+    build.native.output(build.normed, packed, bias, config.logits_divisor)
+    for depth in range(1, num_ahead + 1):
+        before = _kept(build)
+        build.native.begin_section()
+        build.native.embed(table, build.residual, config.embedding_multiplier)
+        _lower_ahead(build, depth, before)
+        build.native.output(build.normed, packed, bias, config.logits_divisor)
 
 
-def _lower_layer(build: Builder, layer: LayerConfig, index: int) -> None:
+def _kept(build: Builder) -> int:
+    """The number of the cache where the program keeps what is normed now, of every token, for another section."""
+    number, size = len(build.caches), build.config.hidden_size
+    build.caches.append(CacheShape(1, size, size, shared=True))
+    build.native.keep(Label("further tokens"), build.normed, number, build.caches[number])
+    return number
+
+
+def _lower_ahead(build: Builder, depth: int, before: int) -> None:
+    """norm(layer(M [norm(residual); norm(h^(depth - 1))])), as models/mtp.py defines it. before: of `_kept`."""
+    config, size, name = build.config, build.config.hidden_size, f"mtp.{depth - 1}"
+    layer, index = config.mtp[depth - 1], len(config.layers) + depth - 1
+    assert layer.hyper_connection is None, "residual streams would have to be normed and projected each for itself"
+    label, both = Label("further tokens", index), build.buffer("embedding and hidden state", 2 * size)
+    hidden = both.after(size)
+    build.norm(label, layer.norm, f"{name}.embedding_norm", build.residual, both, size)
+    build.native.take(label, before, hidden, 1 / config.logits_divisor)
+    build.norm(label, layer.norm, f"{name}.hidden_norm", hidden, hidden, size)
+    build.linear(label, [f"{name}.projection"], both, build.residual)
+    _lower_layer(build, layer, f"{name}.layer", index)
+    build.norm(label, layer.norm, f"{name}.final_norm", build.residual, build.normed, size)
+
+
+def _lower_layer(build: Builder, layer: LayerConfig, name: str, index: int) -> None:
     """norm → attention → add, norm → feed-forward → add."""
-    name, size, multiplier = f"layers.{index}", build.config.hidden_size, layer.residual_multiplier
+    size, multiplier = build.config.hidden_size, layer.residual_multiplier
     label = Label("norm", index)
     build.norm(label, layer.norm, f"{name}.attention_norm", build.residual, build.normed, size)
     if isinstance(layer.attention, AttentionConfig):

@@ -41,12 +41,12 @@ class Sampling:
 def sample(logits_BV: Tensor, sampling: Sampling, generator: torch.Generator) -> Tensor:
     """Token ids [B], drawn row by row."""
     if sampling.temperature == 0:
-        return _likeliest(logits_BV)
+        return likeliest(logits_BV)
     probabilities_BV = torch.softmax(_cut_tail(logits_BV.float() / sampling.temperature, sampling), dim=-1)
     return torch.multinomial(probabilities_BV, 1, generator=generator)[:, 0]
 
 
-def _likeliest(logits_BV: Tensor) -> Tensor:
+def likeliest(logits_BV: Tensor) -> Tensor:
     """The first of the greatest of each row. torch would wake threads for it that then look for work for a while, on
     the processors that the engine's own threads need."""
     return torch.from_numpy(logits_BV.numpy().argmax(-1)) if logits_BV.is_cpu else logits_BV.argmax(-1)

@@ -1,24 +1,29 @@
 """What the engine does not run, told from a configuration before any weight is read."""
 
+from moesaic.checks import require
 from moesaic.config import AttentionConfig, LayerConfig, MlaConfig, MlpConfig, ModelConfig, MoeConfig
 from moesaic.errors import ConfigError
 from moesaic.kernels.native_routing import NATIVE_ROUTERS
 
 
-def refusal(config: ModelConfig) -> str | None:
-    """Why a model has no program, in words; None where it has one."""
+def refusal(config: ModelConfig, *, mtp: bool = False) -> str | None:
+    """Why a model has no program, in words; None where it has one.
+
+    mtp: with the layers that predict further tokens.
+    """
     if config.encoder is not None:
         return "this model has an encoder"
     if config.sinusoid is not None:
         return "this model adds sinusoids to its embeddings"
-    reasons = ((index, _of_layer(layer)) for index, layer in enumerate(config.layers))
+    reasons = ((index, _of_layer(layer)) for index, layer in enumerate(config.every_layer if mtp else config.layers))
     return next((f"layer {index} {reason}" for index, reason in reasons if reason is not None), None)
 
 
-def check_lowerable(config: ModelConfig) -> None:
-    """Raise ConfigError for a model without a program, saying what runs it."""
+def check_lowerable(config: ModelConfig, *, mtp: bool = False) -> None:
+    """Raise ConfigError for a model without a program, saying what runs it, and for `mtp` without such layers."""
     config.check_decodable()
-    reason = refusal(config)
+    require(not mtp or bool(config.mtp), "mtp, and this model has no layers that predict further tokens; leave it out")
+    reason = refusal(config, mtp=mtp)
     if reason is not None:
         raise ConfigError(f"{reason}, which the engine does not run; moesaic.load and moesaic.generate do")
 
