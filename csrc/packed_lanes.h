@@ -4,6 +4,7 @@
 // sums of a group start with minus the offset times the sum of the row's bytes.
 #pragma once
 
+#include "fetch.h"
 #include "packed.h"
 #include "simd.h"
 
@@ -15,17 +16,6 @@
 #endif
 
 namespace moesaic::MOESAIC_ISA {
-
-// Asks for what is read from memory once, so far ahead: left alone the processor looks ahead to the end of 4 KB, and
-// not while it computes from its first cache. What lies behind the last weights is asked for in vain, which is allowed.
-MOESAIC_INLINE void fetch_ahead(const uint8_t *p, int64_t bytes) {
-#if defined(__GNUC__)
-    constexpr int64_t ahead = 4096;
-    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(p + ahead + i);
-#else
-    (void)p, (void)bytes;
-#endif
-}
 
 #if defined(__AVX512F__)
 

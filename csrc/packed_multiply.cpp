@@ -11,7 +11,7 @@
 namespace moesaic::MOESAIC_ISA {
 namespace {
 
-constexpr int64_t piece_bytes = 16 << 10;
+constexpr int64_t piece_bytes = 8 << 10;  // beside what it is made of, the next piece and the rows that it meets
 
 template <int R, class G, bool odd>
 MOESAIC_INLINE void dot_pair(Ints (&sums)[R], const uint8_t *w, int64_t pair, const int8_t *x, int64_t stride) {
@@ -50,7 +50,7 @@ void add_groups(const uint8_t *strip, int64_t strip_g0, int64_t g0, int64_t g1, 
         Floats total[R];
         for (int r = 0; r < R; ++r) total[r] = g0 ? floats_at(sums + r * strip_outputs + first) : zeros();
         for (int64_t g = g0; g < g1; ++g) {
-            if (reads_memory && first == 0) G::fetch_group_ahead(strip, g - strip_g0);
+            if (reads_memory && first == 0) fetch_ahead(strip + G::bytes_of(g - strip_g0), G::bytes_of(1));
             Ints group_sums[R];
             for (int r = 0; r < R; ++r) group_sums[r] = ints(starts[g * apart + r]);
             dot_group<R, G>(group_sums, G::numbers(strip, g - strip_g0) + 4 * first, x + g * G::size, stride);
@@ -64,8 +64,7 @@ void add_groups(const uint8_t *strip, int64_t strip_g0, int64_t g0, int64_t g1, 
 // Groups g0 to g1 as bytes with scales as floats; signed: without the offset.
 template <class G, bool is_signed>
 void widen(const uint8_t *strip, int64_t g0, int64_t g1, uint8_t *to) {
-    for (int64_t g = g0; g < g1; ++g, to += G::wide_bytes) {
-        G::fetch_group_ahead(strip, g);
+    for (int64_t g = g0; g < g1; ++g, to += G::wide_bytes)
         for (int64_t first = 0; first < strip_outputs; first += pass_outputs) {
             store(reinterpret_cast<float *>(to) + first, G::scales(strip, g, first));
             const uint8_t *w = G::numbers(strip, g) + 4 * first;
@@ -91,23 +90,25 @@ void widen(const uint8_t *strip, int64_t g0, int64_t g1, uint8_t *to) {
                 }
             }
         }
-    }
 }
 
 template <Format F, int64_t group>
 void ints_times_rows(const uint8_t *strip, const PackedShape &shape, const PackedRows &rows, float *sums) {
     using Narrow = Groups<F, group, false>;
     using Wide = Groups<F, group, true>;
-    const int64_t groups = shape.row_groups(), piece = piece_bytes / Narrow::wide_bytes;
+    const int64_t groups = shape.row_groups(), piece = piece_bytes / Narrow::wide_bytes / Narrow::block_groups * Narrow::block_groups;
     const auto at_most = [](int64_t a, int64_t b) { return a < b ? a : b; };
+    const auto next_piece = [&](int64_t g, int64_t parts) {
+        return FetchInParts(strip + Narrow::bytes_of(g), Narrow::bytes_of(piece), parts);
+    };
 #if defined(MOESAIC_HAS_TILES)
-    if (rows.rows >= rows_for_tiles(F, group)) {
+    if (rows.rows >= rows_for_tiles(group)) {
         uint8_t *wide = static_cast<uint8_t *>(scratch(wide_slot, piece_bytes));
         const TilesLent tiles(group);
         for (int64_t g = 0; g < groups; g += piece) {
             const int64_t end = at_most(g + piece, groups);
             widen<Narrow, true>(strip, g, end, wide);
-            tiles_of_ints<group>(wide, g, end, shape, rows, sums);
+            tiles_of_ints<group>(wide, g, end, shape, rows, next_piece(end, parts_of_ints(rows.rows)), sums);
         }
         return;
     }
@@ -117,7 +118,9 @@ void ints_times_rows(const uint8_t *strip, const PackedShape &shape, const Packe
         for (int64_t g = 0; g < groups; g += piece) {
             const int64_t end = at_most(g + piece, groups);
             widen<Narrow, false>(strip, g, end, wide);
+            FetchInParts next = next_piece(end, (rows.rows + row_tile - 1) / row_tile);
             over_tiles(rows.rows, [&](int64_t row, auto count) {
+                next.part();
                 add_groups<decltype(count)::value, Wide>(wide, g, g, end, shape, rows, row, sums);
             });
         }

@@ -117,9 +117,7 @@ struct Groups {
     static MOESAIC_INLINE const uint8_t *numbers(const uint8_t *strip, int64_t g) {
         return strip + g / block_groups * block_bytes + head_bytes + g % block_groups * number_bytes;
     }
-    static MOESAIC_INLINE void fetch_group_ahead(const uint8_t *strip, int64_t g) {
-        fetch_ahead(strip + g * (block_bytes / block_groups), block_bytes / block_groups);
-    }
+    static constexpr int64_t bytes_of(int64_t groups) { return groups * block_bytes / block_groups; }
     static MOESAIC_INLINE Floats scales(const uint8_t *strip, int64_t g, int64_t first_output) {
         const uint8_t *head = strip + g / block_groups * block_bytes;
         if constexpr (wide) return floats_at(reinterpret_cast<const float *>(head) + first_output);

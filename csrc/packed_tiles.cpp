@@ -100,12 +100,13 @@ TilesLent::~TilesLent() { _tile_release(); }
 
 template <int64_t group>
 void tiles_of_ints(const uint8_t *wide, int64_t g0, int64_t g1, const PackedShape &shape, const PackedRows &rows,
-                   float *sums) {
+                   FetchInParts next, float *sums) {
     const int64_t stride = shape.row_stride(), apart = rows.groups_apart;
     for (int64_t row = 0; row < rows.rows; row += side) {
         const int8_t *x = static_cast<const int8_t *>(rows.values) + row * stride + g0 * group;
         const float *scales = rows.scales + g0 * apart + row;
         for (int64_t half = 0; half < 2; ++half) {
+            next.part();
             const uint8_t *w = wide + half * 64;
             float *to = sums + row * strip_outputs + half * side;
             const auto tile = [&](auto one) { one(w, g1 - g0, x, stride, scales, apart, g0 == 0, to); };
@@ -116,9 +117,12 @@ void tiles_of_ints(const uint8_t *wide, int64_t g0, int64_t g1, const PackedShap
     }
 }
 
-template void tiles_of_ints<32>(const uint8_t *, int64_t, int64_t, const PackedShape &, const PackedRows &, float *);
-template void tiles_of_ints<64>(const uint8_t *, int64_t, int64_t, const PackedShape &, const PackedRows &, float *);
-template void tiles_of_ints<128>(const uint8_t *, int64_t, int64_t, const PackedShape &, const PackedRows &, float *);
+template void tiles_of_ints<32>(const uint8_t *, int64_t, int64_t, const PackedShape &, const PackedRows &,
+                                FetchInParts, float *);
+template void tiles_of_ints<64>(const uint8_t *, int64_t, int64_t, const PackedShape &, const PackedRows &,
+                                FetchInParts, float *);
+template void tiles_of_ints<128>(const uint8_t *, int64_t, int64_t, const PackedShape &, const PackedRows &,
+                                FetchInParts, float *);
 
 void tiles_of_bf16(const uint8_t *strip, const PackedShape &shape, const PackedRows &rows, float *sums) {
     constexpr int64_t step = 32, piece = 8 * step;  // inputs; the weights of a piece stay in the first cache

@@ -1,6 +1,7 @@
 // Packed strips on the tile unit (AMX): 16 rows by 16 outputs, a group of inputs at a time.
 #pragma once
 
+#include "fetch.h"
 #include "packed.h"
 #include "simd.h"
 
@@ -10,8 +11,8 @@
 namespace moesaic::MOESAIC_ISA {
 
 // From how many rows on whole numbers are summed by tiles (measured); the sums are exact, and so the same either way.
-constexpr int64_t rows_for_tiles(Format format, int64_t group) {
-    return format == Format::int8 && group == 32 ? 16 : 8;
+constexpr int64_t rows_for_tiles(int64_t group) {
+    return group == 32 ? 12 : 8;
 }
 
 // The tile unit, set up for groups of whole numbers or for so many rows of bf16.
@@ -31,7 +32,9 @@ class TilesLent {
 // begun where g0 is 0.
 template <int64_t group>
 void tiles_of_ints(const uint8_t *wide, int64_t g0, int64_t g1, const PackedShape &shape, const PackedRows &rows,
-                   float *sums);
+                   FetchInParts next, float *sums);
+// Parts in which it asks for what comes next.
+constexpr int64_t parts_of_ints(int64_t rows) { return (rows + 15) / 16 * 2; }
 
 // A whole strip of bf16. The unit sums in an order of its own, so that every number of rows comes here. Sums of up to
 // spare_rows past the last are written, too.
