@@ -1,4 +1,4 @@
-"""An MoE beside dense twins in our own engine, over batch sizes: step by step in turns, and what the roofline foretells.
+"""An MoE beside dense twins in our own engine, over batch sizes, and what the roofline foretells.
 
     python benchmarks/crossover.py A D E --models FOLDER [--bits 4] [--batch 1,2,4,8,16,32,64] [--plot crossover.svg]
 
