@@ -49,11 +49,19 @@ def llama_cpp(setup: Setup, model: str) -> list[Contender]:
     found = []
     for kind in GGUF_KINDS:
         path = setup.gguf / f"{model}-{kind}.gguf"
-        for repack in (True,) if kind == "bf16" else (True, False):
-            name = kind if repack else f"{kind}, not repacked"
-            program = _llama_program(programs, path, setup.threads, repack=repack)
+        for name, repack, tiles in _llama_ways(kind):
+            program = _llama_program(programs, path, setup.threads, repack=repack, tiles=tiles)
             found.append(Contender("llama.cpp", name, program, partial(of_gguf, path)))
     return found
+
+
+def _llama_ways(kind: str) -> list[tuple[str, bool, bool]]:
+    """What to call it, whether weights are rearranged as they load, and whether they may be for AMX."""
+    if kind == "bf16":
+        return [(kind, True, True)]
+    ways = [(kind, True, True), (f"{kind}, not repacked", False, True)]
+    has_tiles = "amx_int8" in Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    return [*ways, (f"{kind}, without AMX", True, False)] if has_tiles else ways
 
 
 def ik_llama_cpp(setup: Setup, model: str) -> list[Contender]:
@@ -71,12 +79,12 @@ def ik_llama_cpp(setup: Setup, model: str) -> list[Contender]:
 
 
 def vllm(setup: Setup, model: str) -> list[Contender]:
-    """Its CPU build in bf16, and on what `moesaic quantize` wrote in 8 and 4 bits, if it takes that."""
+    """Its CPU build in bf16, and in 8 and 4 bits on what to_int8.py and `moesaic quantize` wrote, where they did."""
     return _vllm(setup, model, "vllm", "")
 
 
 def vllm_zentorch(setup: Setup, model: str) -> list[Contender]:
-    """The same with AMD's kernels, which it takes where zentorch can be imported."""
+    """The same with AMD's kernels (worker_vllm.py has it take them on other processors too)."""
     folder = setup.peers / "zentorch"
     _require(folder, setup, "zentorch")
     return _vllm(setup, model, "vllm+zentorch", str(folder))
@@ -134,25 +142,18 @@ def _worker(name: str, python: str | Path, setup: Setup, *words: str, python_pat
     return Worker([str(python), str(HERE / f"worker_{name}.py"), model, str(setup.threads), *more], environment)
 
 
-def _llama_program(programs: Path, path: Path, threads: int, *, repack: bool) -> Program:
+def _llama_program(programs: Path, path: Path, threads: int, *, repack: bool, tiles: bool) -> Program:
+    environment = [] if tiles else ["env", "GGML_WITHOUT_AMX=1"]
+
     def command(case: Case) -> list[str]:
-        common = ["-m", str(path), "-t", str(threads)]
+        model = ["-m", str(path), "-t", str(threads)]
         if case.kind == "prefill" or case.size == 1:
             tokens = ["-p", str(case.size), "-n", "0"] if case.kind == "prefill" else ["-p", "0", "-n", "128"]
-            return [
-                str(programs / "llama-bench"),
-                *common,
-                *tokens,
-                "-r",
-                "1",
-                "--repack",
-                str(int(repack)),
-                "-o",
-                "jsonl",
-            ]
+            settings = [*tokens, "-r", "1", "--repack", str(int(repack)), "-o", "jsonl"]
+            return [*environment, str(programs / "llama-bench"), *model, *settings]
         many = ["-c", "4096", "-b", "2048", "-ub", "512", "-npp", "32", "-ntg", "32", "-npl", str(case.size)]
-        unpacked = [] if repack else ["--no-repack"]
-        return [str(programs / "llama-batched-bench"), *common, *many, *unpacked, "--output-format", "jsonl"]
+        settings = [*many, *([] if repack else ["--no-repack"]), "--output-format", "jsonl"]
+        return [*environment, str(programs / "llama-batched-bench"), *model, *settings]
 
     def read(case: Case, printed: str) -> float:
         answers = [json.loads(line) for line in printed.splitlines() if line.startswith("{")]
