@@ -5,7 +5,8 @@ Raises MissingPeerError, with the command that installs it (see README.md for wh
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from ctypes.util import find_library
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
@@ -72,7 +73,7 @@ def ik_llama_cpp(setup: Setup, model: str) -> list[Contender]:
     for kind in GGUF_KINDS:
         path = setup.gguf / f"{model}-{kind}.gguf"
         for repack in (True, False):
-            worker = _worker("ik", python, setup, str(path), str(int(repack)), python_path="")
+            worker = _worker("ik", python, setup, str(path), str(int(repack)), environment={"PYTHONPATH": ""})
             name = kind if repack else f"{kind}, not repacked"
             found.append(Contender("ik_llama.cpp", name, worker, partial(of_gguf, path)))
     return found
@@ -123,9 +124,25 @@ def _vllm(setup: Setup, model: str, engine: str, python_path: str) -> list[Conte
     for name, folder in (("bf16", model), ("8-bit", f"{model}-8bit"), ("4-bit", f"{model}-4bit")):
         path = setup.models / folder
         if path.is_dir():
-            worker = _worker("vllm", python, setup, str(path), python_path=python_path)
+            environment = _vllm_threads(setup) | {"PYTHONPATH": python_path}
+            worker = _worker("vllm", python, setup, str(path), environment=environment)
             found.append(Contender(engine, name, worker, partial(of_folder, path)))
     return found
+
+
+def _vllm_threads(setup: Setup) -> dict[str, str]:
+    """As vLLM itself sets it for its worker processes: Intel's OpenMP, which its package brings, threads that stay.
+
+    Preloaded, since torch and vLLM else come with an OpenMP each, whose threads wait in each other's way.
+    """
+    library = setup.peers.resolve() / "vllm/lib/libiomp5.so"
+    if not library.exists():
+        return {}
+    malloc = find_library("tcmalloc_minimal")  # where the system has it
+    preloaded = f"{library}:{malloc}" if malloc else str(library)
+    places = ",".join(map(str, range(setup.threads)))
+    affinity = f"granularity=fine,explicit,proclist=[{places}]"
+    return {"LD_PRELOAD": preloaded, "KMP_AFFINITY": affinity, "KMP_BLOCKTIME": "5", "KMP_TPAUSE": "0"}
 
 
 def _require(path: Path, setup: Setup, name: str) -> None:
@@ -133,11 +150,11 @@ def _require(path: Path, setup: Setup, name: str) -> None:
         raise MissingPeerError(f"{sys.executable} {HERE / 'install.py'} {setup.peers} {name}")
 
 
-def _worker(name: str, python: str | Path, setup: Setup, *words: str, python_path: str | None = None) -> Worker:
-    """python_path: what another environment's Python sees beside its own packages; None: what ours sees."""
-    environment = {"OMP_NUM_THREADS": str(setup.threads)}
-    if python_path is not None:
-        environment["PYTHONPATH"] = python_path
+def _worker(
+    name: str, python: str | Path, setup: Setup, *words: str, environment: Mapping[str, str] | None = None
+) -> Worker:
+    """environment: beside this one's; with a PYTHONPATH wherever another environment's Python runs."""
+    environment = {"OMP_NUM_THREADS": str(setup.threads)} | dict(environment or {})
     model, *more = words
     return Worker([str(python), str(HERE / f"worker_{name}.py"), model, str(setup.threads), *more], environment)
 
