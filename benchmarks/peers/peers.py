@@ -5,7 +5,8 @@ Raises MissingPeerError, with the command that installs it (see README.md for wh
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from ctypes.util import find_library
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
@@ -49,11 +50,19 @@ def llama_cpp(setup: Setup, model: str) -> list[Contender]:
     found = []
     for kind in GGUF_KINDS:
         path = setup.gguf / f"{model}-{kind}.gguf"
-        for repack in (True,) if kind == "bf16" else (True, False):
-            name = kind if repack else f"{kind}, not repacked"
-            program = _llama_program(programs, path, setup.threads, repack=repack)
+        for name, repack, tiles in _llama_ways(kind):
+            program = _llama_program(programs, path, setup.threads, repack=repack, tiles=tiles)
             found.append(Contender("llama.cpp", name, program, partial(of_gguf, path)))
     return found
+
+
+def _llama_ways(kind: str) -> list[tuple[str, bool, bool]]:
+    """What to call it, whether weights are rearranged as they load, and whether they may be for AMX."""
+    if kind == "bf16":
+        return [(kind, True, True)]
+    ways = [(kind, True, True), (f"{kind}, not repacked", False, True)]
+    has_tiles = "amx_int8" in Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    return [*ways, (f"{kind}, without AMX", True, False)] if has_tiles else ways
 
 
 def ik_llama_cpp(setup: Setup, model: str) -> list[Contender]:
@@ -64,19 +73,19 @@ def ik_llama_cpp(setup: Setup, model: str) -> list[Contender]:
     for kind in GGUF_KINDS:
         path = setup.gguf / f"{model}-{kind}.gguf"
         for repack in (True, False):
-            worker = _worker("ik", python, setup, str(path), str(int(repack)), python_path="")
+            worker = _worker("ik", python, setup, str(path), str(int(repack)), environment={"PYTHONPATH": ""})
             name = kind if repack else f"{kind}, not repacked"
             found.append(Contender("ik_llama.cpp", name, worker, partial(of_gguf, path)))
     return found
 
 
 def vllm(setup: Setup, model: str) -> list[Contender]:
-    """Its CPU build in bf16, and on what `moesaic quantize` wrote in 8 and 4 bits, if it takes that."""
+    """Its CPU build in bf16, and in 8 and 4 bits on what to_int8.py and `moesaic quantize` wrote, where they did."""
     return _vllm(setup, model, "vllm", "")
 
 
 def vllm_zentorch(setup: Setup, model: str) -> list[Contender]:
-    """The same with AMD's kernels, which it takes where zentorch can be imported."""
+    """The same with AMD's kernels (worker_vllm.py has it take them on other processors too)."""
     folder = setup.peers / "zentorch"
     _require(folder, setup, "zentorch")
     return _vllm(setup, model, "vllm+zentorch", str(folder))
@@ -115,9 +124,25 @@ def _vllm(setup: Setup, model: str, engine: str, python_path: str) -> list[Conte
     for name, folder in (("bf16", model), ("8-bit", f"{model}-8bit"), ("4-bit", f"{model}-4bit")):
         path = setup.models / folder
         if path.is_dir():
-            worker = _worker("vllm", python, setup, str(path), python_path=python_path)
+            environment = _vllm_threads(setup) | {"PYTHONPATH": python_path}
+            worker = _worker("vllm", python, setup, str(path), environment=environment)
             found.append(Contender(engine, name, worker, partial(of_folder, path)))
     return found
+
+
+def _vllm_threads(setup: Setup) -> dict[str, str]:
+    """As vLLM itself sets it for its worker processes: Intel's OpenMP, which its package brings, threads that stay.
+
+    Preloaded, since torch and vLLM else come with an OpenMP each, whose threads wait in each other's way.
+    """
+    library = setup.peers.resolve() / "vllm/lib/libiomp5.so"
+    if not library.exists():
+        return {}
+    malloc = find_library("tcmalloc_minimal")  # where the system has it
+    preloaded = f"{library}:{malloc}" if malloc else str(library)
+    places = ",".join(map(str, range(setup.threads)))
+    affinity = f"granularity=fine,explicit,proclist=[{places}]"
+    return {"LD_PRELOAD": preloaded, "KMP_AFFINITY": affinity, "KMP_BLOCKTIME": "5", "KMP_TPAUSE": "0"}
 
 
 def _require(path: Path, setup: Setup, name: str) -> None:
@@ -125,34 +150,27 @@ def _require(path: Path, setup: Setup, name: str) -> None:
         raise MissingPeerError(f"{sys.executable} {HERE / 'install.py'} {setup.peers} {name}")
 
 
-def _worker(name: str, python: str | Path, setup: Setup, *words: str, python_path: str | None = None) -> Worker:
-    """python_path: what another environment's Python sees beside its own packages; None: what ours sees."""
-    environment = {"OMP_NUM_THREADS": str(setup.threads)}
-    if python_path is not None:
-        environment["PYTHONPATH"] = python_path
+def _worker(
+    name: str, python: str | Path, setup: Setup, *words: str, environment: Mapping[str, str] | None = None
+) -> Worker:
+    """environment: beside this one's; with a PYTHONPATH wherever another environment's Python runs."""
+    environment = {"OMP_NUM_THREADS": str(setup.threads)} | dict(environment or {})
     model, *more = words
     return Worker([str(python), str(HERE / f"worker_{name}.py"), model, str(setup.threads), *more], environment)
 
 
-def _llama_program(programs: Path, path: Path, threads: int, *, repack: bool) -> Program:
+def _llama_program(programs: Path, path: Path, threads: int, *, repack: bool, tiles: bool) -> Program:
+    environment = [] if tiles else ["env", "GGML_WITHOUT_AMX=1"]
+
     def command(case: Case) -> list[str]:
-        common = ["-m", str(path), "-t", str(threads)]
+        model = ["-m", str(path), "-t", str(threads)]
         if case.kind == "prefill" or case.size == 1:
             tokens = ["-p", str(case.size), "-n", "0"] if case.kind == "prefill" else ["-p", "0", "-n", "128"]
-            return [
-                str(programs / "llama-bench"),
-                *common,
-                *tokens,
-                "-r",
-                "1",
-                "--repack",
-                str(int(repack)),
-                "-o",
-                "jsonl",
-            ]
+            settings = [*tokens, "-r", "1", "--repack", str(int(repack)), "-o", "jsonl"]
+            return [*environment, str(programs / "llama-bench"), *model, *settings]
         many = ["-c", "4096", "-b", "2048", "-ub", "512", "-npp", "32", "-ntg", "32", "-npl", str(case.size)]
-        unpacked = [] if repack else ["--no-repack"]
-        return [str(programs / "llama-batched-bench"), *common, *many, *unpacked, "--output-format", "jsonl"]
+        settings = [*many, *([] if repack else ["--no-repack"]), "--output-format", "jsonl"]
+        return [*environment, str(programs / "llama-batched-bench"), *model, *settings]
 
     def read(case: Case, printed: str) -> float:
         answers = [json.loads(line) for line in printed.splitlines() if line.startswith("{")]

@@ -50,6 +50,9 @@ class Arena:
                 contender.source.start()
             except EngineError as error:
                 return self._fail(contender, error)
+            except BaseException:  # the run ends while this one loads
+                contender.source.close()
+                raise
         self._started.append(contender)
         return True
 

@@ -1,25 +1,51 @@
 """vLLM for run.py, in its own environment: `python worker_vllm.py MODEL THREADS`; zentorch by being on PYTHONPATH.
 
-A decode's seconds are those of many new tokens less those of one; a prefill's are those of one new token.
+All in one process, whose threads are not kept from the processors by others of its own that wait. A decode's seconds
+are those of many new tokens less those of one; a prefill's are those of one new token.
 """
 
+import json
 import os
 import sys
 import time
+from importlib.util import find_spec
+from pathlib import Path
 
 from worker import PROMPT_TOKENS, random_ids, serve
 
-os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
-os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", f"0-{int(sys.argv[2]) - 1}")
-os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
+SIZES_OF_LATENTS = (320, 512, 576)  # that its latent attention takes (MLACommonBackend.get_supported_head_sizes)
+
+
+def choose(model: Path) -> None:
+    """Settings that have to stand before it is imported."""
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    config = json.loads((model / "config.json").read_text(encoding="utf-8"))
+    latent = (config.get("kv_lora_rank") or 0) + (config.get("qk_rope_head_dim") or 0)
+    if latent and latent not in SIZES_OF_LATENTS:
+        os.environ.setdefault("VLLM_MLA_DISABLE", "1")  # it then expands latents to keys and values of all heads
+
+
+def take_zentorch() -> None:
+    """Have vLLM take it on any processor: it looks for AMD's alone, and the kernels ask for AVX-512 and no more."""
+    import vllm.platforms  # pyright: ignore[reportMissingImports]
+    import zentorch  # pyright: ignore[reportMissingImports]  # noqa: F401  its own words where it cannot be imported
+
+    vllm.platforms._is_amd_zen_cpu = lambda: True
 
 
 def main() -> None:
     """Answer with tokens a second, sample by sample, until standard input ends."""
-    from vllm import LLM, SamplingParams  # pyright: ignore[reportMissingImports]  # pyright: ignore[reportMissingImports]
+    said, sys.stdout = os.fdopen(os.dup(1), "w"), sys.stderr
+    os.dup2(2, 1)  # it prints to where answers go
+    choose(Path(sys.argv[1]))
+    if find_spec("zentorch") is not None:
+        take_zentorch()
+    from vllm import LLM, SamplingParams  # pyright: ignore[reportMissingImports]
 
-    said, sys.stdout = sys.stdout, sys.stderr  # it prints to stdout, where answers go
     engine = LLM(
         sys.argv[1],
         dtype="bfloat16",
