@@ -116,7 +116,9 @@ def cells(row: Row) -> list[str]:
 
 def expert_cells(row: Row) -> list[str]:
     """A line of the second table."""
-    errors = [f"{row['experts'][what][which]:.2%}" for what in ("weights", "outputs") for which in ("rare", "busy")]
+    errors = [
+        f"{row['experts'][what][which]:.2%}" for what in ("weights_LE", "outputs_LE") for which in ("rare", "busy")
+    ]
     return [row["format"], *errors, *(plus_minus(row["experts"][which]["more"]) for which in ("no", "any", "most"))]
 
 

@@ -5,6 +5,7 @@ L layers, E experts, R routed rows, D hidden, T tokens, K choices a token.
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -50,14 +51,17 @@ def serve(model: Decoder, batches: Iterable[HeldOutBatch]) -> dict[str, list[Ser
 @contextmanager
 def _heard(model: Decoder, served: dict[str, list[Served]]) -> Iterator[None]:
     handles = [
-        module.register_forward_hook(lambda _, seen, out, rows=served[name]: rows.append(Served(seen[0], seen[1], out)))
-        for name, module in expert_layers(model).items()
+        module.register_forward_hook(partial(_keep, served[name])) for name, module in expert_layers(model).items()
     ]
     try:
         yield
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _keep(rows: list[Served], _: GroupedExperts, seen: tuple[Tensor, Tensor], out_RD: Tensor) -> None:
+    rows.append(Served(*seen, out_RD))
 
 
 @torch.no_grad()
