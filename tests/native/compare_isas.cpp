@@ -69,7 +69,7 @@ std::vector<float> run(const Operation &operation, int threads) {
 }
 
 bool same_bits(const std::vector<float> &a, const std::vector<float> &b) {
-    return a.size() == b.size() && !std::memcmp(a.data(), b.data(), a.size() * sizeof(float));
+    return a.size() == b.size() && (a.empty() || !std::memcmp(a.data(), b.data(), a.size() * sizeof(float)));
 }
 
 // What is wrong with `found`; empty where nothing is.
