@@ -6,11 +6,17 @@ ARGS ?=
 BIN := .venv/bin
 STAMP := .venv/installed
 DEMO_STAMP := .venv/installed-demo-model
+TOOLS_STAMP := .venv/installed-build-tools
+TOOLS := PATH="$(CURDIR)/$(BIN):$$PATH"
 SANITIZED := .venv-sanitized
-SANITIZED_TESTS := tests/kernels
+# One of each width and kind of product: the others are the same code with other instructions in it.
+SANITIZED_ISAS := avx2;avx512_vnni;amx
+ASAN := ASAN_OPTIONS=detect_leaks=0
+ARM_CXX ?= aarch64-linux-gnu-g++
+ARM_EMULATOR ?= $(shell command -v qemu-aarch64 || command -v qemu-aarch64-static)
 SOURCES := pyproject.toml CMakeLists.txt $(wildcard csrc/*)
 
-.PHONY: help install demo test test-slow test-sanitized lint format docs clean
+.PHONY: help install demo test test-slow test-sanitized sanitized-kernels sanitized-engine test-neon lint format docs clean
 .DEFAULT_GOAL := help
 
 help:  ## show this list
@@ -40,19 +46,39 @@ test: $(STAMP)  ## run the tests
 test-slow: $(DEMO_STAMP)  ## run the slow tests, with the embedded model
 	$(BIN)/python -m pytest -m slow $(ARGS) || test $$? -eq 5
 
+# What builds csrc outside of pip's own short-lived environments, so that nothing moves and little is built anew.
+$(TOOLS_STAMP): $(STAMP)
+	$(BIN)/python -m pip install --quiet scikit-build-core nanobind cmake ninja
+	touch $@
+
 # An own environment that borrows the other's packages: what is tested there is a build of its own, not an editable one.
-# Sanitizers must be in the process before anything else; CPython's own leaks are not ours.
-$(SANITIZED)/installed: $(STAMP) $(SOURCES)
+$(SANITIZED)/installed: $(TOOLS_STAMP) $(SOURCES) $(wildcard tests/native/*)
 	test -x $(SANITIZED)/bin/python || $(PYTHON) -m venv --without-pip $(SANITIZED)
 	$(BIN)/python -c "import site; print(site.getsitepackages()[0])" \
 	  > "$$($(SANITIZED)/bin/python -c 'import site; print(site.getsitepackages()[0])')/borrowed.pth"
-	$(BIN)/python -m pip --python $(SANITIZED)/bin/python install --quiet --no-deps --force-reinstall . \
-	  -C cmake.define.MOESAIC_SANITIZE=ON -C build-dir=build/sanitized
+	$(TOOLS) $(BIN)/python -m pip --python $(SANITIZED)/bin/python install --quiet --no-deps --force-reinstall \
+	  --no-build-isolation . -C build-dir=build/sanitized -C cmake.define.MOESAIC_SANITIZE=ON \
+	  -C cmake.define.MOESAIC_COMPARE=ON -C 'cmake.define.MOESAIC_ISAS=$(SANITIZED_ISAS)'
 	touch $@
 
-test-sanitized: $(SANITIZED)/installed  ## run the kernels' tests under address and undefined behaviour sanitizers
-	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
-	  $(SANITIZED)/bin/python -m pytest -p no:cacheprovider $(SANITIZED_TESTS) $(ARGS)
+test-sanitized: $(SANITIZED)/installed  ## run kernels and engine under address and undefined behaviour sanitizers
+	$(ASAN) build/sanitized/compare_isas
+	$(MAKE) --jobs=2 --output-sync=target sanitized-kernels sanitized-engine
+
+# Sanitizers must be in the process before anything else; CPython's own leaks are not ours.
+sanitized-kernels sanitized-engine: sanitized-%:
+	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" $(ASAN) \
+	  $(SANITIZED)/bin/python -m pytest -q -p no:cacheprovider -m 'not slow' tests/$* $(ARGS)
+
+test-neon: $(TOOLS_STAMP)  ## compile the kernels for arm64 and hold NEON against plain loops in an emulator
+	@if ! command -v $(ARM_CXX) > /dev/null; then \
+	  echo "test-neon: left out, no $(ARM_CXX) (Debian, Ubuntu: apt install g++-aarch64-linux-gnu qemu-user)"; exit; \
+	fi; set -ex; \
+	$(TOOLS) cmake -S . -B build/neon -G Ninja -DMOESAIC_EXTENSION=OFF -DMOESAIC_COMPARE=ON \
+	  -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 -DCMAKE_CXX_COMPILER=$(ARM_CXX) > /dev/null; \
+	$(TOOLS) cmake --build build/neon --target compare_isas > build/neon/log || { cat build/neon/log; exit 1; }; \
+	if [ -z "$(ARM_EMULATOR)" ]; then echo "test-neon: compiled, not run, no emulator (apt install qemu-user)"; exit; fi; \
+	$(ARM_EMULATOR) -L /usr/aarch64-linux-gnu build/neon/compare_isas neon
 
 lint: $(STAMP)  ## check style, format and types
 	$(BIN)/ruff check .

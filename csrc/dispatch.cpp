@@ -1,6 +1,6 @@
 #include "dispatch.h"
 
-#if defined(MOESAIC_HAS_X86)
+#if defined(MOESAIC_HAS_AMX)
 #include <cpuid.h>
 #if defined(__linux__)
 #include <sys/syscall.h>
@@ -11,7 +11,7 @@
 namespace moesaic {
 namespace {
 
-#if defined(MOESAIC_HAS_BF16)
+#if defined(MOESAIC_HAS_AMX)
 // Whether the processor has the tile unit and the system lends it to this process (Linux asks for it, per process).
 bool has_tiles() {
 #if defined(__linux__)
@@ -27,27 +27,36 @@ bool has_tiles() {
 }
 #endif
 
+#if defined(__x86_64__) && defined(__GNUC__)
+[[maybe_unused]] bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
+[[maybe_unused]] bool has_avx512() {
+    return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+}
+#endif
+
 std::vector<const Kernels *> available() {
     std::vector<const Kernels *> tables = {&portable::kernels};
+#if defined(__x86_64__) && defined(__GNUC__)
+    __builtin_cpu_init();
+#endif
 #if defined(MOESAIC_HAS_NEON)
     tables.push_back(&neon::kernels);  // every arm64 processor has it
 #endif
-#if defined(MOESAIC_HAS_X86)
-    __builtin_cpu_init();
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) tables.push_back(&avx2::kernels);
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-        __builtin_cpu_supports("avx512dq"))
-        tables.push_back(&avx512::kernels);
-    else return tables;
-#if defined(MOESAIC_HAS_VNNI)
-    if (!__builtin_cpu_supports("avx512vnni")) return tables;
-    tables.push_back(&avx512_vnni::kernels);
+#if defined(MOESAIC_HAS_AVX2)
+    if (has_avx2()) tables.push_back(&avx2::kernels);
 #endif
-#if defined(MOESAIC_HAS_BF16)
-    if (!__builtin_cpu_supports("avx512bf16")) return tables;
-    tables.push_back(&avx512_bf16::kernels);
-    if (has_tiles()) tables.push_back(&amx::kernels);
+#if defined(MOESAIC_HAS_AVX512)
+    if (has_avx512()) tables.push_back(&avx512::kernels);
 #endif
+#if defined(MOESAIC_HAS_AVX512_VNNI)
+    if (has_avx512() && __builtin_cpu_supports("avx512vnni")) tables.push_back(&avx512_vnni::kernels);
+#endif
+#if defined(MOESAIC_HAS_AVX512_BF16)  // every processor with bf16 has VNNI
+    if (has_avx512() && __builtin_cpu_supports("avx512bf16")) tables.push_back(&avx512_bf16::kernels);
+#endif
+#if defined(MOESAIC_HAS_AMX)
+    if (has_avx512() && __builtin_cpu_supports("avx512bf16") && has_tiles()) tables.push_back(&amx::kernels);
 #endif
     return tables;
 }

@@ -6,6 +6,7 @@
 
 #if defined(__AMX_BF16__)
 #include "scratch.h"
+#include "tile_unit.h"
 #include "transpose.h"
 
 namespace moesaic::MOESAIC_ISA {
@@ -17,12 +18,6 @@ constexpr int64_t pack_bytes = 1024 << 10;     // B packed at once
 constexpr int64_t rows_ahead = 8;              // of B fetched while packing
 enum Slot { b_slot, a_slot, sum_slot };
 
-struct alignas(64) TileConfig {
-    uint8_t palette = 1, start_row = 0, reserved[14] = {};
-    uint16_t row_bytes[16] = {};
-    uint8_t rows[16] = {};
-};
-
 // Tiles 0 to 3 are C (0 and 1 above 2 and 3), 4 and 5 A (upper, lower rows), 6 and 7 B (left, right columns).
 void configure(int upper, int lower) {
     TileConfig config;
@@ -31,6 +26,7 @@ void configure(int upper, int lower) {
         config.row_bytes[i] = 64;
         config.rows[i] = static_cast<uint8_t>(rows[i] > 0 ? rows[i] : 16);
     }
+    written(&config);
     _tile_loadconfig(&config);
 }
 
@@ -234,6 +230,7 @@ struct Pass {
                               reinterpret_cast<__m512i *>(to + (n - n0) / step * panel_bytes() +
                                                           (n - n0) / side % 2 * tile_bytes));
         }
+        written(b_panels);
     }
 
     // 32 of k whose rows run along n: read along them, two at a time.
@@ -274,6 +271,7 @@ struct Pass {
                 for (int64_t i = 0; i < side && half * side + i < rows; ++i)
                     to[i] = _mm512_maskz_loadu_epi16(first_halves(tail), from + i * p.a_row + (ks - tail));
             }
+            written(a_tiles);
             return o;
         }
         o.a_row = 64;
@@ -286,6 +284,7 @@ struct Pass {
                 pack_tile_of_a(a0 + half * side + s * step * p.a_k, p.a_k, ks - s * step, rows - half * side,
                                reinterpret_cast<__m512i *>(a_tiles + half * tile_bytes + s * 2 * tile_bytes));
         }
+        written(a_tiles);
         return o;
     }
 

@@ -1,19 +1,12 @@
 #include "packed_tiles.h"
 
 #if defined(MOESAIC_HAS_TILES)
+#include "tile_unit.h"
+
 namespace moesaic::MOESAIC_ISA {
 namespace {
 
 constexpr int64_t side = 16;
-
-struct alignas(64) TileConfig {
-    uint8_t palette = 1, start_row = 0, reserved[14] = {};
-    uint16_t row_bytes[16] = {};
-    uint8_t rows[16] = {};
-};
-
-// The compiler does not see how much of memory the unit's instructions read: what was stored there must be kept.
-inline void written(const void *p) { __asm__ volatile("" : : "r"(p) : "memory"); }
 
 // Lines `apart` bytes apart: what the unit reads of a tile is no stream that the processor would see coming.
 inline void prefetch(const void *p, int64_t apart, int64_t lines) {

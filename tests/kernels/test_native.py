@@ -240,3 +240,14 @@ def test_one_openmp_serves_torch_and_us() -> None:
 def test_an_unknown_instruction_set_lists_the_known_ones() -> None:
     with pytest.raises(ConfigError, match="cannot run here; use one of portable"):
         native._choose_isa("sse9")
+
+
+@pytest.mark.parametrize(
+    ("isa_name", "asked", "lines"), [("portable", None, 1), ("portable", "portable", 0), ("neon", None, 0)]
+)
+def test_plain_loops_that_nobody_asked_for_say_what_is_lost(
+    isa_name: str, asked: str | None, lines: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    native._tell_what_is_lost(isa_name, asked)
+    said = capsys.readouterr().err
+    assert said.count("\n") == lines and ("4 to 7 times as fast" in said) == bool(lines)

@@ -1,0 +1,93 @@
+// Attention over the paged cache and over whole sequences.
+#include <limits>
+
+#include "suite.h"
+
+namespace moesaic {
+namespace {
+
+struct Paged {
+    int64_t key_dim, value_dim, groups, heads;
+    bool shared;
+    int64_t window, chunk;
+    bool sinks;
+};
+constexpr Paged pages[] = {{6, 6, 2, 4, false, 0, 0, false},  {33, 17, 1, 3, false, 5, 0, true},
+                           {16, 16, 3, 3, false, 0, 33, false}, {19, 13, 1, 5, true, 0, 0, false},
+                           {64, 48, 1, 20, true, 40, 0, true},  {1, 1, 1, 1, false, 0, 0, false}};
+
+// Two sequences, one of 71 tokens and one of 3, whose blocks lie anywhere.
+template <class T>
+void paged(const Paged &p, float poison, const Kernels &kernels, int threads, Results &results) {
+    constexpr int64_t num_blocks = 5, table_width = 3, lengths[2] = {71, 3};
+    PagedCache cache{nullptr, nullptr, sizeof(T) == 2, num_blocks, p.groups, p.key_dim, p.value_dim, p.shared};
+    const Guarded<T> keys(num_blocks * p.groups * cache.key_tile()), values(num_blocks * p.groups * cache.value_tile());
+    cache.keys = keys.data();
+    cache.values = p.shared ? nullptr : values.data();
+    Guarded<int32_t> tables(2 * table_width), sequence_of(lengths[0] + lengths[1]);
+    const int32_t blocks[2 * table_width] = {3, 0, 4, 1, -1, -1};
+    for (int64_t i = 0; i < tables.size(); ++i) tables[i] = blocks[i];
+    Guarded<int64_t> positions(sequence_of.size());
+    for (int64_t t = 0; t < positions.size(); ++t) {
+        sequence_of[t] = t >= lengths[0];
+        positions[t] = t - sequence_of[t] * lengths[0];
+    }
+    const int64_t tokens = positions.size();
+    const PagedTokens step{tokens, positions.data(), sequence_of.data(), tables.data(), table_width};
+    const Floats k = random_floats(tokens * p.groups * p.key_dim, 1), v = random_floats(tokens * p.groups * p.value_dim, 2);
+    k[(tokens / 2 * p.groups) * p.key_dim] = poison;
+    kernels.write_cache(cache, step, k.data(), p.groups * p.key_dim, p.shared ? nullptr : v.data(),
+                        p.groups * p.value_dim, threads);
+    results.add(keys);
+    results.add(values);
+    const Floats q = random_floats(tokens * p.heads * p.key_dim, 3), out = random_floats(tokens * p.heads * p.value_dim, 4);
+    const Floats sinks = random_floats(p.heads, 5);
+    const PagedSight sight{p.heads, p.window, p.chunk, 1.7f, p.sinks ? sinks.data() : nullptr};
+    kernels.paged_attention(cache, step, sight, q.data(), p.heads * p.key_dim, out.data(), p.heads * p.value_dim,
+                            threads);
+    results.add(out);
+}
+
+template <class T>
+void causal(int64_t length, int64_t head_dim, const Kernels &kernels, int threads, Results &results) {
+    const AttentionShape shape{2, length, 4, 2, head_dim};
+    const int64_t wide = 2 * length * 4 * head_dim, narrow = wide / 2;
+    const Guarded<T> q = random<T>(wide, 1), k = random<T>(narrow, 2), v = random<T>(narrow, 3), out(wide);
+    const Guarded<T> d_out = random<T>(wide, 4), dq(wide), dk(narrow), dv(narrow);
+    const Floats log_sum(2 * 4 * length);
+    const Typed<T> &typed = kernels.of(q.data());
+    typed.causal_attention(q.data(), k.data(), v.data(), out.data(), log_sum.data(), shape, threads);
+    typed.causal_attention_grad({d_out.data(), q.data(), k.data(), v.data(), out.data(), log_sum.data(), dq.data(),
+                                 dk.data(), dv.data()},
+                                shape, threads);
+    for (const Guarded<T> *written : {&out, &dq, &dk, &dv}) results.add(*written);
+    results.add(log_sum);
+}
+
+}  // namespace
+
+void check_attention(Suite &suite) {
+    suite.begin("attention");
+    for (float poison : {0.5f, std::numeric_limits<float>::quiet_NaN()})
+        for (const Paged &p : pages) {
+            const std::string name = "paged_attention " + std::to_string(p.key_dim);
+            suite.check(name + " fp32", of_fp32, [&](const Kernels &kernels, int threads, Results &results) {
+                paged<float>(p, poison, kernels, threads, results);
+            });
+            suite.check(name + " bf16", of_fp32, [&](const Kernels &kernels, int threads, Results &results) {
+                paged<bf16>(p, poison, kernels, threads, results);
+            });
+        }
+    for (int64_t length : {1, 5, 33, 70})
+        for (int64_t head_dim : {1, 6, 16, 33}) {
+            const std::string name = "causal_attention " + std::to_string(length) + " x " + std::to_string(head_dim);
+            suite.check(name + " fp32", of_fp32, [=](const Kernels &kernels, int threads, Results &results) {
+                causal<float>(length, head_dim, kernels, threads, results);
+            });
+            suite.check(name + " bf16", of_bf16, [=](const Kernels &kernels, int threads, Results &results) {
+                causal<bf16>(length, head_dim, kernels, threads, results);
+            });
+        }
+}
+
+}  // namespace moesaic
