@@ -45,6 +45,7 @@ class Routed(NamedTuple):
 class Program:
     """What runs: one native call for each batch.
 
+    packed_bytes: of its matrices, by part. formats: what most of these bytes are of.
     Raises ConfigError for parts that have no lowering.
     """
 
@@ -55,7 +56,8 @@ class Program:
         build = Builder(packer, threads, self.max_length)
         self.native, self.caches = build.native, build.caches
         _lower(build)
-        self.packed_bytes = packer.packed_bytes
+        self.packed_bytes = {part: formats.total() for part, formats in packer.bytes_by_format.items()}
+        self.formats = {part: formats.most_common(1)[0][0] for part, formats in packer.bytes_by_format.items()}
 
     def connect(self, cache: BlockCache) -> None:
         """Read and write this cache's blocks from now on."""
