@@ -128,8 +128,10 @@ def test_it_says_what_it_holds(case: str, folder: Path) -> None:
     assert told < packed_bytes(engine.config, Precision(), 4)
 
 
-@pytest.mark.parametrize("asked", [{"bits": 8}, {"dtype": torch.bfloat16}, {"dtype": torch.float32}])
-def test_what_is_asked_for_goes_before_it(folder: Path, asked: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    ("asked", "format_"),
+    [({"bits": 8}, "int8"), ({"dtype": torch.bfloat16}, "bf16"), ({"dtype": torch.float32}, "fp32")],
+)
+def test_what_is_asked_for_goes_before_it(folder: Path, asked: dict[str, Any], format_: str) -> None:
     formats = Engine(folder, threads=1, **asked).program.formats
-    name = {torch.bfloat16: "bf16", torch.float32: "fp32"}.get(asked.get("dtype"), "int8")
-    assert formats["experts"] == formats["head"] == name
+    assert formats["experts"] == formats["head"] == format_

@@ -8,7 +8,7 @@ from moesaic.engine.packing import Precision
 from moesaic.errors import ConfigError
 from moesaic.hub.codes import BITS, CodedTensor
 from moesaic.kernels.rounding import GROUP, Bits
-from moesaic.tensor_spec import TensorSpec
+from moesaic.tensor_spec import Role, TensorSpec
 
 CodedOf = Callable[[str], CodedTensor | None]
 """See engine.weights.Weights."""
@@ -27,7 +27,8 @@ def packed_bytes(
             return bytes_per_parameter
         if len(spec.shape) == 1:
             return 4.0
-        bits = {"experts": precision.of_experts, "head": precision.of_head}.get(spec.role, precision.bits)
+        by_role: dict[Role, Bits | None] = {"experts": precision.of_experts, "head": precision.of_head}
+        bits = by_role[spec.role] if spec.role in by_role else precision.bits
         coded = coded_of(spec.name) if precision.keeps_codes(bits) else None
         return each(bits) if coded is None else BITS[coded.format] / 8
 

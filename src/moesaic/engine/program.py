@@ -19,6 +19,7 @@ from moesaic.engine.lower.mla import lower_mla
 from moesaic.engine.lower.refusal import check_lowerable
 from moesaic.engine.packing import Packer
 from moesaic.errors import GenerationError
+from moesaic.kernels.blocks import Format
 
 
 class Batch(NamedTuple):
@@ -57,7 +58,9 @@ class Program:
         self.native, self.caches = build.native, build.caches
         _lower(build)
         self.packed_bytes = {part: formats.total() for part, formats in packer.bytes_by_format.items()}
-        self.formats = {part: formats.most_common(1)[0][0] for part, formats in packer.bytes_by_format.items()}
+        self.formats: dict[str, Format] = {
+            part: formats.most_common(1)[0][0] for part, formats in packer.bytes_by_format.items()
+        }
 
     def connect(self, cache: BlockCache) -> None:
         """Read and write this cache's blocks from now on."""
