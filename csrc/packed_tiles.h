@@ -37,5 +37,8 @@ void tiles_of_ints(const uint8_t *wide, int64_t g0, int64_t g1, const PackedShap
 // spare_rows past the last are written, too.
 void tiles_of_bf16(const uint8_t *strip, const PackedShape &shape, const PackedRows &rows, float *sums);
 
+// The same of fp8, whose numbers are made bf16 block by block.
+void tiles_of_fp8(const uint8_t *strip, const PackedShape &shape, const PackedRows &rows, float *sums);
+
 }  // namespace moesaic::MOESAIC_ISA
 #endif

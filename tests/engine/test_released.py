@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from moesaic import families, load, save
+from moesaic.bench import reached
+from moesaic.bench.bound import decode_work
 from moesaic.engine.cache import Text
 from moesaic.engine.engine import Engine, Piece
 from moesaic.engine.memory import packed_bytes
@@ -42,8 +44,7 @@ QWEN = COMMON | {
 CASES: dict[str, tuple[dict[str, Any], CodesFormat]] = {
     "gpt_oss": (GPT_OSS, "mxfp4"),
     "deepseek_v3": (DEEPSEEK, "fp8"),
-    "per expert": (QWEN, "fp8"),
-    "fused": (QWEN, "fp8"),
+    "qwen3_moe": (QWEN, "fp8"),
 }
 PROMPT = [5, 9, 2, 77, 31, 8, 19, 4, 100, 3, 3, 60, 7, 12, 45, 99, 1, 2, 88, 50, 6]
 
@@ -58,7 +59,7 @@ def folder(case: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     fields, format_ = CASES[case]
     made = tmp_path_factory.mktemp("released")
     save(lively_decoder(families.from_hf(fields)), made / "plain")
-    convert(made / "plain", made / "packed", dtype=format_, layout="fused" if case == "fused" else None)
+    convert(made / "plain", made / "packed", dtype=format_)
     return made / "packed"
 
 
@@ -126,6 +127,14 @@ def test_it_says_what_it_holds(case: str, folder: Path) -> None:
     assert case == "deepseek_v3" or engine.program.formats["projections"] == projections
     told = packed_bytes(engine.config, Precision(), 4, weights_of(folder).coded)
     assert told < packed_bytes(engine.config, Precision(), 4)
+
+
+def test_bounds_count_its_bytes_and_its_products(case: str, folder: Path) -> None:
+    engine, as_fp32 = Engine(folder, threads=1), Engine(folder, threads=1, dtype=torch.float32)
+    kept, plain = (reached.held(each, torch.float32) for each in (engine, as_fp32))
+    assert kept.of_experts == ("int8" if case == "gpt_oss" else "bf16") and plain.of_experts == "fp32"
+    assert kept.packed_bytes["experts"] < 0.5 * plain.packed_bytes["experts"]
+    assert decode_work(kept, 1, 8).num_bytes < decode_work(plain, 1, 8).num_bytes
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ def packed_bytes(
         if len(spec.shape) == 1:
             return 4.0
         by_role: dict[Role, Bits | None] = {"experts": precision.of_experts, "head": precision.of_head}
-        bits = by_role[spec.role] if spec.role in by_role else precision.bits
+        bits = by_role.get(spec.role, precision.bits)
         coded = coded_of(spec.name) if precision.keeps_codes(bits) else None
         return each(bits) if coded is None else BITS[coded.format] / 8
 
