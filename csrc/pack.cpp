@@ -178,21 +178,22 @@ void pack_mxfp4(const Strip &strip, int64_t block, uint8_t *out) {
 }
 
 void pack_fp8(const Strip &strip, int64_t block, uint8_t *out) {
-    float scales[strip_outputs], header[16] = {};
+    constexpr int64_t quads = most_inputs / 4, pair_bytes = 2 * strip_outputs;
+    Word words[quads], none = {};
+    turn(strip.values, block * most_inputs, quads, words);
+    float scales[strip_outputs];
     scales_at(strip, block, scales);
-    for (int half = 0; half < 2; ++half) {  // rows past the end have none, so that the largest is that of the others
-        header[half] = scales[16 * half];
-        for (int o = 16 * half; o < 16 * (half + 1); ++o)
-            header[half] = scales[o] > header[half] ? scales[o] : header[half];
-    }
-    std::memcpy(out, header, sizeof header);
-    out += sizeof header;
-    Word words[most_inputs / 4];
-    turn(strip.values, block * most_inputs, most_inputs / 4, words);
-    for (int64_t j = 0; j < most_inputs / 4; ++j)
-        for (int i = 0; i < 4; ++i)
-            for (int o = 0; o < strip_outputs; ++o)
-                out[(4 * j + i) * strip_outputs + o] = static_cast<uint8_t>(words[j][o] >> 8 * i);
+    for (int64_t j = 0; j < quads; ++j)  // a magnitude of 0x7f, which alone reaches the upper bit, is no number
+        for (int o = 0; o < strip_outputs; ++o) none[o] |= ((words[j][o] & 0x7f7f7f7fu) + 0x01010101u) & 0x80808080u;
+    for (int o = 0; o < strip_outputs; ++o)
+        if (none[o]) scales[o] = float_of(0x7fc00000u);
+    std::memcpy(out, scales, sizeof scales);
+    out += sizeof scales;
+    for (int64_t j = 0; j < 2 * quads; ++j, out += pair_bytes)
+        for (int o = 0; o < strip_outputs; ++o) {
+            const uint16_t pair = static_cast<uint16_t>(words[j / 2][o] >> j % 2 * 16);
+            std::memcpy(out + o % 16 / 4 * 16 + o / 16 * 8 + o % 4 * 2, &pair, 2);
+        }
 }
 
 void pack_block(const Strip &strip, int64_t block, uint8_t *out) {

@@ -4,7 +4,9 @@
 //   format   block    scales                   numbers of 32 outputs (bytes)
 //   f32      1        -                        [32] floats
 //   b16      2        -                        [32][2] bf16
-//   fp8      128      2 floats, 64 bytes       [128][32] e4m3; one scale for each half of the strip
+//   fp8      128      32 floats                [64][4][2][4][2] e4m3: two inputs of outputs 4i to 4i + 3, then of
+//                                              16 + 4i to 19 + 4i. Where one of an output's is no number, its scale is
+//                                              none
 //   int8     group    32 fp16                  [group / 4][32][4] q + 128
 //   int4     group    32 fp16                  [group / 8][32][4] q + 8, inputs 8j + i in the low and 8j + 4 + i in the
 //                                              high half of a byte
@@ -49,7 +51,7 @@ struct PackedShape {
         return has_groups(format) ? group : format == Format::mxfp4 ? 32 : 0;
     }
     int64_t row_groups() const { return row_group() ? padded_inputs() / row_group() : 0; }
-    int64_t row_element_bytes() const { return row_group() ? 1 : format == Format::b16 ? 2 : 4; }
+    int64_t row_element_bytes() const { return row_group() ? 1 : format == Format::f32 ? 4 : 2; }
     // Inputs of a prepared row, zeros included; tiles take 32 of bf16 at a time.
     int64_t row_inputs() const { return format == Format::b16 ? (inputs + 31) / 32 * 32 : padded_inputs(); }
     // From one row to the next: an odd number of cache lines, so that rows do not share a few of them.
@@ -61,7 +63,7 @@ struct PackedShape {
         switch (format) {
             case Format::f32:
             case Format::b16: return 128;
-            case Format::fp8: return 64 + 128 * strip_outputs;
+            case Format::fp8: return (4 + 128) * strip_outputs;
             case Format::int8: return 64 + group * strip_outputs;
             case Format::int6: return 64 + group * strip_outputs * 3 / 4;
             case Format::int4: return 64 + group * strip_outputs / 2;
@@ -76,8 +78,8 @@ struct PackedShape {
     int64_t bytes() const { return strips() * strip_bytes(); }
 };
 
-// Rows to be multiplied, `row_stride` apart: floats (f32, fp8), bf16 (b16), or bytes. Of bytes each group has a scale
-// and what its sum begins with (see packed_lanes.h), at [group * groups_apart + row].
+// Rows to be multiplied, `row_stride` apart: floats (f32), bf16 (b16, fp8), or bytes. Of bytes each group has a scale and
+// what its sum begins with (see packed_lanes.h), at [group * groups_apart + row].
 struct PackedRows {
     int64_t rows;
     void *values;

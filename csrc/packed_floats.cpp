@@ -1,5 +1,5 @@
-// A strip of fp32, bf16 or e4m3 weights times rows, on vectors (bf16 on tiles where there are any). Many rows take it
-// in pieces that stay in the first cache, where e4m3 is made floats once for all of them.
+// A strip of fp32, bf16 or e4m3 weights times rows, on vectors (but for fp32 on tiles where there are any). Many rows take
+// it in pieces that stay in the first cache, where e4m3 is made bf16 once for all of them.
 #include "packed_multiply.h"
 #include "packed_numbers.h"
 #include "packed_tiles.h"
@@ -10,7 +10,7 @@ namespace {
 
 constexpr int strip_vectors = strip_outputs / Vec::lanes;
 constexpr int together = strip_vectors < 2 ? strip_vectors : 2;  // vectors of outputs whose sums are held at once
-constexpr int64_t piece = 128;                                   // inputs; what e4m3 has one scale for
+constexpr int64_t piece = 128;                                   // inputs; what e4m3 has a scale for
 
 // Sums of R rows for `together` vectors of outputs, from where they are kept or zero.
 template <int R>
@@ -31,6 +31,7 @@ struct Sums {
     }
 };
 
+// reads_memory: not for later rows and outputs, which find the strip in the cache.
 template <int R>
 MOESAIC_INLINE void add_floats(Sums<R> &sums, const float *w, int64_t inputs, const float *x, int64_t stride,
                                bool reads_memory) {
@@ -57,54 +58,6 @@ void floats_times_rows(const float *strip, const PackedShape &shape, const Packe
                 total.keep(kept);
             }
         });
-}
-
-// A block of e4m3 over 256 as floats.
-void floats_of_e4m3(const uint8_t *numbers, float *to) {
-    for (int64_t k = 0; k < piece; ++k, numbers += strip_outputs, to += strip_outputs) {
-        Vec w[strip_vectors];
-        e4m3_over_256(numbers, w);
-        for (int i = 0; i < strip_vectors; ++i) store(to + i * Vec::lanes, w[i]);
-    }
-}
-
-// A block of e4m3 over 256, without a stop in memory, where all outputs are summed together.
-template <int R>
-MOESAIC_INLINE void add_e4m3(Sums<R> &sums, const uint8_t *numbers, const float *x, int64_t stride) {
-    for (int64_t k = 0; k < piece; ++k, numbers += strip_outputs) {
-        Vec w[strip_vectors], ws[together];
-        e4m3_over_256(numbers, w);
-        for (int i = 0; i < together; ++i) ws[i] = w[i];
-        for (int r = 0; r < R; ++r) sums.add(ws, r, set(x[r * stride + k]));
-    }
-}
-
-void fp8_times_rows(const uint8_t *strip, const PackedShape &shape, const PackedRows &rows, float *sums) {
-    const int64_t stride = shape.row_stride();
-    const bool at_once = together == strip_vectors && rows.rows <= row_tile;
-    float *wide = static_cast<float *>(scratch(wide_slot, piece * strip_outputs * 4));
-    for (int64_t k = 0; k < shape.padded_inputs(); k += piece, strip += shape.block_bytes()) {
-        if (!at_once) floats_of_e4m3(strip + 64, wide);
-        over_tiles(rows.rows, [&](int64_t row, auto count) {
-            constexpr int R = decltype(count)::value;
-            const float *x = static_cast<const float *>(rows.values) + row * stride + k;
-            for (int64_t first = 0; first < strip_outputs; first += together * Vec::lanes) {
-                float *kept = sums + row * strip_outputs + first;
-                Sums<R> of_block, total;
-                of_block.begin(nullptr);
-                if (at_once) add_e4m3(of_block, strip + 64, x, stride);
-                else add_floats(of_block, wide + first, piece, x, stride, false);
-                total.begin(k ? kept : nullptr);
-                for (int i = 0; i < together; ++i) {
-                    float scale;  // one for each half of the strip
-                    std::memcpy(&scale, strip + (2 * (first + i * Vec::lanes) / strip_outputs) * 4, 4);
-                    for (int r = 0; r < R; ++r)
-                        total.v[r][i] = fma(of_block.v[r][i], set(256.0f * scale), total.v[r][i]);
-                }
-                total.keep(kept);
-            }
-        });
-    }
 }
 
 #if !defined(MOESAIC_HAS_TILES)
@@ -172,6 +125,30 @@ void bf16_times_rows(const uint8_t *strip, const PackedShape &shape, const Packe
             }
         });
 }
+
+void fp8_times_rows(const uint8_t *strip, const PackedShape &shape, const PackedRows &rows, float *sums) {
+    const int64_t stride = shape.row_stride();
+    uint8_t *pairs = static_cast<uint8_t *>(scratch(wide_slot, piece * 2 * strip_outputs));
+    for (int64_t k = 0; k < shape.padded_inputs(); k += piece, strip += shape.block_bytes()) {
+        bf16_of_block(strip, pairs);
+        over_tiles(rows.rows, [&](int64_t row, auto count) {
+            constexpr int R = decltype(count)::value;
+            const bf16 *x = static_cast<const bf16 *>(rows.values) + row * stride + k;
+            for (int64_t first = 0; first < strip_outputs; first += together * Vec::lanes) {
+                float *kept = sums + row * strip_outputs + first;
+                Sums<R> of_block, total;
+                of_block.begin(nullptr);
+                add_bf16(of_block, pairs + 4 * first, piece, x, stride);
+                total.begin(k ? kept : nullptr);
+                for (int i = 0; i < together; ++i) {
+                    const Vec scale = load(reinterpret_cast<const float *>(strip) + first + i * Vec::lanes);
+                    for (int r = 0; r < R; ++r) total.v[r][i] = fma(of_block.v[r][i], scale, total.v[r][i]);
+                }
+                total.keep(kept);
+            }
+        });
+    }
+}
 #endif
 
 }  // namespace
@@ -179,15 +156,15 @@ void bf16_times_rows(const uint8_t *strip, const PackedShape &shape, const Packe
 void multiply_strip_of_floats(const uint8_t *strip, const PackedShape &shape, const PackedRows &rows, float *sums) {
     if (shape.format == Format::f32) {
         floats_times_rows(reinterpret_cast<const float *>(strip), shape, rows, sums);
-    } else if (shape.format == Format::fp8) {
-        fp8_times_rows(strip, shape, rows, sums);
-    } else {
-#if defined(MOESAIC_HAS_TILES)
-        tiles_of_bf16(strip, shape, rows, sums);
-#else
-        bf16_times_rows(strip, shape, rows, sums);
-#endif
+        return;
     }
+#if defined(MOESAIC_HAS_TILES)
+    if (shape.format == Format::fp8) tiles_of_fp8(strip, shape, rows, sums);
+    else tiles_of_bf16(strip, shape, rows, sums);
+#else
+    if (shape.format == Format::fp8) fp8_times_rows(strip, shape, rows, sums);
+    else bf16_times_rows(strip, shape, rows, sums);
+#endif
 }
 
 }  // namespace moesaic::MOESAIC_ISA

@@ -59,8 +59,8 @@ void prepare_inputs(const float *x, int64_t first, int64_t end, const PackedShap
     const int64_t stride = shape.row_stride(), group = shape.row_group();
     const int64_t padded_end = end == shape.inputs ? shape.row_inputs() : end, at = row * stride + first;
     const int64_t size = end - first, padded = padded_end - first;
-    if (shape.format == Format::b16) return convert(x, size, padded, static_cast<bf16 *>(rows.values) + at);
-    if (group == 0) return convert(x, size, padded, static_cast<float *>(rows.values) + at);
+    if (shape.format == Format::f32) return convert(x, size, padded, static_cast<float *>(rows.values) + at);
+    if (group == 0) return convert(x, size, padded, static_cast<bf16 *>(rows.values) + at);
     int8_t *values = static_cast<int8_t *>(rows.values) + at;
     for (int64_t i = first; i < padded_end; i += group, x += group, values += group) {
         const int64_t left = end - i, of_row = i / group * rows.groups_apart + row;

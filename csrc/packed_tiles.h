@@ -40,5 +40,8 @@ constexpr int64_t parts_of_ints(int64_t rows) { return (rows + 15) / 16 * 2; }
 // spare_rows past the last are written, too.
 void tiles_of_bf16(const uint8_t *strip, const PackedShape &shape, const PackedRows &rows, float *sums);
 
+// The same of fp8, whose numbers are made bf16 block by block.
+void tiles_of_fp8(const uint8_t *strip, const PackedShape &shape, const PackedRows &rows, float *sums);
+
 }  // namespace moesaic::MOESAIC_ISA
 #endif

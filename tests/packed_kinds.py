@@ -28,7 +28,7 @@ def packed_and_weights(kind: str, outputs: int, inputs: int, paired: bool) -> tu
         values.view(torch.uint8)[0, 0, : min(inputs, 8)] = torch.arange(
             min(inputs, 8), dtype=torch.uint8
         )  # below normal
-        scales = (torch.rand(3, 1, num_groups, generator=generator) + 0.5).expand(3, outputs, num_groups)
+        scales = torch.rand(3, outputs, num_groups, generator=generator) + 0.5
         return blocks.pack_fp8(values, scales, paired=paired), _scaled(values.float(), scales, size)
     if name == "mxfp4":
         codes = torch.randint(16, shape, generator=generator, dtype=torch.uint8)

@@ -3,9 +3,10 @@
     python benchmarks/peers/make_models.py FOLDER [--only A,C]
 
 Makes FOLDER/A ... FOLDER/E: A, 32 experts of which 4 serve a token; B, Mixtral's shape; C, 64 fine-grained experts of
-which 6, a shared one, and latent attention; D and E, A's dense twins of equal active and of equal total size. Their
-vocabularies are one byte-level BPE of 32,000 tokens, trained on the sources of Python's own library. Random weights
-route almost evenly, and take the same time as trained ones wherever time does not depend on values.
+which 6, a shared one, and latent attention; D and E, A's dense twins of equal active and of equal total size. And two
+of A's shape in the formats that models are released in: F, gpt-oss's parts with experts in MXFP4; G, A in FP8 blocks.
+Their vocabularies are one byte-level BPE of 32,000 tokens, trained on the sources of Python's own library. Random
+weights route almost evenly, and take the same time as trained ones wherever time does not depend on values.
 """
 
 import argparse
@@ -13,6 +14,7 @@ import json
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -20,6 +22,8 @@ import torch
 import moesaic
 from moesaic import families
 from moesaic.data.tokenizer import Tokenizer
+from moesaic.hub.quantization import Format
+from moesaic.hub.streaming import convert
 from moesaic.models.decoder import Decoder
 
 VOCAB_SIZE = 32_000
@@ -52,7 +56,13 @@ MODELS: dict[str, dict[str, Any]] = {
     },
     "D": _GROUPED | {"model_type": "qwen3", "num_hidden_layers": 16, "intermediate_size": 4 * _EXPERT_SIZE},
     "E": _GROUPED | {"model_type": "qwen3", "num_hidden_layers": 16, "intermediate_size": 32 * _EXPERT_SIZE},
+    "F": _GROUPED | {
+        "model_type": "gpt_oss", "num_hidden_layers": 16, "num_local_experts": 32, "num_experts_per_tok": 4,
+        "intermediate_size": _EXPERT_SIZE, "sliding_window": 128,
+    },
 }  # fmt: skip
+MODELS["G"] = MODELS["A"]
+FORMATS: dict[str, Format] = {"F": "mxfp4", "G": "fp8"}
 
 
 def make_tokenizer() -> Tokenizer:
@@ -72,7 +82,10 @@ def make_model(name: str, folder: Path, tokenizer: Tokenizer) -> None:
     """Draw one model's weights by its name and write it."""
     config = families.from_hf(MODELS[name])
     model = Decoder(config, dtype=torch.bfloat16).initialize(seed=ord(name))
-    moesaic.save(model, folder, tokenizer=tokenizer)
+    with TemporaryDirectory(dir=folder.parent) as plain:
+        moesaic.save(model, plain if name in FORMATS else folder, tokenizer=tokenizer)
+        if name in FORMATS:
+            convert(plain, folder, dtype=FORMATS[name])
     print(json.dumps({"model": name, "folder": str(folder), "total": config.total, "active": config.active_gemm}))
 
 
@@ -81,6 +94,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--only", default=",".join(MODELS), help="names, comma-separated (%(default)s)")
     options = parser.parse_args()
+    options.folder.mkdir(parents=True, exist_ok=True)
     tokenizer = make_tokenizer()
     for name in options.only.split(","):
         make_model(name, options.folder / name, tokenizer)

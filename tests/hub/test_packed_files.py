@@ -79,7 +79,7 @@ def test_the_layout_has_its_version() -> None:
     digest = hashlib.sha256()
     for packed in matrices().values():
         digest.update(packed.data.numpy().tobytes())
-    assert (packed_files.LAYOUT_VERSION, digest.hexdigest()[:16]) == (1, "cc5c9f14206863b6")
+    assert (packed_files.LAYOUT_VERSION, digest.hexdigest()[:16]) == (2, "b2b514b01e7dea29")
 
 
 @settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -126,9 +126,9 @@ def changed(path: Path, to: Path, **contents: object) -> Path:
 
 def test_other_versions_and_sources_are_refused(written: Path, tmp_path: Path) -> None:
     other = tmp_path / "other"
-    with pytest.raises(CheckpointError, match=r"other is of version 2\.1 and this is 1\.1; run `again`"):
+    with pytest.raises(CheckpointError, match=r"other is of version 2\.2 and this is 1\.2; run `again`"):
         read_packed(changed(written, other, file_version=2), SOURCE, REMEDY)
-    with pytest.raises(CheckpointError, match=r"other is of version 1\.7 and this is 1\.1; run `again`"):
+    with pytest.raises(CheckpointError, match=r"other is of version 1\.7 and this is 1\.2; run `again`"):
         read_packed(changed(written, other, layout_version=7), SOURCE, REMEDY)
     with pytest.raises(CheckpointError, match="was packed from some/model and not from another; run `again`"):
         read_packed(written, Source("another", "0123"), REMEDY)

@@ -62,7 +62,7 @@ def test_eight_bits_for_rows_cost_what_rounding_costs(kind: str) -> None:
     packed, weights = packed_and_weights(kind, 33, 129, False)
     x_RI, offsets = rows([13, 2, 6], 129)
     wanted = reference.grouped_linear(x_RI, weights, offsets)
-    step = 0.0 if kind in ("fp32", "fp8") else 2**-8
+    step = 0.0 if kind == "fp32" else 2**-8
     bound = reference.grouped_linear(x_RI.abs().amax(1, keepdim=True).expand_as(x_RI), weights.abs(), offsets) * step
     assert bool(((native.packed_linear(x_RI, packed, offsets) - wanted).abs() <= bound + 1e-3).all())
 
@@ -97,6 +97,46 @@ def test_what_is_not_finite_shows(kind: str, poison: float, isa: str) -> None:
         assert y_RO[1].isnan().all()
 
 
+@pytest.mark.parametrize("rows_at_once", [1, 32])
+def test_every_code_of_fp8(rows_at_once: int, isa: str) -> None:
+    """Rows of 0 with a single 1 read the weights themselves: 256 outputs of 32 inputs, every code at every place."""
+    codes = (torch.arange(256)[:, None] + torch.arange(32)).to(torch.uint8)
+    codes = codes.where(codes & 0x7F != 0x7F, 0)
+    scales = torch.logspace(-30, 30, 256)[:, None]
+    packed = blocks.pack_fp8(codes.view(torch.float8_e4m3fn)[None], scales[None])
+    wanted = codes.view(torch.float8_e4m3fn).float() * scales
+    assert torch.equal(blocks.unpack(packed)[0], wanted)
+    assert torch.equal(columns(packed, 32, 1.0, rows_at_once), wanted)
+
+
+@pytest.mark.parametrize("rows_at_once", [1, 32])
+def test_every_code_and_exponent_of_mxfp4(rows_at_once: int, isa: str) -> None:
+    """As above; 127 is rounded to itself."""
+    codes = ((torch.arange(256)[:, None] + torch.arange(32)) % 16).to(torch.uint8)
+    exponents = torch.arange(256, dtype=torch.uint8)[:, None]
+    packed = blocks.pack_mxfp4(codes[None], exponents[None])
+    wanted = blocks.E2M1[codes.long()] * exponents.view(torch.float8_e8m0fnu).float()
+    assert torch.equal(blocks.unpack(packed)[0][:255], wanted[:255]) and bool(wanted[255].isnan().all())
+    found = columns(packed, 32, 127.0, rows_at_once)
+    assert not found[255].isfinite().any()
+    assert torch.equal(found[:248], 127 * wanted[:248])  # higher ones go beyond fp32
+
+
+def test_what_is_no_number_in_fp8_shows(isa: str) -> None:
+    values = torch.ones(1, 40, 200).to(torch.float8_e4m3fn)
+    values.view(torch.uint8)[0, 33, 140] = 0xFF
+    packed = blocks.pack_fp8(values, torch.ones(1, 40, 2))
+    y_RO = native.packed_linear(torch.zeros(3, 200), packed, torch.tensor([0, 3]))
+    assert y_RO.isnan().nonzero()[:, 1].tolist() == [33, 33, 33]
+
+
+def columns(packed: blocks.PackedMatrices, inputs: int, value: float, rows_at_once: int) -> Tensor:
+    """Weights times `value` [O, I], read by rows that have one number."""
+    x_II = value * torch.eye(inputs)
+    parts = [native.packed_linear(x_RI, packed, torch.tensor([0, len(x_RI)])) for x_RI in x_II.split(rows_at_once)]
+    return torch.cat(parts).T
+
+
 def test_what_cannot_be_packed_is_refused() -> None:
     with pytest.raises(ConfigError, match="weight format 'int3'; known: fp32, bf16, fp8, int8, int6, int4, mxfp4"):
         PackedShape(format="int3", outputs=1, inputs=1)  # pyright: ignore[reportArgumentType]
@@ -111,3 +151,4 @@ def test_bits_per_weight() -> None:
         return packed_and_weights(kind, 64, 128, False)[0].bits_per_weight
 
     assert bits("int4/32") == 4.5 and bits("int8/128") == 8.125 and bits("bf16") == 16 and bits("mxfp4") == 4.25
+    assert bits("fp8") == 8.25

@@ -4,14 +4,15 @@ B texts of a batch, E experts, K chosen. (Roofline: Williams, Waterman and Patte
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 from moesaic.config import ModelConfig, MoeConfig
+from moesaic.kernels.blocks import Format
 from moesaic.tensor_spec import Role
 
 Number = Literal["fp32", "bf16", "int8"]
-"""What products are made of: weights of 4 and 8 bits meet activations of 8."""
+"""What products are made of: whole numbers of 4 and 8 bits, and MXFP4, meet activations of 8, FP8 those of bf16."""
 
 EXPERTS = "experts"
 """What the engine calls the part that holds routed experts (see engine/lower/feed_forward.py)."""
@@ -19,8 +20,9 @@ EXPERTS = "experts"
 
 @dataclass(frozen=True, kw_only=True)
 class Held:
-    """What an engine holds of a model: bytes of packed matrices by part, those of an embedding's number and of a number
-    that the cache keeps, and what products of experts, of the head and of other matrices are made of."""
+    """What an engine holds of a model: bytes of packed matrices by part and what most of them are of, those of an
+    embedding's number and of a number that the cache keeps, and what products of experts, of the head and of other
+    matrices are made of."""
 
     config: ModelConfig
     packed_bytes: Mapping[str, int]
@@ -29,6 +31,7 @@ class Held:
     of_experts: Number
     of_head: Number
     of_others: Number
+    formats: Mapping[str, Format] = field(default_factory=dict)
 
     def number(self, role: Role) -> Number:
         """What a tensor's products are made of; those of routers are always fp32."""

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from moesaic.config import ModelConfig
+from moesaic.hub.codes import CodedTensor
 from moesaic.models.init import hash_routers, initial_std
 from moesaic.routing.routers import hash_table
 
@@ -22,6 +23,9 @@ class DrawnWeights:
         self.config = config
         self._specs = {spec.name: spec for spec in config.tensors()}
         self._tables = hash_routers(config)
+
+    def coded(self, name: str) -> CodedTensor | None:
+        return None
 
     def read(self, name: str, expert: int | None = None) -> Tensor:
         """The tensor, or what one expert has of it."""

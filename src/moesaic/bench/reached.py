@@ -20,7 +20,7 @@ from moesaic.engine.cache import Text
 from moesaic.engine.engine import Engine, Piece
 from moesaic.engine.sampling import Sampling, sample
 from moesaic.errors import ConfigError
-from moesaic.kernels.rounding import Bits
+from moesaic.kernels.blocks import Format
 
 SAMPLE_SECONDS = 0.5
 PROMPT_TOKENS, MOST_STEPS = 32, 128
@@ -53,17 +53,24 @@ class Case:
     samples: list[Sample] = field(default_factory=list)
 
 
-def held(engine: Engine, bits: Bits | None, experts_bits: Bits | None, dtype: torch.dtype) -> Held:
-    """What bounds need to know of an engine. dtype: of weights that are not rounded."""
-    plain: Number = "bf16" if dtype == torch.bfloat16 else "fp32"
-    of_others: Number = plain if bits is None else "int8"
+_PRODUCTS: dict[Format, Number] = {
+    "fp32": "fp32", "bf16": "bf16", "fp8": "bf16", "int8": "int8", "int6": "int8", "int4": "int8", "mxfp4": "int8",
+}  # fmt: skip
+
+
+def held(engine: Engine, dtype: torch.dtype) -> Held:
+    """What bounds need to know of an engine. dtype: of its embedding."""
+    program = engine.program
+    others = max(program.packed_bytes.keys() - {"experts", "head"}, key=lambda part: program.packed_bytes[part])
+    of_others = _PRODUCTS[program.formats[others]]
     return Held(
         config=engine.config,
-        packed_bytes=engine.program.packed_bytes,
+        packed_bytes=program.packed_bytes,
+        formats=program.formats,
         embedding_element_bytes=2 if dtype == torch.bfloat16 else 4,
         cache_element_bytes=2 if engine.cache.in_bf16 else 4,
-        of_experts="int8" if (experts_bits or bits) is not None else plain,
-        of_head=of_others,
+        of_experts=_PRODUCTS[program.formats["experts"]] if "experts" in program.formats else of_others,
+        of_head=_PRODUCTS[program.formats["head"]],
         of_others=of_others,
     )
 

@@ -19,6 +19,7 @@ def report(machine: Machine, kept: Held, cases: Sequence[Case]) -> dict[str, Any
         "machine": machine._asdict() | {"bandwidth": _spread(bandwidths)},
         "held": {
             "packed_bytes": dict(kept.packed_bytes),
+            "formats": dict(kept.formats),
             "bits_per_weight": round(8 * sum(kept.packed_bytes.values()) / _packed_weights(kept), 3),
             "products": {"experts": kept.of_experts, "head": kept.of_head, "others": kept.of_others},
         },

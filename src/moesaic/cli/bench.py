@@ -86,7 +86,7 @@ def _measure(args: argparse.Namespace, batches: list[int]) -> dict[str, Any]:
     threads = engine.program.native.threads
     with output.progress("measuring the machine"):
         machine, probe = measure_machine(threads), ReadProbe(threads)
-    kept = reached.held(engine, args.bits, args.experts_bits, dtype)
+    kept = reached.held(engine, dtype)
     cases: list[Case] = [reached.decode_case(engine, kept, batch) for batch in batches]
     if prefill:
         cases.append(reached.prefill_case(engine, kept, prefill))
@@ -175,10 +175,12 @@ def _machine_rows(machine: dict[str, Any]) -> list[list[str]]:
 
 def _model_title(document: dict[str, Any]) -> str:
     held, drawn = document["held"], ", random weights" if document["random_weights"] else ""
+    formats = ", ".join(f"{part} {format_}" for part, format_ in held["formats"].items())
     products = ", ".join(f"{part} {number}" for part, number in held["products"].items())
     total = output.size(sum(held["packed_bytes"].values()))
     return (
-        f"{document['model']}{drawn}: {total} packed, {held['bits_per_weight']:.2f} bits a weight; products: {products}"
+        f"{document['model']}{drawn}: {total} packed, {held['bits_per_weight']:.2f} bits a weight ({formats}); "
+        f"products: {products}"
     )
 
 

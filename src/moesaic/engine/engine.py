@@ -42,7 +42,7 @@ class Engine:
     path_or_model: a folder, a .gguf file, a preset that brings its weights, a model in memory, or any Weights.
     bits: 8 or 4, of projections and experts; None: as the files have them. experts_bits: of routed experts, where
     these differ.
-    dtype: of what is not rounded, fp32 or bf16; None: as the files have it.
+    dtype: of what is not rounded, fp32 or bf16; None: as the files have it, be it FP8 in blocks or MXFP4.
     threads: None: every processor that this process may use. max_length: the most tokens of a text; None: as many as
     the model was made for. cache_in_bf16: None: where the model is in bf16, or is packed in few bits.
     packed_file: where the packed weights are kept: mapped into memory if it is there, else written, so that the next
@@ -73,7 +73,7 @@ class Engine:
                 raise ConfigError(f"{name}={value}; use 1 or more, or leave it out")
         precision = Precision(bits=bits, experts_bits=experts_bits, dtype=dtype)
         dtype = dtype or weights.dtype
-        require_memory(weights.config, precision, dtype.itemsize, mtp=mtp)
+        require_memory(weights.config, precision, dtype.itemsize, weights.coded, mtp=mtp)
         store = None if packed_file is None else PackedStore(Path(packed_file), weights, precision)
         packer = Packer(weights, precision, store.read() if store else {})
         self.program = Program(packer, threads=threads or _processors(), max_length=max_length, mtp=mtp)

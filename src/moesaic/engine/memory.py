@@ -1,15 +1,28 @@
 """Whether a packed model fits into memory, said before it is read."""
 
 import os
+from collections.abc import Callable
 from itertools import chain
 
 from moesaic.config import ModelConfig
 from moesaic.engine.packing import Precision
 from moesaic.errors import ConfigError
+from moesaic.hub.codes import BITS, CodedTensor
 from moesaic.kernels.rounding import GROUP, Bits
+from moesaic.tensor_spec import Role, TensorSpec
+
+CodedOf = Callable[[str], CodedTensor | None]
+"""See engine.weights.Weights."""
 
 
-def packed_bytes(config: ModelConfig, precision: Precision, bytes_per_parameter: float, *, mtp: bool = False) -> int:
+def packed_bytes(
+    config: ModelConfig,
+    precision: Precision,
+    bytes_per_parameter: float,
+    coded_of: CodedOf = lambda _: None,
+    *,
+    mtp: bool = False,
+) -> int:
     """What a model's tensors will take, scales included. bytes_per_parameter: of what is not rounded.
 
     mtp: with the layers that predict further tokens.
@@ -18,19 +31,34 @@ def packed_bytes(config: ModelConfig, precision: Precision, bytes_per_parameter:
     def each(bits: Bits | None) -> float:
         return bytes_per_parameter if bits is None else bits / 8 + 2 / GROUP
 
-    per_role = {"experts": each(precision.of_experts), "head": each(precision.of_head)}
-    total = 0.0
-    for spec in chain(config.parameters(), config.mtp_parameters() if mtp else ()):
-        rounded = per_role.get(spec.role, each(precision.bits)) if len(spec.shape) > 1 else 4.0
-        total += spec.numel * (bytes_per_parameter if spec.role == "embedding" else rounded)
+    def of(spec: TensorSpec) -> float:
+        if spec.role == "embedding":
+            return bytes_per_parameter
+        if len(spec.shape) == 1:
+            return 4.0
+        by_role: dict[Role, Bits | None] = {"experts": precision.of_experts, "head": precision.of_head}
+        bits = by_role.get(spec.role, precision.bits)
+        coded = coded_of(spec.name) if precision.keeps_codes(bits) else None
+        return each(bits) if coded is None else BITS[coded.format] / 8
+
+    parameters = chain(config.parameters(), config.mtp_parameters() if mtp else ())
+    total = sum(spec.numel * of(spec) for spec in parameters)
     if config.tie_word_embeddings:
         total += config.vocab_size * config.hidden_size * each(precision.of_head)
     return round(total)
 
 
-def require_memory(config: ModelConfig, precision: Precision, bytes_per_parameter: float, *, mtp: bool = False) -> None:
+def require_memory(
+    config: ModelConfig,
+    precision: Precision,
+    bytes_per_parameter: float,
+    coded_of: CodedOf = lambda _: None,
+    *,
+    mtp: bool = False,
+) -> None:
     """Raise ConfigError where the packed weights are more than there is memory now."""
-    needed, available = packed_bytes(config, precision, bytes_per_parameter, mtp=mtp), available_bytes()
+    needed = packed_bytes(config, precision, bytes_per_parameter, coded_of, mtp=mtp)
+    available = available_bytes()
     if available is not None and needed > available:
         advice = "use fewer bits (8 or 4)" if precision.bits != 4 else "use a smaller model"
         raise ConfigError(

@@ -3,6 +3,7 @@
 E experts, O outputs, I inputs.
 """
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -11,9 +12,10 @@ from torch import Tensor
 
 from moesaic.engine.weights import Weights
 from moesaic.errors import ConfigError
+from moesaic.hub.codes import CodedTensor, Codes, CodesFormat
 from moesaic.hub.memory import empty
-from moesaic.kernels.blocks import PackedMatrices
-from moesaic.kernels.native_packing import Parts, pack_floats, pack_rounded
+from moesaic.kernels.blocks import Format, PackedMatrices
+from moesaic.kernels.native_packing import Parts, pack_floats, pack_fp8, pack_mxfp4, pack_rounded
 from moesaic.kernels.rounding import BITS, GROUP, Bits
 
 
@@ -21,7 +23,8 @@ from moesaic.kernels.rounding import BITS, GROUP, Bits
 class Precision:
     """bits: of projections; None: as the files have them. experts_bits: of routed experts; None: `bits`.
 
-    dtype: of what is not rounded, fp32 or bf16; None: as the files have it (other formats become fp32).
+    dtype: of what is not rounded, fp32 or bf16; None: as the files have it: fp32, bf16, FP8 in blocks, MXFP4 (other
+    formats become fp32).
     The head has 8 bits where others have 8, and 6 where they have 4; matrices that heads read one by one (MLA) have 8.
     Routers, norms and embeddings are never rounded. Raises ConfigError for other bits or another dtype.
     """
@@ -45,19 +48,23 @@ class Precision:
     def of_head(self) -> Bits | None:
         return 6 if self.bits == 4 else self.bits
 
+    def keeps_codes(self, bits: Bits | None) -> bool:
+        """Whether what has these bits, and is packed in files, is multiplied as it lies there."""
+        return bits is None and self.dtype is None
+
 
 @dataclass
 class Packer:
     """Reads matrices and packs them, but for those that it holds packed already, by name.
 
-    packed: all so far. packed_bytes: of these, by part.
+    packed: all so far. bytes_by_format: of these, by part.
     """
 
     weights: Weights
     precision: Precision
     held: Mapping[str, PackedMatrices] = field(default_factory=dict)
     packed: dict[str, PackedMatrices] = field(default_factory=dict)
-    packed_bytes: dict[str, int] = field(default_factory=dict)
+    bytes_by_format: dict[str, Counter[Format]] = field(default_factory=dict)
 
     def read(self, name: str, expert: int | None = None) -> Tensor:
         """The tensor, or what one expert has of it, in the dtype that is asked for."""
@@ -68,6 +75,9 @@ class Packer:
         """One matrix: those of the names, one below the other."""
 
         def make() -> PackedMatrices:
+            coded = self._coded(names, bits)
+            if coded:
+                return packed_codes(coded[0].format, [each.read(None) for each in coded], paired=paired)
             return packed_as([self.read(name)[None] for name in names], bits, paired=paired)
 
         return self._once(" ".join(names), part, make)
@@ -83,20 +93,34 @@ class Packer:
     def experts(self, name: str, num_experts: int, bits: Bits | None, *, paired: bool) -> PackedMatrices:
         """All experts' matrices of a name, read and packed one after the other."""
 
+        coded = self._coded([name], bits)
+
+        def pack(expert: int, out: Tensor | None = None) -> PackedMatrices:
+            if coded:
+                return packed_codes(coded[0].format, [coded[0].read(expert)], paired=paired, out=out)
+            return packed_as(self.read(name, expert)[None], bits, paired=paired, out=out)
+
         def make() -> PackedMatrices:
-            first = packed_as(self.read(name, 0)[None], bits, paired=paired)
+            first = pack(0)
             data = empty((num_experts, first.data.shape[1]), torch.uint8, "cpu")
             data[0] = first.data[0]
             for expert in range(1, num_experts):
-                packed_as(self.read(name, expert)[None], bits, paired=paired, out=data[expert : expert + 1])
+                pack(expert, data[expert : expert + 1])
             return PackedMatrices(data, first.shape)
 
         return self._once(name, "experts", make)
 
+    def _coded(self, names: Sequence[str], bits: Bits | None) -> list[CodedTensor]:
+        """The tensors by their codes, where all are packed alike and stay so; else none."""
+        if not self.precision.keeps_codes(bits):
+            return []
+        found = [coded for name in names if (coded := self.weights.coded(name)) is not None]
+        return found if len(found) == len(names) and len({coded.format for coded in found}) == 1 else []
+
     def _once(self, name: str, part: str, make: Callable[[], PackedMatrices]) -> PackedMatrices:
         packed = self.held[name] if name in self.held else make()
         self.packed[name] = packed
-        self.packed_bytes[part] = self.packed_bytes.get(part, 0) + packed.data.nbytes
+        self.bytes_by_format.setdefault(part, Counter())[packed.shape.format] += packed.data.nbytes
         return packed
 
 
@@ -108,3 +132,12 @@ def packed_as(
         return pack_rounded(weight_EOI, bits, group=GROUP, paired=paired, out=out)
     dtype = (weight_EOI if isinstance(weight_EOI, Tensor) else weight_EOI[0]).dtype
     return pack_floats(weight_EOI, "bf16" if dtype == torch.bfloat16 else "fp32", paired=paired, out=out)
+
+
+def packed_codes(
+    format_: CodesFormat, parts: Sequence[Codes], *, paired: bool = False, out: Tensor | None = None
+) -> PackedMatrices:
+    """One matrix of codes, in parts that stand one below the other, as they are."""
+    pack = pack_fp8 if format_ == "fp8" else pack_mxfp4
+    values, scales = ([part[None] for part in each] for each in zip(*parts, strict=True))
+    return pack(values, scales, paired=paired, out=out)

@@ -19,6 +19,7 @@ from moesaic.engine.lower.mla import lower_mla
 from moesaic.engine.lower.refusal import check_lowerable
 from moesaic.engine.packing import Packer
 from moesaic.errors import GenerationError
+from moesaic.kernels.blocks import Format
 
 
 class Batch(NamedTuple):
@@ -46,6 +47,7 @@ class Program:
     """What runs: one native call for each batch.
 
     mtp: with the layers that predict further tokens, each a section of the program.
+    packed_bytes: of its matrices, by part. formats: what most of these bytes are of.
     Raises ConfigError for parts that have no lowering.
     """
 
@@ -57,7 +59,10 @@ class Program:
         build = Builder(packer, threads, self.max_length)
         self.native, self.caches = build.native, build.caches
         _lower(build, self.num_ahead)
-        self.packed_bytes = packer.packed_bytes
+        self.packed_bytes = {part: formats.total() for part, formats in packer.bytes_by_format.items()}
+        self.formats: dict[str, Format] = {
+            part: formats.most_common(1)[0][0] for part, formats in packer.bytes_by_format.items()
+        }
 
     def connect(self, cache: BlockCache) -> None:
         """Read and write this cache's blocks from now on."""

@@ -11,13 +11,15 @@ from torch import Tensor
 
 from moesaic.config import ModelConfig
 from moesaic.hub import checkpoint
-from moesaic.hub.parts import box_shape, whole
+from moesaic.hub.codes import CodedTensor, CodedValues, Codes
+from moesaic.hub.parts import Box, box_shape, whole
 from moesaic.hub.sources import GgufWeights, SafetensorsFolder
 from moesaic.hub.stored import DTYPES, known_dtype
 from moesaic.hub.tables import check_table
 from moesaic.hub.values import Values
 from moesaic.models.base import LanguageModel
 from moesaic.models.init import hash_routers
+from moesaic.tensor_spec import TensorSpec
 
 
 class Weights(Protocol):
@@ -32,6 +34,10 @@ class Weights(Protocol):
 
     def read(self, name: str, expert: int | None = None) -> Tensor:
         """The tensor, or what one expert has of it, in its own dtype."""
+        ...
+
+    def coded(self, name: str) -> CodedTensor | None:
+        """The tensor by its codes, where it is packed in a format that kernels multiply; else None."""
         ...
 
 
@@ -49,6 +55,9 @@ class ModelWeights:
     def read(self, name: str, expert: int | None = None) -> Tensor:
         return self._tensors[name] if expert is None else self._tensors[name][expert]
 
+    def coded(self, name: str) -> CodedTensor | None:
+        return None
+
 
 class FileWeights:
     """The tensors of files, each read when it is asked for.
@@ -62,6 +71,8 @@ class FileWeights:
         checkpoint.check_tensors(source.config, weight_map, source.tensors, source.where, allow_extra=False)
         self._source, self._pieces = source, weight_map
         self._values = Values(source, weight_map)
+        view = source.coded() if isinstance(source, SafetensorsFolder) else None
+        self._coded = None if view is None else CodedValues(view, weight_map)
         self._specs = {spec.name: spec for spec in source.config.tensors()}
         self._tables = hash_routers(source.config)
         self.where = source.where
@@ -79,14 +90,24 @@ class FileWeights:
 
     def read(self, name: str, expert: int | None = None) -> Tensor:
         spec = self._specs[name]
-        box = whole(spec.shape)
-        if expert is not None:
-            box = ((expert, expert + 1), *box[1:])
+        box = _box(spec, expert)
         out = torch.empty(box_shape(box), dtype=self._dtype(name))
         self._values.read_into(out, spec, box)
         if name in self._tables:
             check_table(out, self._tables[name], f"{self._pieces[name][0].name} in {self._source.where}")
         return out if expert is None else out[0]
+
+    def coded(self, name: str) -> CodedTensor | None:
+        spec, values = self._specs[name], self._coded
+        coding = None if values is None else values.coding(spec)
+        if values is None or coding is None:
+            return None
+
+        def read(expert: int | None) -> Codes:
+            found = values.read(spec, coding, _box(spec, expert))
+            return found if expert is None else Codes(found.values[0], found.scales[0])
+
+        return CodedTensor(coding.format, read)
 
     def _dtype(self, name: str) -> torch.dtype:
         spec = self._specs[name]
@@ -94,3 +115,9 @@ class FileWeights:
             return torch.float32 if spec.dtype == "float32" else torch.int32
         kinds = {known_dtype(piece.name, self._source.tensors[piece.name], DTYPES) for piece in self._pieces[name]}
         return max(kinds, key=lambda kind: (kind.itemsize, kind == torch.bfloat16))
+
+
+def _box(spec: TensorSpec, expert: int | None) -> Box:
+    """Of all of a tensor, or of one expert."""
+    box = whole(spec.shape)
+    return box if expert is None else ((expert, expert + 1), *box[1:])

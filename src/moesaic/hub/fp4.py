@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from moesaic.hub import mxfp4
+from moesaic.hub.codes import CodesFormat
 from moesaic.hub.packed import Shape
 from moesaic.hub.parts import Box, slices
 from moesaic.hub.stored import StoredTensors
@@ -21,6 +22,8 @@ class Fp4Groups:
     """See the file."""
 
     name, blocks, dtype, scales = "FP4", f"groups of {GROUP}", WEIGHT, (SCALES, "U8")
+    format: CodesFormat = "mxfp4"
+    group = GROUP
 
     def shape(self, stored: Shape) -> Shape:
         return (*stored[:-1], *(2 * size for size in stored[-1:]))
@@ -37,6 +40,14 @@ class Fp4Groups:
         packed = torch.nn.functional.pad(packed, (0, -packed.shape[-1] % mxfp4.BYTES))  # the last group may be partial
         values = mxfp4.unpack(packed.unflatten(-1, (-1, mxfp4.BYTES)), scales)
         return values[..., start - first * GROUP : stop - first * GROUP]
+
+    def codes(self, stored: StoredTensors, name: str, box: Box) -> Tensor:
+        *rows, (start, stop) = box
+        packed = stored.read(name, (*slices(tuple(rows)), slice(start // 2, -(-stop // 2)))).view(torch.uint8)
+        return mxfp4.codes(packed)[..., start % 2 : start % 2 + stop - start]
+
+    def row_scales(self, stored: StoredTensors, scale: str, box: Box) -> Tensor:
+        return stored.read(scale, slices(box)).view(torch.uint8)
 
 
 class Packed(NamedTuple):

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from moesaic.hub.codes import CodesFormat
 from moesaic.hub.packed import Shape
 from moesaic.hub.parts import Box, slices
 from moesaic.hub.quantization import FP8_BLOCK as BLOCK
@@ -23,6 +24,8 @@ class Fp8Blocks:
     """See the file."""
 
     name, blocks, dtype, scales = "FP8", f"blocks of {BLOCK} x {BLOCK}", WEIGHT, SCALES
+    format: CodesFormat = "fp8"
+    group = BLOCK
 
     def shape(self, stored: Shape) -> Shape:
         return stored
@@ -31,13 +34,18 @@ class Fp8Blocks:
         return scale_shape(shape)
 
     def read(self, stored: StoredTensors, name: str, scale: str, box: Box) -> Tensor:
-        weight = stored.read(name, slices(box)).float()
-        corner = tuple((start // BLOCK, -(-stop // BLOCK)) for start, stop in box[-2:])
-        values = scale_values(stored.read(scale, slices((*box[:-2], *corner))))
-        for dim, (start, stop) in zip((-2, -1), box[-2:], strict=True):
-            blocks = torch.arange(start, stop) // BLOCK - start // BLOCK
-            values = values.index_select(dim, blocks)
-        return weight.mul_(values)
+        start, stop = box[-1]
+        scales = self.row_scales(stored, scale, (*box[:-1], (start // BLOCK, -(-stop // BLOCK))))
+        blocks = torch.arange(start, stop) // BLOCK - start // BLOCK
+        return stored.read(name, slices(box)).float().mul_(scales.index_select(-1, blocks))
+
+    def codes(self, stored: StoredTensors, name: str, box: Box) -> Tensor:
+        return stored.read(name, slices(box)).view(torch.uint8)
+
+    def row_scales(self, stored: StoredTensors, scale: str, box: Box) -> Tensor:
+        *outer, (start, stop), groups = box
+        values = scale_values(stored.read(scale, slices((*outer, (start // BLOCK, -(-stop // BLOCK)), groups))))
+        return values.index_select(-2, torch.arange(start, stop) // BLOCK - start // BLOCK)
 
 
 def scale_values(scale: Tensor) -> Tensor:

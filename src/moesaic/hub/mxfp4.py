@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from moesaic.errors import CheckpointError
+from moesaic.hub.codes import Coding
 from moesaic.hub.parts import box_of, strides_of
 from moesaic.hub.safetensors_header import TensorHeader
 from moesaic.hub.stored import StoredTensors
@@ -60,6 +61,23 @@ class Mxfp4Tensors:
         first = start - groups.start * BLOCK
         return values[..., first : first + stop - start].mT[strides_of(index)]
 
+    def coding(self, name: str) -> Coding | None:
+        """See hub/codes.py; so for `codes` and `scales`."""
+        return Coding("mxfp4", BLOCK, inputs_dim=-2) if name in self._packed else None
+
+    def codes(self, name: str, index: Index = ()) -> Tensor:
+        experts, (start, stop), outputs = box_of(self.tensors[name].shape, index)
+        groups = slice(start // BLOCK, -(-stop // BLOCK))
+        blocks = self.stored.read(f"{name}{BLOCKS}", (slice(*experts), slice(*outputs), groups))
+        first = start - groups.start * BLOCK
+        return codes(blocks).flatten(-2)[..., first : first + stop - start].mT[strides_of(index)]
+
+    def scales(self, name: str, index: Index = ()) -> Tensor:
+        num_experts, inputs, outputs = self.tensors[name].shape
+        of_experts, groups, of_outputs = box_of((num_experts, inputs // BLOCK, outputs), index)
+        at = (slice(*of_experts), slice(*of_outputs), slice(*groups))
+        return self.stored.read(f"{name}{SCALES}", at).mT[strides_of(index)]
+
     def read_into(self, out: Tensor, name: str, index: Index = ()) -> None:
         """`out.copy_(tensor[index])`."""
         if name in self._packed:
@@ -96,6 +114,11 @@ class Packed(NamedTuple):
 
     blocks: Tensor
     scales: Tensor
+
+
+def codes(packed: Tensor) -> Tensor:
+    """The two values of each byte [..., n] as a byte each [..., 2 n]."""
+    return torch.stack((packed & 15, packed >> 4), dim=-1).flatten(-2)
 
 
 def unpack(blocks: Tensor, scales: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ from typing import NamedTuple, Protocol
 from torch import Tensor
 
 from moesaic.errors import CheckpointError
+from moesaic.hub.codes import CodesFormat, Coding
 from moesaic.hub.parts import Box, box_of, strides_of
 from moesaic.hub.safetensors_header import TensorHeader
 from moesaic.hub.stored import StoredTensors
@@ -15,10 +16,13 @@ Shape = tuple[int, ...]
 
 
 class Packing(Protocol):
-    """One way to pack: its `name` and the `blocks` it has for messages, and the types of its values and scales."""
+    """One way to pack: its `name` and the `blocks` it has for messages, what its codes are and how many of a row share
+    a scale, and the types of its values and scales."""
 
     name: str
     blocks: str
+    format: CodesFormat
+    group: int
     dtype: str
     scales: tuple[str, ...]
 
@@ -32,6 +36,14 @@ class Packing(Protocol):
 
     def read(self, stored: StoredTensors, name: str, scale: str, box: Box) -> Tensor:
         """A box of the weight in fp32, exactly."""
+        ...
+
+    def codes(self, stored: StoredTensors, name: str, box: Box) -> Tensor:
+        """A box of the weight's codes, a byte each."""
+        ...
+
+    def row_scales(self, stored: StoredTensors, scale: str, box: Box) -> Tensor:
+        """A box of rows and groups: the scale of each."""
         ...
 
 
@@ -84,6 +96,23 @@ class PackedTensors:
         packing, scale = self._packed[name]
         values = packing.read(self.stored, name, scale, box_of(self.tensors[name].shape, index))
         return values[strides_of(index)]
+
+    def coding(self, name: str) -> Coding | None:
+        """See hub/codes.py; so for `codes` and `scales`."""
+        if name not in self._packed:
+            return None
+        packing = self._packed[name].packing
+        return Coding(packing.format, packing.group)
+
+    def codes(self, name: str, index: Index = ()) -> Tensor:
+        packing, _ = self._packed[name]
+        return packing.codes(self.stored, name, box_of(self.tensors[name].shape, index))[strides_of(index)]
+
+    def scales(self, name: str, index: Index = ()) -> Tensor:
+        packing, scale = self._packed[name]
+        *outer, inputs = self.tensors[name].shape
+        box = box_of((*outer, -(-inputs // packing.group)), index)
+        return packing.row_scales(self.stored, scale, box)[strides_of(index)]
 
     def read_into(self, out: Tensor, name: str, index: Index = ()) -> None:
         """`out.copy_(tensor[index])`."""

@@ -26,7 +26,7 @@ from moesaic.hub.safetensors_header import TensorHeader, read_header
 from moesaic.kernels.blocks import PackedMatrices, PackedShape
 
 FILE_VERSION = 1
-LAYOUT_VERSION = 1
+LAYOUT_VERSION = 2
 """Raised by every change of the bytes that blocks.py or rounding.py make of a weight."""
 
 _ENTRY = "moesaic_packed"

@@ -13,6 +13,7 @@ from moesaic import families
 from moesaic.config import ModelConfig
 from moesaic.errors import CheckpointError
 from moesaic.hub import checkpoint, layouts
+from moesaic.hub.codes import CodedTensors
 from moesaic.hub.fp4 import Fp4Groups
 from moesaic.hub.fp8 import Fp8Blocks
 from moesaic.hub.gguf import GgufFile
@@ -78,6 +79,10 @@ class SafetensorsFolder:
 
     def read_into(self, out: Tensor, name: str, index: Index = ()) -> None:
         self.view.read_into(out, name, index)
+
+    def coded(self) -> CodedTensors | None:
+        """The packed weights as they lie in the files, of those packings whose codes kernels multiply."""
+        return self.view if isinstance(self.view, PackedTensors | Mxfp4Tensors) else None
 
     def packed(self, name: str) -> tuple[str, ...]:
         """The stored tensors that this one is unpacked from; none where it is stored plainly."""

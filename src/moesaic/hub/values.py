@@ -6,7 +6,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from moesaic.hub.parts import Box, overlap, region
-from moesaic.hub.sources import WeightSource
+from moesaic.hub.stored import Tensors
 from moesaic.models.weight_map import Piece, WeightMap
 from moesaic.tensor_spec import TensorSpec
 
@@ -21,7 +21,7 @@ class Part(NamedTuple):
 class Values:
     """Reads boxes of our tensors from a source, none of which is ever whole in memory."""
 
-    def __init__(self, source: WeightSource, weight_map: WeightMap) -> None:
+    def __init__(self, source: Tensors, weight_map: WeightMap) -> None:
         self._source = source
         self._pieces = {name: _by_expert(pieces) for name, pieces in weight_map.items()}
 

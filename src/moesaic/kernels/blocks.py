@@ -30,8 +30,8 @@ E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -
 class PackedShape:
     """One matrix [outputs, inputs] in a format.
 
-    group: inputs that share a scale, in int8, int6 and int4. paired: the matrix holds gate and then up, [2F, inputs], and a
-    strip holds 16 outputs of each, so that whoever multiplies has both at hand.
+    group: inputs that share a scale, in int8, int6 and int4. paired: the matrix holds gate and then up, [2F, inputs],
+    and a strip holds 16 outputs of each, so that whoever multiplies has both at hand.
     Raises ConfigError for an unknown format or group, and for paired outputs of an odd number.
     """
 
@@ -70,8 +70,12 @@ class PackedShape:
     def num_bytes(self) -> int:
         """What a packed matrix takes, scales and padding included: a multiple of 64."""
         bits = {"fp32": 32, "bf16": 16, "int6": 6, "int4": 4, "mxfp4": 4}.get(self.format, 8)
-        scales = 64 if self.scale_group else 0
-        return self.num_strips * self.num_blocks * (scales + STRIP * self.block * bits // 8)
+        return self.num_strips * self.num_blocks * (self.head_bytes + STRIP * self.block * bits // 8)
+
+    @property
+    def head_bytes(self) -> int:
+        """Of a block's scales, which stand before its numbers."""
+        return {"fp32": 0, "bf16": 0, "fp8": 4 * STRIP}.get(self.format, 2 * STRIP)
 
 
 class PackedMatrices(NamedTuple):
@@ -147,12 +151,13 @@ def pack_mxfp4(codes_EOI: Tensor, exponents_EOG: Tensor, *, paired: bool = False
 
 
 def pack_fp8(values_EOI: Tensor, scales_EOG: Tensor, *, paired: bool = False) -> PackedMatrices:
-    """float8_e4m3fn times an fp32 scale for each 128 inputs, the same for 16 outputs in a row (of 128 in all)."""
+    """float8_e4m3fn times an fp32 scale for each 128 inputs of an output; NaN is kept as a scale of NaN."""
     shape = PackedShape(format="fp8", outputs=values_EOI.shape[1], inputs=values_EOI.shape[2], paired=paired)
     numbers = _in_strips(values_EOI.view(torch.uint8), shape).unflatten(-1, (shape.num_blocks, -1))
-    by_half = _in_strips(scales_EOG, shape, FP8_BLOCK).unflatten(2, (2, -1)).amax(3)  # padding has no scale
-    header = pad(_bytes_of(by_half.transpose(2, 3).contiguous()), (0, 64 - 8))
-    return _joined(header, numbers.permute(0, 1, 3, 4, 2), shape)
+    scales = _in_strips(scales_EOG.float(), shape, FP8_BLOCK)  # [E, S, 32, N]
+    scales = scales.masked_fill((numbers & 0x7F == 0x7F).any(-1), torch.nan)
+    pairs = numbers.unflatten(-1, (-1, 2)).unflatten(2, (2, 4, 4)).permute(0, 1, 5, 6, 3, 2, 4, 7)
+    return _joined(_bytes_of(scales.transpose(2, 3)), pairs, shape)
 
 
 def unpack(packed: PackedMatrices) -> Tensor:
@@ -177,11 +182,11 @@ def whole_numbers(packed: PackedMatrices) -> tuple[Tensor, Tensor]:
 
 
 def _numbers(blocks: Tensor, shape: PackedShape) -> tuple[Tensor, Tensor]:
-    head, body = blocks[..., :64], blocks[..., 64:]
+    head, body = blocks[..., : shape.head_bytes], blocks[..., shape.head_bytes :]
     if shape.format == "fp8":
-        values = body.unflatten(-1, (shape.block, STRIP)).contiguous().view(torch.float8_e4m3fn).float()
-        scales = head[..., :8].contiguous().view(torch.float32).repeat_interleave(STRIP // 2, dim=-1)
-        return values.permute(0, 1, 4, 2, 3).flatten(-2), scales.transpose(2, 3)
+        pairs = body.unflatten(-1, (-1, 4, 2, 4, 2)).permute(0, 1, 5, 4, 6, 2, 3, 7)
+        values = pairs.flatten(5).flatten(2, 4).contiguous().view(torch.float8_e4m3fn).float()
+        return values, head.contiguous().view(torch.float32).transpose(2, 3)
     if shape.format == "mxfp4":
         exponents = head.unflatten(-1, (2, STRIP)).contiguous().view(torch.float8_e8m0fnu).float()
         return E2M1[_whole(body, shape).long()], exponents.permute(0, 1, 4, 2, 3).flatten(-2)
@@ -220,7 +225,7 @@ def _of_quarters(upper: Tensor) -> Tensor:
 
 
 def _joined(head: Tensor, numbers: Tensor, shape: PackedShape) -> PackedMatrices:
-    """Blocks of 64 bytes of scales [E, S, N, 64] and then their numbers [E, S, N, ...]."""
+    """Blocks of the bytes of their scales [E, S, N, bytes] and then of their numbers [E, S, N, ...]."""
     return PackedMatrices(torch.cat((head, numbers.flatten(3)), dim=-1).flatten(1), shape)
 
 

@@ -302,8 +302,8 @@ def adamw_(
 def packed_linear(x_RI: Tensor, packed: PackedMatrices, offsets: Tensor, bias_EO: Tensor | None = None) -> Tensor:
     """y_RO in fp32: each expert's rows (fp32) times its own packed matrix, and its bias.
 
-    bf16 weights multiply rows rounded to bf16, whole numbers (int8, int4, mxfp4) rows rounded to 8 bits; both are
-    summed in fp32, whole numbers exactly within a group. A row with a number that is not finite becomes NaN.
+    bf16 and fp8 weights multiply rows rounded to bf16, whole numbers (int8, int4, mxfp4) rows rounded to 8 bits; both
+    are summed in fp32, whole numbers exactly within a group. A row with a number that is not finite becomes NaN.
     """
     y_RO = _packed_product(x_RI, packed, offsets)
     return y_RO if bias_EO is None else y_RO + bias_EO.repeat_interleave(offsets.diff(), dim=0)
@@ -371,7 +371,7 @@ def _activated(x: Tensor, activation: Activation, *, gated: bool) -> Tensor:
 def _packed_product(x_RI: Tensor, packed: PackedMatrices, offsets: Tensor) -> Tensor:
     shape = packed.shape
     if shape.format in ("fp32", "bf16", "fp8"):
-        rows = x_RI.bfloat16().float() if shape.format == "bf16" else x_RI
+        rows = x_RI if shape.format == "fp32" else x_RI.bfloat16().float()
         return grouped_linear(rows, unpack(packed), offsets)
     numbers_EOI, scales_EOG = whole_numbers(packed)
     bytes_RI, scales_RG = rounded_rows(x_RI, shape.scale_group)
