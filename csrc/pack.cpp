@@ -191,7 +191,8 @@ void pack_fp8(const Strip &strip, int64_t block, uint8_t *out) {
     out += sizeof scales;
     for (int64_t j = 0; j < 2 * quads; ++j, out += pair_bytes)
         for (int o = 0; o < strip_outputs; ++o) {
-            const uint16_t pair = static_cast<uint16_t>(words[j / 2][o] >> j % 2 * 16);
+            const uint32_t two = words[j / 2][o] >> j % 2 * 16;
+            const uint16_t pair = static_cast<uint16_t>((two & 0x0f0f) << 4 | (two >> 4 & 0x0f0f));
             std::memcpy(out + o % 16 / 4 * 16 + o / 16 * 8 + o % 4 * 2, &pair, 2);
         }
 }

@@ -4,9 +4,9 @@
 //   format   block    scales                   numbers of 32 outputs (bytes)
 //   f32      1        -                        [32] floats
 //   b16      2        -                        [32][2] bf16
-//   fp8      128      32 floats                [64][4][2][4][2] e4m3: two inputs of outputs 4i to 4i + 3, then of
-//                                              16 + 4i to 19 + 4i. Where one of an output's is no number, its scale is
-//                                              none
+//   fp8      128      32 floats                [64][4][2][4][2] e4m3 with their halves swapped: two inputs of outputs
+//                                              4i to 4i + 3, then of 16 + 4i to 19 + 4i. Where one of an output's is
+//                                              no number, its scale is none
 //   int8     group    32 fp16                  [group / 4][32][4] q + 128
 //   int4     group    32 fp16                  [group / 8][32][4] q + 8, inputs 8j + i in the low and 8j + 4 + i in the
 //                                              high half of a byte
@@ -78,8 +78,8 @@ struct PackedShape {
     int64_t bytes() const { return strips() * strip_bytes(); }
 };
 
-// Rows to be multiplied, `row_stride` apart: floats (f32), bf16 (b16, fp8), or bytes. Of bytes each group has a scale and
-// what its sum begins with (see packed_lanes.h), at [group * groups_apart + row].
+// Rows to be multiplied, `row_stride` apart: floats (f32), bf16 (b16, fp8), or bytes. Of bytes each group has a scale
+// and what its sum begins with (see packed_lanes.h), at [group * groups_apart + row].
 struct PackedRows {
     int64_t rows;
     void *values;

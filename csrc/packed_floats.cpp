@@ -1,5 +1,5 @@
-// A strip of fp32, bf16 or e4m3 weights times rows, on vectors (but for fp32 on tiles where there are any). Many rows take
-// it in pieces that stay in the first cache, where e4m3 is made bf16 once for all of them.
+// A strip of fp32, bf16 or e4m3 weights times rows, on vectors (but for fp32 on tiles where there are any). Many rows
+// take it in pieces that stay in the first cache, where e4m3 is made bf16 once for all of them.
 #include "packed_multiply.h"
 #include "packed_numbers.h"
 #include "packed_tiles.h"

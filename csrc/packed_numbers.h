@@ -50,23 +50,20 @@ MOESAIC_INLINE Floats half_scales(const uint8_t *p) {
     return scales;
 }
 
-// 2^(exponent - 127), halved: the codes stand for twice their value. 255 is no number.
+// 2^(exponent - 127); 255, which is no number, is infinite, and nothing finite comes of it.
 MOESAIC_INLINE Floats exponent_scales(const uint8_t *p) {
+    constexpr int32_t least = 0x400000;  // 2^-127
     Floats scales;
 #if defined(__AVX512F__)
     for (int i = 0; i < pass_vectors; ++i) {
         const __m512i e = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i *>(p) + i));
-        const __m512i normal = _mm512_slli_epi32(_mm512_sub_epi32(e, _mm512_set1_epi32(1)), 23);
-        const __m512i bits = _mm512_mask_sllv_epi32(normal, _mm512_cmplt_epi32_mask(e, _mm512_set1_epi32(2)),
-                                                    _mm512_set1_epi32(0x200000), e);
-        const __mmask16 none = _mm512_cmpeq_epi32_mask(e, _mm512_set1_epi32(255));
-        scales.v[i] = {_mm512_castsi512_ps(_mm512_mask_mov_epi32(bits, none, _mm512_set1_epi32(0x7fc00000)))};
+        const __m512i bits = _mm512_max_epi32(_mm512_slli_epi32(e, 23), _mm512_set1_epi32(least));
+        scales.v[i] = {_mm512_castsi512_ps(bits)};
     }
 #else
     float values[pass_outputs];
     for (int o = 0; o < pass_outputs; ++o) {
-        const uint32_t normal = p[o] == 255 ? 0x7fc00000u : static_cast<uint32_t>(p[o] - 1) << 23;
-        const uint32_t bits = p[o] >= 2 ? normal : 0x200000u << p[o];
+        const int32_t bits = p[o] ? static_cast<int32_t>(p[o]) << 23 : least;
         std::memcpy(&values[o], &bits, 4);
     }
     scales = floats_at(values);
@@ -75,59 +72,80 @@ MOESAIC_INLINE Floats exponent_scales(const uint8_t *p) {
 }
 
 #if defined(__AVX2__)
-// The bytes of a bf16: the upper by the upper half of a code; the lower is its lower half, moved. Where the exponent is
-// 0 or 1 the lower half tells both.
+// The bytes of a bf16 that a code of e4m3 is: the upper by the code's upper half, the lower is its lower half, moved.
+// Where the exponent is 0 the lower half tells both.
 alignas(16) constexpr uint8_t e4m3_upper[16] = {0x3c, 0x3d, 0x3e, 0x3f, 0x40, 0x41, 0x42, 0x43,
                                                 0xbc, 0xbd, 0xbe, 0xbf, 0xc0, 0xc1, 0xc2, 0xc3};
-alignas(16) constexpr uint8_t e4m3_small_lower[16] = {0x00, 0x00, 0x80, 0xc0, 0x00, 0x20, 0x40, 0x60,
-                                                      0x80, 0x90, 0xa0, 0xb0, 0xc0, 0xd0, 0xe0, 0xf0};
+alignas(16) constexpr uint8_t e4m3_small_lower[16] = {0x00, 0x00, 0x80, 0xc0, 0x00, 0x20, 0x40, 0x60};
 alignas(16) constexpr uint8_t e4m3_small_upper[16] = {0xc4, 0xff, 0xff, 0xff};  // less 0x3c
+constexpr int8_t e4m3_exponent = static_cast<int8_t>(0x87);                     // its bits, halves swapped
 #else
 // bf16 of the codes of e4m3 below the normal numbers; of all others exponent and mantissa move together.
 constexpr int e4m3_below_normal[8] = {0, 0x3b00, 0x3b80, 0x3bc0, 0x3c00, 0x3c20, 0x3c40, 0x3c60};
 constexpr int e4m3_to_bf16 = 0x3c00;
 #endif
 
-// 64 codes of e4m3, as packed.h lays out two inputs of a strip, as bf16 [32][2]. None of them is no number.
-MOESAIC_INLINE void bf16_of_e4m3(const uint8_t *codes, uint8_t *pairs) {
 #if defined(__AVX512F__)
+// Which of 64 codes are below the normal numbers: their halves cannot be told apart.
+MOESAIC_INLINE __mmask64 small_e4m3(__m512i x) { return _mm512_testn_epi8_mask(x, _mm512_set1_epi8(e4m3_exponent)); }
+
+template <bool some_small>
+MOESAIC_INLINE void bf16_of_e4m3(__m512i x, __mmask64 small, uint8_t *pairs) {
     const auto table = [](const uint8_t *of) {
         return _mm512_broadcast_i32x4(_mm_load_si128(reinterpret_cast<const __m128i *>(of)));
     };
-    const __m512i half = _mm512_set1_epi8(15), x = _mm512_loadu_si512(codes), low = _mm512_and_si512(x, half);
-    const __mmask64 small = _mm512_testn_epi8_mask(x, _mm512_set1_epi8(0x70));
-    const __m512i moved = _mm512_andnot_si512(half, _mm512_slli_epi16(x, 4));
-    const __m512i lower = _mm512_mask_shuffle_epi8(moved, small, table(e4m3_small_lower), low);
-    const __m512i normal = _mm512_shuffle_epi8(table(e4m3_upper), _mm512_and_si512(_mm512_srli_epi16(x, 4), half));
-    const __m512i upper = _mm512_add_epi8(normal, _mm512_maskz_shuffle_epi8(small, table(e4m3_small_upper), low));
+    const __m512i half = _mm512_set1_epi8(15);
+    __m512i lower = _mm512_andnot_si512(half, x);
+    __m512i upper = _mm512_shuffle_epi8(table(e4m3_upper), _mm512_and_si512(x, half));
+    if constexpr (some_small) {
+        const __m512i mantissa = _mm512_and_si512(_mm512_srli_epi16(x, 4), half);
+        lower = _mm512_mask_shuffle_epi8(lower, small, table(e4m3_small_lower), mantissa);
+        upper = _mm512_add_epi8(upper, _mm512_maskz_shuffle_epi8(small, table(e4m3_small_upper), mantissa));
+    }
     _mm512_storeu_si512(pairs, _mm512_unpacklo_epi8(lower, upper));
     _mm512_storeu_si512(pairs + 64, _mm512_unpackhi_epi8(lower, upper));
+}
+#endif
+
+// 128 codes of e4m3, as packed.h lays out four inputs of a strip, as bf16 [2][32][2]. None of them is no number. Of
+// weights about one in ten thousand is small, so that the branch is seldom taken.
+MOESAIC_INLINE void bf16_of_e4m3(const uint8_t *codes, uint8_t *pairs) {
+#if defined(__AVX512F__)
+    const __m512i x = _mm512_loadu_si512(codes), y = _mm512_loadu_si512(codes + 64);
+    const __mmask64 small_x = small_e4m3(x), small_y = small_e4m3(y);
+    if (__builtin_expect(_kortestz_mask64_u8(small_x, small_y), 1)) {
+        bf16_of_e4m3<false>(x, 0, pairs);
+        bf16_of_e4m3<false>(y, 0, pairs + 128);
+    } else {
+        bf16_of_e4m3<true>(x, small_x, pairs);
+        bf16_of_e4m3<true>(y, small_y, pairs + 128);
+    }
 #elif defined(__AVX2__)
     const auto table = [](const uint8_t *of) {
         return _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i *>(of)));
     };
-    const __m256i half = _mm256_set1_epi8(15), exponent = _mm256_set1_epi8(0x70);
-    for (int i = 0; i < 2; ++i) {
+    const __m256i half = _mm256_set1_epi8(15), exponent = _mm256_set1_epi8(e4m3_exponent);
+    for (int i = 0; i < 4; ++i) {
         const __m256i x = _mm256_loadu_si256(reinterpret_cast<const __m256i *>(codes) + i);
-        const __m256i low = _mm256_and_si256(x, half);
+        const __m256i mantissa = _mm256_and_si256(_mm256_srli_epi16(x, 4), half);
         const __m256i small = _mm256_cmpeq_epi8(_mm256_and_si256(x, exponent), _mm256_setzero_si256());
-        const __m256i moved = _mm256_andnot_si256(half, _mm256_slli_epi16(x, 4));
-        const __m256i lower = _mm256_blendv_epi8(moved, _mm256_shuffle_epi8(table(e4m3_small_lower), low), small);
-        const __m256i high = _mm256_and_si256(_mm256_srli_epi16(x, 4), half);
-        const __m256i less = _mm256_and_si256(small, _mm256_shuffle_epi8(table(e4m3_small_upper), low));
-        const __m256i upper = _mm256_add_epi8(_mm256_shuffle_epi8(table(e4m3_upper), high), less);
-        __m256i *to = reinterpret_cast<__m256i *>(pairs) + i;
+        const __m256i lower = _mm256_blendv_epi8(_mm256_andnot_si256(half, x),
+                                                 _mm256_shuffle_epi8(table(e4m3_small_lower), mantissa), small);
+        const __m256i less = _mm256_and_si256(small, _mm256_shuffle_epi8(table(e4m3_small_upper), mantissa));
+        const __m256i upper = _mm256_add_epi8(_mm256_shuffle_epi8(table(e4m3_upper), _mm256_and_si256(x, half)), less);
+        __m256i *to = reinterpret_cast<__m256i *>(pairs) + i / 2 * 4 + i % 2;
         _mm256_storeu_si256(to, _mm256_unpacklo_epi8(lower, upper));
         _mm256_storeu_si256(to + 2, _mm256_unpackhi_epi8(lower, upper));
     }
 #else
-    for (int lane = 0; lane < 4; ++lane)
+    for (int of_sixteen = 0; of_sixteen < 8; ++of_sixteen)
         for (int side = 0; side < 2; ++side)
             for (int i = 0; i < 8; ++i) {
-                const uint8_t code = *codes++, magnitude = code & 0x7f;
+                const uint8_t code = static_cast<uint8_t>(*codes << 4 | *codes >> 4), magnitude = code & 0x7f;
                 const int moved = magnitude < 8 ? e4m3_below_normal[magnitude] : (magnitude << 4) + e4m3_to_bf16;
                 const uint16_t bits = static_cast<uint16_t>(moved | (code & 0x80) << 8);
-                std::memcpy(pairs + 64 * side + 16 * lane + 2 * i, &bits, 2);
+                std::memcpy(pairs + of_sixteen / 4 * 128 + side * 64 + of_sixteen % 4 * 16 + 2 * i, &bits, 2);
+                ++codes;
             }
 #endif
 }
@@ -135,10 +153,10 @@ MOESAIC_INLINE void bf16_of_e4m3(const uint8_t *codes, uint8_t *pairs) {
 // The numbers of a block of fp8, without its scales, as a strip of bf16 has them [64][32][2].
 MOESAIC_INLINE void bf16_of_block(const uint8_t *block, uint8_t *pairs) {
     const uint8_t *codes = block + 4 * strip_outputs;
-    for (int i = 0; i < 64; ++i) bf16_of_e4m3(codes + i * 2 * strip_outputs, pairs + i * 4 * strip_outputs);
+    for (int i = 0; i < 32; ++i) bf16_of_e4m3(codes + i * 4 * strip_outputs, pairs + i * 8 * strip_outputs);
 }
 
-// Twice the values of the 16 codes of e2m1, plus 12.
+// Twice the values of the 16 codes of e2m1, plus 12; the scales of rows are halved for it.
 alignas(16) constexpr uint8_t doubled_e2m1[16] = {12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0};
 
 // Where group g of a strip lies, its scales and its numbers. Wide: numbers of fewer bits made bytes, 32 scales as

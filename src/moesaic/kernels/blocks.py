@@ -156,7 +156,8 @@ def pack_fp8(values_EOI: Tensor, scales_EOG: Tensor, *, paired: bool = False) ->
     numbers = _in_strips(values_EOI.view(torch.uint8), shape).unflatten(-1, (shape.num_blocks, -1))
     scales = _in_strips(scales_EOG.float(), shape, FP8_BLOCK)  # [E, S, 32, N]
     scales = scales.masked_fill((numbers & 0x7F == 0x7F).any(-1), torch.nan)
-    pairs = numbers.unflatten(-1, (-1, 2)).unflatten(2, (2, 4, 4)).permute(0, 1, 5, 6, 3, 2, 4, 7)
+    swapped = numbers << 4 | numbers >> 4
+    pairs = swapped.unflatten(-1, (-1, 2)).unflatten(2, (2, 4, 4)).permute(0, 1, 5, 6, 3, 2, 4, 7)
     return _joined(_bytes_of(scales.transpose(2, 3)), pairs, shape)
 
 
@@ -184,7 +185,7 @@ def whole_numbers(packed: PackedMatrices) -> tuple[Tensor, Tensor]:
 def _numbers(blocks: Tensor, shape: PackedShape) -> tuple[Tensor, Tensor]:
     head, body = blocks[..., : shape.head_bytes], blocks[..., shape.head_bytes :]
     if shape.format == "fp8":
-        pairs = body.unflatten(-1, (-1, 4, 2, 4, 2)).permute(0, 1, 5, 4, 6, 2, 3, 7)
+        pairs = (body << 4 | body >> 4).unflatten(-1, (-1, 4, 2, 4, 2)).permute(0, 1, 5, 4, 6, 2, 3, 7)
         values = pairs.flatten(5).flatten(2, 4).contiguous().view(torch.float8_e4m3fn).float()
         return values, head.contiguous().view(torch.float32).transpose(2, 3)
     if shape.format == "mxfp4":
