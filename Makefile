@@ -11,6 +11,7 @@ TOOLS := PATH="$(CURDIR)/$(BIN):$$PATH"
 SANITIZED := .venv-sanitized
 # One of each width and kind of product: the others are the same code with other instructions in it.
 SANITIZED_ISAS := avx2;avx512_vnni;amx
+SANITIZED_KERNELS := tests/kernels
 ASAN := ASAN_OPTIONS=detect_leaks=0
 ARM_CXX ?= aarch64-linux-gnu-g++
 ARM_EMULATOR ?= $(shell command -v qemu-aarch64 || command -v qemu-aarch64-static)
@@ -66,9 +67,11 @@ test-sanitized: $(SANITIZED)/installed  ## run kernels and engine under address 
 	$(MAKE) --jobs=2 --output-sync=target sanitized-kernels sanitized-engine
 
 # Sanitizers must be in the process before anything else; CPython's own leaks are not ours.
-sanitized-kernels sanitized-engine: sanitized-%:
+sanitized-kernels: SANITIZED_TESTS = $(SANITIZED_KERNELS)
+sanitized-engine: SANITIZED_TESTS = tests/engine
+sanitized-kernels sanitized-engine:
 	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" $(ASAN) \
-	  $(SANITIZED)/bin/python -m pytest -q -p no:cacheprovider -m 'not slow' tests/$* $(ARGS)
+	  $(SANITIZED)/bin/python -m pytest -q -p no:cacheprovider -m 'not slow' $(SANITIZED_TESTS) $(ARGS)
 
 test-neon: $(TOOLS_STAMP)  ## compile the kernels for arm64 and hold NEON against plain loops in an emulator
 	@if ! command -v $(ARM_CXX) > /dev/null; then \
