@@ -54,7 +54,7 @@ def _keep_tile_shapes(source: Path) -> None:
 def _let_tiles_be_off(source: Path) -> None:
     """AMX, where a processor has it, is then not used if GGML_WITHOUT_AMX is set: a choice otherwise made by building.
 
-    It is slower than AVX-512 for few rows, and of some shapes its products end in a segmentation fault.
+    Which is faster differs from case to case, and of some shapes (C in Q4_0) the products for AMX abort.
     """
     asked = "    if (syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA)) {"
     text = source.read_text(encoding="utf-8")
