@@ -31,7 +31,7 @@ def measure(
     engines = {name: Engine(folder / name, bits=bits, max_length=192) for name in names}  # pyright: ignore[reportArgumentType]
     threads = next(iter(engines.values())).program.native.threads
     machine, probe = measure_machine(threads), ReadProbe(threads)
-    kept = {name: reached.held(engine, bits, bits, torch.bfloat16) for name, engine in engines.items()}  # pyright: ignore[reportArgumentType]
+    kept = {name: reached.held(engine, torch.bfloat16) for name, engine in engines.items()}
     cases = {
         name: [reached.decode_case(engine, kept[name], batch) for batch in batches] for name, engine in engines.items()
     }

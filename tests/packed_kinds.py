@@ -7,6 +7,7 @@ from torch import Tensor
 
 from moesaic.kernels import blocks
 from moesaic.kernels.blocks import PackedMatrices
+from moesaic.kernels.rounding import Bits
 
 KINDS = ["fp32", "bf16", "fp8", "mxfp4", *(f"int{bits}/{group}" for bits in (8, 6, 4) for group in blocks.GROUPS)]
 
@@ -37,7 +38,7 @@ def packed_and_weights(kind: str, outputs: int, inputs: int, paired: bool) -> tu
         return blocks.pack_mxfp4(codes, exponents, paired=paired), _scaled(
             values, 2.0 ** (exponents.float() - 127), size
         )
-    bits = next(bits for bits, each in blocks.INTS.items() if each == name)
+    bits: Bits = next(bits for bits, each in blocks.INTS.items() if each == name)
     most = 2 ** (bits - 1)
     numbers = torch.randint(-most + (bits == 8), most, shape, generator=generator, dtype=torch.int8)
     scales = (torch.rand(3, outputs, num_groups, generator=generator) + 0.1).half().float()
