@@ -1,8 +1,8 @@
 """What rounding costs a trained model on held-out text, against llama.cpp's formats of the same weights at equal bits.
 
 Rounded are the matrices of attention, dense blocks and experts; embeddings, head, norms and routers stay as the files
-have them. "engine" is what `moesaic.Engine` computes: its rows are in 8 bits, too, and its head is. Of an MoE also each
-expert's error, experts that are rarely chosen apart, and the loss of tokens that go to these.
+have them. "engine" is what `moesaic.Engine` computes: its rows are in 8 bits, too, and its head has few. Of an MoE also
+each expert's error, experts that are rarely chosen apart, and the loss of tokens that go to these.
 
     python benchmarks/equal_bits.py runs/first/model --corpus my-texts --ggml llama.cpp/build/bin/libggml-base.so
 """
@@ -127,6 +127,7 @@ def plus_minus(estimate: dict[str, float] | None) -> str:
 
 
 def main() -> None:
+    """Measure a model, and print what each format costs it and its experts."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("--ggml", type=Path, required=True, metavar="LIBRARY", help="libggml-base of llama.cpp")

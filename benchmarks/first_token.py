@@ -7,15 +7,12 @@ the files are dropped from the page cache, or read once so that they are in it (
     python benchmarks/first_token.py [--size 8GB] [--folder CHECKPOINT] [--bits 4] [--cold] [--turns 3]
 """
 
-import argparse
 import json
 import tempfile
 from pathlib import Path
 from typing import Any
 
-from load_speed import PLAIN, forget, make, remember, turn
-
-from moesaic.cli.convert import parse_size
+from load_speed import PLAIN, forget, made_or_given, parser_of, remember, turn
 
 WANTED_RATIO, WANTED_SECOND_START = 1.2, 3.0
 ENGINE = """
@@ -60,18 +57,11 @@ def measure(folder: Path, bits: int | None, turns: int, is_cold: bool, scratch: 
 
 def main() -> None:
     """Make a checkpoint, or take one, and print each way's seconds."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", default="8GB", help="of the checkpoint that is made (%(default)s)")
-    parser.add_argument("--folder", type=Path, help="measure this checkpoint instead")
+    parser = parser_of(__doc__)
     parser.add_argument("--bits", type=int, choices=(8, 4), help="pack in so many (as the files are)")
-    parser.add_argument("--cold", action="store_true", help="with files that are not in the page cache")
-    parser.add_argument("--turns", type=int, default=3)
-    parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
-        folder = args.folder or Path(scratch) / "model"
-        if args.folder is None:
-            make(folder, parse_size(args.size))
+        folder = made_or_given(args, Path(scratch))
         result = measure(folder, args.bits, args.turns, args.cold, Path(scratch))
     if args.json:
         print(json.dumps(result))

@@ -115,20 +115,29 @@ def measure(folder: Path, turns: int, is_cold: bool) -> dict[str, Any]:
     }
 
 
-def main() -> None:
-    """Make a checkpoint, or take one, read it in turns, and print the ratio."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parser_of(description: str | None) -> argparse.ArgumentParser:
+    """With the options of what is read, and how often."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", default="8GB", help="of the checkpoint that is made (%(default)s)")
     parser.add_argument("--folder", type=Path, help="measure this checkpoint instead")
     parser.add_argument("--cold", action="store_true", help="with files that are not in the page cache")
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--json", action="store_true")
-    args = parser.parse_args()
+    return parser
+
+
+def made_or_given(args: argparse.Namespace, scratch: Path) -> Path:
+    """The checkpoint's folder."""
+    if args.folder is None:
+        make(scratch / "model", parse_size(args.size))
+    return args.folder or scratch / "model"
+
+
+def main() -> None:
+    """Make a checkpoint, or take one, read it in turns, and print the ratio."""
+    args = parser_of(__doc__).parse_args()
     with tempfile.TemporaryDirectory() as scratch:
-        folder = args.folder or Path(scratch) / "model"
-        if args.folder is None:
-            make(folder, parse_size(args.size))
-        result = measure(folder, args.turns, args.cold)
+        result = measure(made_or_given(args, Path(scratch)), args.turns, args.cold)
     if args.json:
         print(json.dumps(result))
         return

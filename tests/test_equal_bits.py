@@ -1,11 +1,8 @@
 """The study of rounding in benchmarks/: tokens are told apart rightly, and errors are those of the right expert."""
 
-import importlib
 import math
-import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +12,7 @@ from moesaic import Engine
 from moesaic.errors import ConfigError
 from moesaic.evaluate.perplexity import held_out_loss
 from moesaic.models.decoder import Decoder
+from tests.benchmark_programs import imported
 from tests.tiny import tiny_config
 from tests.train.tiny_run import packed_text
 
@@ -24,13 +22,8 @@ PACKED = packed_text()
 
 @pytest.fixture(scope="module")
 def programs() -> Iterator[Any]:
-    """The modules of benchmarks/, which import each other as programs do."""
-    folder = str(Path(__file__).parents[1] / "benchmarks")
-    sys.path.insert(0, folder)
-    yield SimpleNamespace(**{name: importlib.import_module(name) for name in MODULES})
-    sys.path.remove(folder)
-    for name in MODULES:
-        del sys.modules[name]
+    with imported(MODULES) as found:
+        yield found
 
 
 @pytest.fixture

@@ -1,8 +1,6 @@
 """The studies in benchmarks/: what is finished is not done again; tables and plots say what was measured."""
 
-import importlib
 import json
-import sys
 import xml.etree.ElementTree
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +12,7 @@ import pytest
 from moesaic.errors import ConfigError, DataError
 from moesaic.models.decoder import Decoder
 from moesaic.train.loop import Trainer
+from tests.benchmark_programs import imported
 from tests.train.tiny_run import packed_text
 
 MODULES = ("scatter", "studies", "balance_study", "design_study")
@@ -36,13 +35,8 @@ RECIPE = {
 
 @pytest.fixture(scope="module")
 def programs() -> Iterator[Any]:
-    """The modules of benchmarks/, which import each other as programs do."""
-    folder = str(Path(__file__).parents[1] / "benchmarks")
-    sys.path.insert(0, folder)
-    yield SimpleNamespace(**{name: importlib.import_module(name) for name in MODULES})
-    sys.path.remove(folder)
-    for name in MODULES:
-        del sys.modules[name]
+    with imported(MODULES) as found:
+        yield found
 
 
 @pytest.fixture
