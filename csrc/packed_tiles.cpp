@@ -65,6 +65,20 @@ void tile_of_ints(const uint8_t *wide, int64_t groups, const int8_t *x, int64_t 
     for (int r = 0; r < M; ++r) _mm512_storeu_ps(sums + r * strip_outputs, total[r]);
 }
 
+// 32 inputs of up to 16 rows of bf16 and a strip's outputs, added to both tiles of sums.
+inline void add_bf16_step(const uint8_t *w, const bf16 *x, int64_t stride) {
+    _tile_loadd(2, x, stride * 2);
+    _tile_loadd(3, w, 4 * strip_outputs);
+    _tile_dpbf16ps(0, 2, 3);
+    _tile_loadd(4, w + 64, 4 * strip_outputs);
+    _tile_dpbf16ps(1, 2, 4);
+}
+
+inline void store_sums(float *to) {
+    _tile_stored(0, to, 4 * strip_outputs);
+    _tile_stored(1, to + side, 4 * strip_outputs);
+}
+
 }  // namespace
 
 // 0 and 1 are sums, 4 and 5 rows, 6 and 7 weights.
@@ -145,14 +159,9 @@ void tiles_of_bf16(const uint8_t *strip, const PackedShape &shape, const PackedR
                 const uint8_t *w = k < whole ? strip + k * 2 * strip_outputs : tail;
                 if (row == 0) prefetch(w + 2 * step_bytes, 64, step_bytes / 64);
                 prefetch(x + k + 2 * step, stride * 2, here);
-                _tile_loadd(2, x + k, stride * 2);
-                _tile_loadd(3, w, 4 * strip_outputs);
-                _tile_dpbf16ps(0, 2, 3);
-                _tile_loadd(4, w + 64, 4 * strip_outputs);
-                _tile_dpbf16ps(1, 2, 4);
+                add_bf16_step(w, x + k, stride);
             }
-            _tile_stored(0, to, 4 * strip_outputs);
-            _tile_stored(1, to + side, 4 * strip_outputs);
+            store_sums(to);
         }
     }
 }
@@ -167,15 +176,9 @@ inline void sum_block(const uint8_t *pairs, const bf16 *x, int64_t stride, float
     _tile_zero(0);
     _tile_zero(1);
     for (int64_t k = 0; k < block_inputs; k += step) {
-        const uint8_t *w = pairs + k * 2 * strip_outputs;
-        _tile_loadd(2, x + k, stride * 2);
-        _tile_loadd(3, w, 4 * strip_outputs);
-        _tile_dpbf16ps(0, 2, 3);
-        _tile_loadd(4, w + 64, 4 * strip_outputs);
-        _tile_dpbf16ps(1, 2, 4);
+        add_bf16_step(pairs + k * 2 * strip_outputs, x + k, stride);
     }
-    _tile_stored(0, to, 4 * strip_outputs);
-    _tile_stored(1, to + side, 4 * strip_outputs);
+    store_sums(to);
 }
 
 inline void add_scaled_block(const float *of_block, const float *scales, int64_t count, bool begin, float *sums) {
