@@ -63,6 +63,7 @@ def expert_row(model: Decoder, exact: dict[str, Tensor], routing: Routing, more_
 
 def measure(path: str, text: Packed, ggml: Path, max_tokens: int, length: int) -> list[Row]:
     """A row for each format and engine, the unrounded model first."""
+    compared = formats(ggml)
     model = decoder_only(hub.load(path, dtype=torch.float32), "this").eval()
     exact = {name: value.detach().clone() for name, value in model.state_dict().items()}
     batches = held_out(text, length, max_tokens)
@@ -71,7 +72,7 @@ def measure(path: str, text: Packed, ggml: Path, max_tokens: int, length: int) -
     output.talk(f"{len(before.nats_N)} tokens, {before.bits_per_byte:.4f} bits a byte before")
     routing = routing_of(model, text, batches, length) if expert_layers(model) else None
     ours: dict[float, Losses] = {}
-    for format in formats(ggml):
+    for format in compared:
         error = round_all(model, exact, format)
         after = model_losses(model, batches)
         row = loss_row(format.name, format.bits, after, before, ours.get(format.bits)) | {"weight_error": error}

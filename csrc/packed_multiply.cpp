@@ -96,7 +96,9 @@ template <Format F, int64_t group>
 void ints_times_rows(const uint8_t *strip, const PackedShape &shape, const PackedRows &rows, float *sums) {
     using Narrow = Groups<F, group, false>;
     using Wide = Groups<F, group, true>;
-    const int64_t groups = shape.row_groups(), piece = piece_bytes / Narrow::wide_bytes / Narrow::block_groups * Narrow::block_groups;
+    constexpr int64_t piece = piece_bytes / Narrow::wide_bytes / Narrow::block_groups * Narrow::block_groups;
+    static_assert(piece > 0, "a piece has a group at least");
+    const int64_t groups = shape.row_groups();
     const auto at_most = [](int64_t a, int64_t b) { return a < b ? a : b; };
     const auto next_piece = [&](int64_t g, int64_t parts) {
         return FetchInParts(strip + Narrow::bytes_of(g), Narrow::bytes_of(piece), parts);

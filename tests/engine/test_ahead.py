@@ -139,8 +139,9 @@ def test_an_engine_without_them_reads_none_and_keeps_nothing() -> None:
     without, plain = Engine(model, threads=1), Engine(plain_model, threads=1)
     assert without.program.packed_bytes == plain.program.packed_bytes
     assert without.cache.bytes_per_token == plain.cache.bytes_per_token
-    with pytest.raises(GenerationError, match=r"depth=1; this engine has 0 layers that .*; make it with mtp=True"):
-        without.ahead([Piece(Text(), [4])])
+    for pieces in ([Piece(Text(), [4])], []):
+        with pytest.raises(GenerationError, match=r"depth=1; this engine has 0 layers that .*; make it with mtp=True"):
+            without.ahead(pieces)
     with pytest.raises(ConfigError, match="mtp, and this model has no layers that predict further tokens; leave it"):
         Engine(plain_model, mtp=True)
 

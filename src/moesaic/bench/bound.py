@@ -12,7 +12,7 @@ from moesaic.kernels.blocks import Format
 from moesaic.tensor_spec import Role
 
 Number = Literal["fp32", "bf16", "int8"]
-"""What products are made of: whole numbers of 4 and 8 bits, and MXFP4, meet activations of 8, FP8 those of bf16."""
+"""What products are made of: whole numbers of 4 to 8 bits, and MXFP4, meet activations of 8, FP8 those of bf16."""
 
 EXPERTS = "experts"
 """What the engine calls the part that holds routed experts (see engine/lower/feed_forward.py)."""

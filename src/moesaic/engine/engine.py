@@ -109,8 +109,9 @@ class Engine:
         forgotten when the text goes on or is cut. `step`, or layer k - 1, has seen all these places before.
         Raises GenerationError as `step` does, and for a layer that there is not or places that it cannot see yet.
         """
+        self._check_depth(depth)
         for piece in pieces:
-            self._check_places(piece, depth)
+            _check_places(piece, depth)
         batch = self._batch(pieces, depth)
         logits_NV = self.program.run(batch, depth=depth)
         for piece in pieces:
@@ -210,17 +211,13 @@ class Engine:
             ]
         return written
 
-    def _check_places(self, piece: Piece, depth: int) -> None:
+    def _check_depth(self, depth: int) -> None:
         num_ahead = self.program.num_ahead
         if not 1 <= depth <= num_ahead:
             advice = "" if num_ahead else "; make it with mtp=True"
             raise GenerationError(
                 f"depth={depth}; this engine has {num_ahead} layers that predict further tokens{advice}"
             )
-        wanted, seen = _places(piece.text, depth) + len(piece.token_ids), _places(piece.text, depth - 1)
-        if wanted > seen:
-            before = f"ahead(..., depth={depth - 1})" if depth > 1 else "step"
-            raise GenerationError(f"{wanted} places of a text of which {before} has seen {seen}; run that first")
 
     def _batch(self, pieces: Sequence[Piece], depth: int = 0) -> Batch:
         token_ids_T = self._checked(pieces, depth)
@@ -259,6 +256,13 @@ class Engine:
 def _places(text: Text, depth: int) -> int:
     """How many of a text's places the model, or a layer that predicts further tokens, has seen."""
     return text.ahead.get(depth, 0) if depth else text.length
+
+
+def _check_places(piece: Piece, depth: int) -> None:
+    wanted, seen = _places(piece.text, depth) + len(piece.token_ids), _places(piece.text, depth - 1)
+    if wanted > seen:
+        before = f"ahead(..., depth={depth - 1})" if depth > 1 else "step"
+        raise GenerationError(f"{wanted} places of a text of which {before} has seen {seen}; run that first")
 
 
 def in_steps(texts: list[tuple[Text, list[int]]]) -> Iterator[list[Piece]]:
