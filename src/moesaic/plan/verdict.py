@@ -14,6 +14,7 @@ from moesaic.plan.training import TrainingRun, make_training
 _T = TypeVar("_T")
 
 _MOST_DEVICES = 4096
+_WORTH_IT = 0.97  # of a step's time: what is above gains next to nothing
 _NARROWER = ("fp8", "int8", "mxfp4", "int4")
 _DOES = {
     "bandwidth": "reading memory",
@@ -45,7 +46,7 @@ def serving_verdict(serving: Serving) -> Verdict:
     memory = serving.memory
     if not memory.fits:
         found = tuple(_room(serving))
-        return _short(memory, _device_name(serving.machine), found, f"{serving.users} texts of {serving.context:,} tokens")
+        return _short(memory, _device_name(serving.machine), found, _texts(serving.users, serving.context))
     step = serving.decode()
     limits = step.limits
     by, share = step.bound_by, limits[step.bound_by] / sum(limits.values())
@@ -134,10 +135,12 @@ def _longest_context(serving: Serving) -> int:
 
 
 def _speed(serving: Serving, seconds: float) -> Iterator[Relief]:
-    """What would make a decode step shorter."""
-    changes: list[tuple[str, Callable[[], Serving]]] = [
-        (f"{name} weights", lambda name=name: _again(serving, format_=name)) for name in _NARROWER
+    """What would make a decode step shorter: the best of the narrower formats, and one each of other ways."""
+    narrower = [
+        relief for name in _NARROWER if (relief := _gain(f"{name} weights", _narrower(serving, name), seconds))
     ]
+    yield from sorted(narrower, key=lambda relief: relief.factor)[:1]
+    changes: list[tuple[str, Callable[[], Serving]]] = []
     if serving.formats.cache == "bf16":
         changes.append(("an FP8 cache", lambda: replace(serving, formats=replace(serving.formats, cache="fp8"))))
     more = replace(serving.machine, count=2 * serving.machine.count)
@@ -145,11 +148,21 @@ def _speed(serving: Serving, seconds: float) -> Iterator[Relief]:
     if serving.layout.devices > 1 and serving.overlap < 1:
         changes.append(("overlapping sending and computing", lambda: replace(serving, overlap=1.0)))
     for words, change in changes:
-        other = _tried(change)
-        if other is not None and other.memory.fits:
-            factor = other.decode().seconds / seconds
-            if factor < 0.97:
-                yield Relief(words, factor)
+        if relief := _gain(words, change, seconds):
+            yield relief
+
+
+def _narrower(serving: Serving, name: str) -> Callable[[], Serving]:
+    return lambda: _again(serving, format_=name)
+
+
+def _gain(words: str, change: Callable[[], Serving], seconds: float) -> Relief | None:
+    """A change by what it makes of a step; None where that is next to nothing, or does not fit."""
+    other = _tried(change)
+    if other is None or not other.memory.fits:
+        return None
+    factor = other.decode().seconds / seconds
+    return Relief(words, factor) if factor < _WORTH_IT else None
 
 
 def _again(serving: Serving, *, format_: str | None = None, machine: Machine | None = None) -> Serving:
@@ -195,6 +208,10 @@ def _tried(make: Callable[[], _T]) -> _T | None:
         return make()
     except ConfigError:
         return None
+
+
+def _texts(count: int, context: int) -> str:
+    return f"{count} text{'s' * (count > 1)} of {context:,} tokens and the model"
 
 
 def _gb(num_bytes: float) -> str:
