@@ -27,7 +27,7 @@ def bare(signature: inspect.Signature) -> str:
 
 
 def test_the_names() -> None:
-    names = ["Engine", "ModelConfig", "MoesaicError", "__version__", "generate", "load", "route", "save"]
+    names = ["Engine", "ModelConfig", "MoesaicError", "__version__", "generate", "load", "make_plan", "route", "save"]
     assert moesaic.__all__ == names
     assert dir(moesaic) == sorted(moesaic.__all__)
     assert all(getattr(moesaic, name) is not None for name in moesaic.__all__)

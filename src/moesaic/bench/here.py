@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -82,7 +82,9 @@ def measure(threads: int | None = None, *, keep: bool = True) -> Here:
         bandwidth=bench.usual,
         sizes=sizes,
         bandwidths=bandwidths,
-        **curves,
+        linear=curves["linear"],
+        experts=curves["experts"],
+        head=curves["head"],
         **bench.small_parts(),
         base_bytes=_base_bytes(),
         about={"processor": measured.processor, "threads": threads, "isa": measured.isa, "date": _today()},
@@ -133,7 +135,7 @@ class _Bench:
         samples = [once() for _ in range(ROUNDS)]
         return min(samples, key=lambda sample: sum(sample.parts.values()) * sample.bandwidth)
 
-    def small_parts(self) -> dict[str, object]:
+    def small_parts(self) -> dict[str, Any]:
         """Seconds of what is no product with weights, for each number that it touches."""
         score: dict[str, float] = {}
         prompt_score: dict[str, float] = {}
