@@ -73,8 +73,12 @@ def _block_around(model: nn.Module, experts: str, num_experts: int, is_stacked: 
     for name in _upward(experts):
         module = model.get_submodule(name)
         weights = {f"{name}.{key}" if name else key: value for key, value in module.named_parameters()}
-        outside = {key: value for key, value in weights.items() if _is_outside(key, experts, is_stacked and name == experts)}
-        routers = [(key, w.shape[0] != num_experts) for key, w in outside.items() if w.dim() == 2 and num_experts in w.shape]
+        outside = {
+            key: value for key, value in weights.items() if _is_outside(key, experts, is_stacked and name == experts)
+        }
+        routers = [
+            (key, w.shape[0] != num_experts) for key, w in outside.items() if w.dim() == 2 and num_experts in w.shape
+        ]
         if routers:
             router, is_transposed = min(routers, key=lambda each: each[1])
             per_expert = _per_expert(module, name, experts, num_experts)
