@@ -1,5 +1,7 @@
 """Blocks are found by what they are made of: lists and stacks of experts, routers beside or among them, biases."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import nn
@@ -32,16 +34,16 @@ class Layer(nn.Module):
         self.feed.pick = nn.Linear(WIDTH, EXPERTS) if with_router else None
 
 
-def model_of(inner: nn.Module, with_router: bool) -> nn.Module:
+def model_of(inner: Callable[[], nn.Module], with_router: bool) -> nn.Module:
     """As many layers as there are experts, so that a list of layers has the length of one of experts."""
     model = nn.Module()
-    model.layers = nn.ModuleList(Layer(inner, with_router) for _ in range(EXPERTS))
+    model.layers = nn.ModuleList(Layer(inner(), with_router) for _ in range(EXPERTS))
     model.head = nn.Linear(EXPERTS, WIDTH)
     return model
 
 
 def test_a_list_of_experts_is_found_and_a_list_of_layers_is_none():
-    blocks = find_blocks(model_of(nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(EXPERTS)), True))
+    blocks = find_blocks(model_of(lambda: nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(EXPERTS)), True))
     assert [block.name for block in blocks] == [f"layers.{index}.feed" for index in range(EXPERTS)]
     assert blocks[0].router == "layers.0.feed.pick.weight" and not blocks[0].is_transposed
     assert blocks[0].per_expert == ("layers.0.feed.pick.bias",)
@@ -49,14 +51,14 @@ def test_a_list_of_experts_is_found_and_a_list_of_layers_is_none():
 
 
 def test_biases_of_stacked_experts_are_no_router():
-    model = model_of(Stacked(False), True)
+    model = model_of(lambda: Stacked(False), True)
     block = find_blocks(model)[1]
     assert block.router == "layers.1.feed.pick.weight" and block.is_stacked
     assert {name.rpartition(".")[2] for name in block.expert_weights(model)} == {"a", "b", "bias"}
 
 
 def test_a_router_among_the_experts_and_turned():
-    model = model_of(Stacked(True), False)
+    model = model_of(lambda: Stacked(True), False)
     block = find_blocks(model)[0]
     assert block.name == block.experts == "layers.0.feed.inside"
     assert block.router.endswith(".steer") and block.is_transposed

@@ -51,6 +51,7 @@ def test_biases_move_by_what_was_chosen_and_groups_are_masked():
         assert report[check].verdict == "sound", str(report)
 
 
+@pytest.mark.slow
 def test_a_bias_that_a_recipe_holds_still_is_found():
     report = lint(recipe(BIASED, balance_losses=[["sequence", 0.01]], selection_bias_rate=0.0), ranks=0)
     assert [found.check for found in report.findings] == ["selection bias that never moves"], str(report)
