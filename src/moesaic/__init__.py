@@ -12,8 +12,9 @@ if TYPE_CHECKING:
     from moesaic.hub.saving import save
     from moesaic.models.decoder import route
     from moesaic.plan.plan import make_plan
+    from moesaic.train.lint.suite import lint
 
-__all__ = ["Engine", "ModelConfig", "MoesaicError", "__version__", "generate", "load", "make_plan", "route", "save"]
+__all__ = ["Engine", "ModelConfig", "MoesaicError", "__version__", "generate", "lint", "load", "make_plan", "route", "save"]
 
 __version__ = "0.1.0"
 
@@ -22,6 +23,7 @@ _HOMES = {
     "ModelConfig": "moesaic.config",
     "MoesaicError": "moesaic.errors",
     "generate": "moesaic.engine.generate",
+    "lint": "moesaic.train.lint.suite",
     "load": "moesaic.hub.loading",
     "make_plan": "moesaic.plan.plan",
     "route": "moesaic.models.decoder",

@@ -111,6 +111,7 @@ OPTIONS = {
         "--overwrite",
         "--json",
     ],
+    "lint": ["SETUP", "--set TABLE.FIELD=VALUE", "--ranks N", "--json"],
     "bench": [
         "MODEL",
         "--bits {8,4}",
