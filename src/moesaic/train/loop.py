@@ -240,7 +240,7 @@ class Trainer:
             mode=mode,
             held_out=lambda: self._held_out_loss(settings.evaluate_tokens).bits_per_byte,
             questions=(tensors.inputs_BS, tensors.document_ids_BS),
-            settings=DoctorSettings(rest=settings.warmup_steps),
+            settings=DoctorSettings(rest=settings.warmup_steps, last=settings.steps),
             seed=settings.seed,
             say=lambda line: self.say(line["sentence"]) if self.say is not None else None,
         )
