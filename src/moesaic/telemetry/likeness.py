@@ -57,7 +57,8 @@ def duplicates(
     large, the most alike first.
 
     None where the median pair is that alike, too, or more than half of the experts (of three or more) are so: then the
-    layer was grown from copies, or does nothing yet. router_ED: the router's rows, which tell whether two experts are also chosen alike.
+    layer was grown from copies, or does nothing yet. router_ED: the router's rows, which tell whether two experts are
+    also chosen alike.
     """
     outputs = np.asarray(outputs_EPD, dtype=np.float64)
     if len(outputs) < 2 or not outputs.shape[1]:
