@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from moesaic.cli import output
+from moesaic.cli.live_block import watch
 from moesaic.cli.recipes import Source, print_recipe, show_derived, source_of
 from moesaic.cli.text_source import AnyText, add_corpus_argument, gather_for
-from moesaic.cli.watch import watch
+from moesaic.cli.watch import watched_by_page
 from moesaic.errors import ConfigError, RunFolderError
 
 if TYPE_CHECKING:
@@ -74,6 +75,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--resume", action="store_true", help="go on with what --out holds, by the recipe it was started with"
     )
     parser.add_argument("--tensorboard", action="store_true", help="write event files for TensorBoard, too")
+    parser.add_argument("--watch", action="store_true", help="open a page on this machine that follows the run")
+    parser.add_argument("--no-browser", action="store_true", help="with --watch: only say where the page is")
     parser.add_argument(
         "--profile",
         metavar="STEPS",
@@ -94,6 +97,10 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError(f"--profile {args.profile}; give the number of steps to profile, 1 or more")
     if args.print_recipe and args.sweep is not None:
         raise ConfigError("--print-recipe prints one recipe and --sweep has many; leave one of them out")
+    if args.watch and args.sweep is not None:
+        raise ConfigError("--watch follows one run and --sweep has many; `moesaic watch` follows any of them")
+    if args.no_browser and not args.watch:
+        raise ConfigError("--no-browser says how to --watch; add it, or leave it out")
     source = source_of(args)
     if args.print_recipe:
         print_recipe(source, args.json)
@@ -176,6 +183,8 @@ def _train(trainer: "Trainer", folder: "RunFolder", args: argparse.Namespace) ->
     from moesaic.train.profile import StepProfiler
 
     with ExitStack() as stack:
+        if args.watch:
+            stack.enter_context(watched_by_page(folder.path, not args.no_browser))
         listeners = [stack.enter_context(watch("training", trainer.settings.steps))]
         if args.tensorboard:
             listeners.append(_board(stack, folder.path / "tensorboard", trainer.step + 1))
