@@ -4,6 +4,7 @@ import html
 import json
 import os
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,8 @@ def write_page(inspection: Inspection, path: Path, facts: Sequence[tuple[str, st
         draft.write_text(render(inspection, facts), encoding="utf-8")
         draft.replace(path)
     except OSError as error:
-        draft.unlink(missing_ok=True)
+        with suppress(OSError):  # there may be no folder for it to be in
+            draft.unlink()
         raise RunFolderError(f"cannot write {path}: {error.strerror}; choose another place with --out") from error
     return path
 

@@ -306,6 +306,20 @@
     });
   }
 
+  // Which tokens of a text a search finds: those that a match begins, ends or lies in, so that words in pieces count.
+  function found(tokens, needle) {
+    const text = tokens.join("").toLowerCase();
+    const ends = [];
+    tokens.reduce((length, token, index) => (ends[index] = length + token.length), 0);
+    const hits = new Set();
+    for (let at = text.indexOf(needle); at >= 0; at = text.indexOf(needle, at + 1)) {
+      ends.forEach((end, index) => {
+        if (end > at && end - tokens[index].length < at + needle.length) hits.add(index);
+      });
+    }
+    return hits;
+  }
+
   function drawTexts() {
     const needle = state.query.trim().toLowerCase();
     sides("texts", (host, subject) => {
@@ -314,10 +328,11 @@
       for (const sample of subject.samples) {
         if (state.domain >= 0 && sample.domain && sample.domain !== subject.domains[state.domain]) continue;
         const text = el("p", { class: "text" });
+        const hits = needle ? found(sample.tokens, needle) : null;
         sample.tokens.forEach((token, index) => {
           const experts = sample.experts[layer.layer][index];
           const first = experts.length ? experts[0] : -1;
-          const dim = (state.only && !experts.includes(state.expert)) || (needle && !token.toLowerCase().includes(needle));
+          const dim = (state.only && !experts.includes(state.expert)) || (hits && !hits.has(index));
           const shown = el(
             "span",
             {
