@@ -260,7 +260,8 @@ def main() -> None:
                 file.write(json.dumps(result) + "\n")
                 output.talk(
                     f"seed {seed} {illness} doctor={doctor}: {result['bits_per_byte']:.3f} bits per byte, "
-                    f"{result['dead']} dead, {result['duplicates']} twins, {result['treated']} treated, {result['seconds']:.0f} s"
+                    f"{result['dead']} dead, {result['duplicates']} twins, {result['treated']} treated, "
+                    f"{result['seconds']:.0f} s"
                 )
     output.table(COLUMNS, table(results), f"{args.before} steps, then {args.after} more; seeds {args.seeds}")
 

@@ -22,6 +22,7 @@ class LogitSums:
         self._sums: Tensor | None = None  # tokens, logits, squares, margins, choices, flips in bf16 and under noise
         self._peak: Tensor | None = None
 
+    @torch.no_grad()
     def add(self, decision: RoutingDecision) -> None:
         """Look at one forward of a layer; routers without logits, or whose tokens compete, tell nothing."""
         num_tokens = decision.logits_TE.shape[0]

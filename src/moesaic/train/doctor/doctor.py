@@ -12,7 +12,7 @@ from moesaic.models.decoder import Decoder
 from moesaic.telemetry.load import StepLoad, sum_loads
 from moesaic.telemetry.probe import LayerProbe, probe
 from moesaic.train.doctor.findings import Finding, Key, findings_in
-from moesaic.train.doctor.remedies import LADDERS, REMEDIES, WHAT, Patient, Treatment
+from moesaic.train.doctor.remedies import LADDERS, ONLY_TOLD, REMEDIES, WHAT, Patient, Treatment
 from moesaic.train.doctor.surgery import Kept
 from moesaic.train.optimizer import Optimizer
 from moesaic.train.random_state import undisturbed
@@ -118,7 +118,11 @@ class Doctor:
             yield _line(step, "advised", finding, sentence=f"{finding.sentence}. Remedy: {WHAT[remedy]}")
 
     def _treat(self, step: int, patient: Patient, findings: Iterable[Finding]) -> list[Line]:
-        findings = [finding for finding in findings if self._tried.get(finding.key, 0) < len(LADDERS[finding.kind])]
+        findings = [
+            finding
+            for finding in findings
+            if finding.kind not in ONLY_TOLD and self._tried.get(finding.key, 0) < len(LADDERS[finding.kind])
+        ]
         if not findings:
             return []
         before = self.held_out()

@@ -90,6 +90,9 @@ LADDERS: dict[str, tuple[str, ...]] = {
 }
 """The remedies of each finding, the gentlest first; those that do not apply are skipped."""
 
+ONLY_TOLD = frozenset({"cold"})
+"""Findings that healthy runs have, too: they are told, and never treated."""
+
 WHAT: dict[str, str] = {
     "coefficients": "weigh the loss that evens the load ten times as much for a while",
     "bias_nudge": "shift the expert's selection bias until it gets its fair share; its weights stay",
@@ -268,7 +271,7 @@ def _seed_from_busiest(
             theatre.write_buffer(part, expert, buffer[busy].clone())
     patient.taken |= {(finding.layer, busy), (finding.layer, expert)}
     mass = [rows.mass_before, rows.mass_after]
-    return {"expert": expert, "from": busy, "probability_mass_of_both": mass}
+    return {"begins_anew": expert, "from": busy, "probability_mass_of_both": mass}
 
 
 def _busiest(patient: Patient, layer: int, without: set[int]) -> int | None:
