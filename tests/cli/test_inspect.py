@@ -75,7 +75,7 @@ def test_two_checkpoints_over_a_file(moesaic, models, tmp_path, monkeypatch):
         len(set(a) & set(b))
         for left, right in zip(*chosen, strict=True)
         for a, b in zip(left.tolist(), right.tolist(), strict=True)
-    ]  # noqa: E501
+    ]
     assert ran.json["agreement"]["layers"]["1"] == [pytest.approx(np.mean(shared) / 2)]
     assert moesaic(*arguments).exit_code == 0
     assert "badge" in (tmp_path / "inspect.html").read_text()

@@ -97,7 +97,7 @@ def test_the_report_answers_to_pointer_and_keys(browser, report):
         page.locator("#only").check()
         assert page.locator("#texts .token.dim").count() == 0  # all of prose goes to 2 and 3
         page.locator("#grouped").uncheck()
-        labels = page.locator("#company svg text.tick").all_inner_texts()
+        labels = page.locator("#company svg text.tick").all_text_contents()
         assert labels[:4] == ["0", "1", "2", "3"]
         page.locator("svg.chart").first.focus()
         page.keyboard.press("ArrowLeft")
@@ -114,7 +114,8 @@ def test_the_report_in_both_schemes(browser, report, scheme, name):
         assert page.locator("#domains svg.heat").count() == sides
         assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
         page.set_viewport_size({"width": 390, "height": 800})
-        page.wait_for_function("document.documentElement.scrollWidth <= innerWidth")
+        page.wait_for_timeout(300)
+        assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
 
 
 @contextmanager
@@ -133,7 +134,7 @@ def watched(folder: Path) -> Iterator[str]:
 def test_the_live_page_follows_a_run(browser, tmp_path, scheme):
     folder = run_folder(tmp_path / "run", steps=12)
     with watched(folder) as url, opened(browser, url, scheme) as page:
-        page.wait_for_function("document.getElementById('status').textContent.includes('waiting')")
+        page.wait_for_selector("#status.waiting")
         assert (max(background(page)) < 60) == (scheme == "dark")
         append(folder, *(line(step) for step in range(1, 9)))
         page.wait_for_selector("#heats canvas")
@@ -145,7 +146,7 @@ def test_the_live_page_follows_a_run(browser, tmp_path, scheme):
         assert "× the fair share" in page.locator("#tip").inner_text()
         drawn = "c => new Set(c.getContext('2d').getImageData(0, 0, c.width, c.height).data).size"
         assert canvas.evaluate(drawn) > 4
-        page.locator("#loss svg").focus()
+        page.locator("#loss svg.chart").focus()
         page.keyboard.press("ArrowLeft")
         assert "4.93" in page.locator("#tip").inner_text()
         append(folder, *(line(step) for step in range(9, 13)))
@@ -153,5 +154,5 @@ def test_the_live_page_follows_a_run(browser, tmp_path, scheme):
         # Taken up again from a checkpoint: the later steps are forgotten.
         lines = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
         (folder / "metrics.jsonl").write_text("".join(lines[:6]))
-        page.wait_for_function("document.getElementById('status').textContent.includes('taken up again')")
+        page.wait_for_selector("#status:has-text('taken up again')")
         assert "6\nof 12" in page.locator("#tiles").inner_text()

@@ -145,7 +145,7 @@ def _row(layer: "LayerFindings") -> list[str]:
         f"{layer.top_k} of {layer.num_experts}",
         _cell(None if layer.max_violation is None else layer.max_violation + 1, ".2f"),
         _cell(layer.effective_experts, ".1f"),
-        "-" if layer.dead is None else str(len(layer.dead)),
+        str(layer.states.count("dead")),
         *(_cell(value, ".3f") for value in layer.divergence or (None, None)),
         *(_cell(value, ".2f") for value in token),
     ]

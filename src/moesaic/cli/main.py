@@ -26,6 +26,7 @@ VERBS = {
     "chat": "talk to a model",
     "inspect": "see what a model's experts are for, on a page",
     "watch": "follow a run on a page that stays on this machine",
+    "doctor": "say what is ill about a model's routers and experts, and what would help",
     "trace": "record which expert serves which token, or show such a recording",
     "count": "count a model's parameters, bytes and FLOPs without loading it",
     "convert": "turn a checkpoint into a Hugging Face safetensors folder",

@@ -74,9 +74,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--resume", action="store_true", help="go on with what --out holds, by the recipe it was started with"
     )
+    parser.add_argument(
+        "--doctor",
+        choices=["advise", "act", "off"],
+        help="say what is ill about routers and experts, or mend it too and undo what does not help "
+        "(sets train.doctor; off)",
+    )
     parser.add_argument("--tensorboard", action="store_true", help="write event files for TensorBoard, too")
     parser.add_argument("--watch", action="store_true", help="open a page on this machine that follows the run")
     parser.add_argument("--no-browser", action="store_true", help="with --watch: only say where the page is")
+    parser.add_argument("--prometheus", action="store_true", help="keep RUN/metrics.prom, routing for Prometheus, too")
     parser.add_argument(
         "--profile",
         metavar="STEPS",
@@ -101,6 +108,8 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError("--watch follows one run and --sweep has many; `moesaic watch` follows any of them")
     if args.no_browser and not args.watch:
         raise ConfigError("--no-browser says how to --watch; add it, or leave it out")
+    if args.doctor is not None:
+        args.overrides = [*args.overrides, f"train.doctor={args.doctor}"]
     source = source_of(args)
     if args.print_recipe:
         print_recipe(source, args.json)
@@ -188,6 +197,8 @@ def _train(trainer: "Trainer", folder: "RunFolder", args: argparse.Namespace) ->
         listeners = [stack.enter_context(watch("training", trainer.settings.steps))]
         if args.tensorboard:
             listeners.append(_board(stack, folder.path / "tensorboard", trainer.step + 1))
+        if args.prometheus:
+            listeners.append(_scraped(folder.path / "metrics.prom"))
         profiler = None
         if args.profile is not None:
             profiler = stack.enter_context(StepProfiler(trainer, folder.path / "trace.json.gz", args.profile))
@@ -211,6 +222,14 @@ def _board(stack: ExitStack, folder: Path, first_step: int) -> "Listener":
 
     events = stack.enter_context(EventFile(folder, first_step))
     return lambda report, evaluation: events.add(report.step, line_scalars(metrics_line(report, evaluation)))
+
+
+def _scraped(place: Path) -> "Listener":
+    """A listener that keeps the newest routing as Prometheus text."""
+    from moesaic.telemetry.prometheus import PrometheusFile
+
+    file = PrometheusFile(place)
+    return lambda report, evaluation: file.add(report.load)
 
 
 def _check_fresh(folder: "RunFolder", resume: bool) -> None:

@@ -25,13 +25,14 @@ from moesaic.telemetry.load import StepLoad
 from moesaic.telemetry.recorder import LoadRecorder
 from moesaic.train.checkpoint import CheckpointWriter
 from moesaic.train.diagnose import first_nonfinite
+from moesaic.train.doctor import Doctor, DoctorSettings, check_treatable
 from moesaic.train.interrupt import Interrupted, StopRequest, stop_on_signals
 from moesaic.train.memory import peak_memory_bytes
 from moesaic.train.micro_batches import AnyBatch, tensors_of
 from moesaic.train.optimizer import Optimizer, restore_state
 from moesaic.train.random_state import undisturbed
 from moesaic.train.recipe import DataSettings, TrainSettings
-from moesaic.train.reports import Evaluation, History, Listener, StepReport, metrics_line
+from moesaic.train.reports import Evaluation, History, Listener, MetricsFile, StepReport, metrics_line
 from moesaic.train.resume import RunFolder, refuse_differences
 from moesaic.train.snapshot import copied
 from moesaic.train.step import Stepper
@@ -67,6 +68,7 @@ class Trainer:
         self.task = task_of(self.packed, self.settings, self.data, self.model.config)
         self.batches = self.task.batches
         num_domains = len(self.task.names)
+        self.doctor = self._new_doctor()
         self.recorder: LoadRecorder | None = LoadRecorder.for_model(self.model.config, num_domains=num_domains)
 
     @property
@@ -99,6 +101,8 @@ class Trainer:
         restore_state(self.model, self.optimizer, saved.load_optimizer_tensors())  # first, for it may refuse
         self.model.load_state_dict(weights)
         self.step, self.seconds, self.tokens = facts["step"], facts["seconds"], facts["tokens"]
+        if self.doctor is not None and "doctor" in facts:
+            self.doctor.restore(facts["doctor"], saved.load_doctor_tensors())
         saved.restore_random_state()
         return True
 
@@ -117,6 +121,8 @@ class Trainer:
             metrics = stack.enter_context(self.run.open_metrics(self.step))
             stop = stack.enter_context(stop_on_signals(self.say))
             stack.enter_context(writer)
+            if self.doctor is not None:
+                self.doctor.say = self._said(stack.enter_context(self.run.open_metrics(self.step, "doctor.jsonl")))
             outlets.insert(0, lambda report, evaluation: metrics.write(metrics_line(report, evaluation)))
             self._train(history, outlets, writer, stop)
             if stop.is_made:
@@ -200,6 +206,8 @@ class Trainer:
             report = self.train_step()
             history.steps.append(report)
             first_pass_s += report.first_pass_s
+            if self.doctor is not None:
+                self.doctor.after_step(self.step, report.load)
             evaluation = self.evaluate() if self._evaluation_is_due() else None
             if evaluation is not None:
                 history.evaluations.append(evaluation)
@@ -219,6 +227,33 @@ class Trainer:
         if self.say is not None and first_pass_s:
             spent_s = self.seconds - before_s
             self.say(f"counting choices before each step (global_exact) took {first_pass_s:.1f} s of {spent_s:.1f} s")
+
+    def _new_doctor(self) -> Doctor | None:
+        """The one that the recipe asks for. Its questions are the run's first batch: the same after a stop."""
+        mode, settings = self.settings.doctor, self.settings
+        if mode == "off":
+            return None
+        check_treatable(self.model)
+        tensors = tensors_of(self.batches.batch(0), self.data.document_attention)
+        return Doctor(
+            trained=self.stepper,
+            mode=mode,
+            held_out=lambda: self._held_out_loss(settings.evaluate_tokens).bits_per_byte,
+            questions=(tensors.inputs_BS, tensors.document_ids_BS),
+            settings=DoctorSettings(rest=settings.warmup_steps),
+            seed=settings.seed,
+            say=lambda line: self.say(line["sentence"]) if self.say is not None else None,
+        )
+
+    def _said(self, log: MetricsFile) -> Callable[[dict[str, Any]], None]:
+        """Writes each line of the doctor's log, and tells its sentence."""
+
+        def write(line: dict[str, Any]) -> None:
+            log.write(line)
+            if self.say is not None:
+                self.say(f"doctor, step {line['step']}: {line['sentence']}")
+
+        return write
 
     def _say_what_leaks(self) -> None:
         leaking = self.model.config.leaking_parts
@@ -274,6 +309,7 @@ class Trainer:
             "next_sample": self._first_sample(self.step),
             "held_out_bits_per_byte": score if math.isfinite(score) else None,
             "run": self._identity(),
+            **({"doctor": self.doctor.state()[0]} if self.doctor is not None else {}),
         }
 
     def _held_out_loss(self, max_tokens: int) -> HeldOutLoss:
@@ -295,7 +331,8 @@ class Trainer:
         for name, tensor in self.model.state_dict().items():
             if not torch.isfinite(tensor).all():
                 raise self._stopped(f"{name} is not finite after step {self.step}, which is not saved")
-        writer.save(self.model, self.optimizer, self._facts(evaluation))
+        doctor_tensors = self.doctor.state()[1] if self.doctor is not None else None
+        writer.save(self.model, self.optimizer, self._facts(evaluation), doctor_tensors)
 
     def _stopped(self, why: str) -> MoesaicError:
         """What ends a run that broke. Going on would break again: a resumed run is the same to the bit."""

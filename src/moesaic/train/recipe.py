@@ -36,6 +36,8 @@ class TrainSettings:
     balance_losses: (name of `routing.balancers.BALANCE_LOSSES`, coefficient) pairs, each averaged over layers.
     selection_bias_rate: how far selection biases move a step, for routers that have one. selection_bias_rule: "sign",
     or "proportional" (times (mean - load) / mean). selection_bias_centered: the mean of each move is taken off it.
+    doctor: "off", "advise" (says what is ill about routers and experts, and what it would do), or "act" (does it, and
+    undoes what makes the held-out loss worse; see docs/health.md).
     keep_checkpoints, keep_best: how many of the newest and of the best (by held-out loss) checkpoints stay.
 
     Raises ConfigError for a value of the wrong type, out of range, or in conflict with another.
@@ -64,6 +66,7 @@ class TrainSettings:
     selection_bias_rate: Scheduled = 0.001
     selection_bias_rule: Literal["sign", "proportional"] = "sign"
     selection_bias_centered: bool = False
+    doctor: Literal["off", "advise", "act"] = "off"
     seed: int = 0
     evaluate_every: int = 100
     evaluate_tokens: int = 8192

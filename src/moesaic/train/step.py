@@ -75,6 +75,7 @@ class Stepper:
         self.model, self.settings, self.document_attention, self.ranks = model, settings, document_attention, ranks
         refuse_unfit((name for name, _ in settings.balance_losses), list(routers_of(model.config).values()))
         self.optimizer = Optimizer(model, settings)
+        self.prescribed: dict[str, float] = {}  # what a doctor adds to the balance losses' coefficients
         self._carried = compiled(model.carried) if settings.compile else model.carried
 
     def run(self, step: int, micro_batches: Sequence[AnyBatch], recorder: LoadRecorder | None = None) -> StepResult:
@@ -132,10 +133,11 @@ class Stepper:
         )
 
     def coefficients(self, step: int) -> dict[str, float]:
-        """The balance losses' coefficients at step `step`; none for a dense model."""
+        """The balance losses' coefficients at step `step`, with what is prescribed; none for a dense model."""
         if not routers_of(self.model.config):
             return {}
-        return {name: scheduled(value, step) for name, value in self.settings.balance_losses}
+        found = {name: scheduled(value, step) for name, value in self.settings.balance_losses}
+        return found | {name: found.get(name, 0.0) + value for name, value in self.prescribed.items()}
 
     def _num_further(self, step: int) -> int:
         """How many layers that predict further tokens take part."""

@@ -8,12 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moesaic.telemetry.inspection.measures import (
-    agreement,
-    company,
     divergence_from_average,
     information,
     specialisation,
-    together,
 )
 
 ROUTING = Path(__file__).parents[4] / "shared" / "data" / "routing"
@@ -71,28 +68,3 @@ def test_information_and_specialisation_by_hand():
     # Token 0 goes to expert 0 in 3 of 4 places, token 1 to expert 1 in 8 of 10, expert 2 has 2 of 10 and 1 of 4.
     assert specialisation([[3, 0, 1], [0, 8, 2]], [4, 10]) == pytest.approx((0.75 + 0.8 + 0.25) / 3)
     assert math.isnan(specialisation(np.zeros((0, 3)), []))
-
-
-def test_company_against_a_count_by_hand():
-    tokens = [(0, 1), (0, 1), (0, 2), (3,), (1, 2, 3)]
-    tokens_R = np.array([t for t, experts in enumerate(tokens) for _ in experts])
-    experts_R = np.array([e for experts in tokens for e in experts])
-    counts = together(tokens_R, experts_R, 4)
-    for i in range(4):
-        for j in range(4):
-            assert counts[i, j] == sum(i in experts and j in experts for experts in tokens)
-    ratio = company(counts)
-    # Expert 0 has 3 companions: two times expert 1, once 2. The others' loads are 3, 2, 2.
-    assert ratio[0, 1] == pytest.approx(2 / (3 * 3 / 7))
-    assert ratio[0, 3] == 0
-    assert np.isnan(ratio.diagonal()).all()
-    independent = company(np.outer([6, 6, 6], [6, 6, 6]))
-    assert independent[~np.eye(3, dtype=bool)] == pytest.approx(1)
-
-
-def test_agreement_counts_choices_and_not_their_order():
-    left = (np.array([0, 0, 1, 1]), np.array([3, 1, 2, 0]))
-    right = (np.array([0, 0, 1, 1]), np.array([1, 3, 2, 4]))
-    assert agreement(left, right, 5) == 0.75
-    assert agreement(left, left, 5) == 1
-    assert math.isnan(agreement(left, (np.zeros(0, int), np.zeros(0, int)), 5))

@@ -66,6 +66,15 @@ class Choices:
         is_kept = tokens_R >= 0
         return tokens_R[is_kept], chosen.expert_ids_R[is_kept].astype(np.int64)
 
+    def matrix(self, layer: int) -> np.ndarray:
+        """The experts of each token, [N, M], its first choice first; -1 where a token has no such choice."""
+        tokens_R, experts_R = self.rows(layer)
+        counts_N = np.bincount(tokens_R, minlength=self.num_tokens)
+        first_N = np.cumsum(counts_N) - counts_N
+        choices_NM = np.full((self.num_tokens, int(counts_N.max(initial=0))), -1, dtype=np.int64)
+        choices_NM[tokens_R, np.arange(len(tokens_R)) - first_N[tokens_R]] = experts_R
+        return choices_NM
+
     def crossed(self, layer: int, labels_N: np.ndarray, num_labels: int) -> Counts:
         """Rows of tokens of each label at each expert, [X, E]. A label of -1 is none."""
         tokens_R, experts_R = self.rows(layer)

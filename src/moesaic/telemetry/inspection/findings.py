@@ -13,25 +13,20 @@ import numpy as np
 from moesaic.errors import DataError
 from moesaic.telemetry.health import (
     coefficient_of_variation,
-    dead_experts,
     domain_divergence,
+    effective_experts,
     load_entropy,
     max_violation,
 )
 from moesaic.telemetry.inspection.choices import Choices, Counts, cross
-from moesaic.telemetry.inspection.measures import (
-    company,
-    divergence_from_average,
-    information,
-    specialisation,
-    together,
-)
+from moesaic.telemetry.inspection.measures import divergence_from_average, information, specialisation
 from moesaic.telemetry.inspection.token_classes import CLASSES, classes_of
 from moesaic.telemetry.inspection.tokens import Frequent, Loved, TokenTexts, frequent, loved
+from moesaic.telemetry.likeness import CoActivation, co_activation
+from moesaic.telemetry.states import clumping, expert_states
 from moesaic.trace import LayerFingerprint, Trace
 
 SHUFFLES = 3  # whose mean is the baseline
-MOST_PAIRS = 24  # of experts, told of each layer
 MOST_CELLS = 600_000  # of all layers' co-activation tables; beyond, only the pairs are told
 
 
@@ -42,13 +37,14 @@ class Against(NamedTuple):
     shuffled: float | None
 
 
-class Pair(NamedTuple):
-    """Two experts: the share of the first one's tokens that the second serves, too, as a multiple of chance as well."""
+class Companions(NamedTuple):
+    """Two experts that serve the same tokens: the share of the first one's that the second serves, too; and `lift`,
+    how many times as many that are as independent choices would give."""
 
     first: int
     second: int
     share: float
-    ratio: float
+    lift: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +55,8 @@ class LayerFindings:
     divergence: of domains from their average, in bits (`divergence_from_average`); domain_divergence: among them, of 1.
     information: bits that a label tells of the expert, by kind of label: domain, class, token, next token.
     vocabulary: (of the token that goes in, of the one that comes next) OLMoE's specialisation, chance K/E.
-    loved [E]: an expert's tokens. pairs: the closest; company [E][E]: see `measures.company`.
+    states [E]: "dead", "cold", "fair", "oversized" or "unknown" (see `telemetry.states`; its windows: pieces of text).
+    loved [E]: an expert's tokens. pairs: the closest; company [E][E]: lifts (see `telemetry.likeness.CoActivation`).
     """
 
     layer: int
@@ -73,7 +70,7 @@ class LayerFindings:
     load_entropy: float | None
     effective_experts: float | None
     variation: float | None
-    dead: list[int] | None
+    states: list[str]
     domain_counts: list[list[int]] | None
     class_counts: list[list[int]] | None
     divergence: Against | None
@@ -81,7 +78,7 @@ class LayerFindings:
     information: dict[str, Against]
     vocabulary: dict[str, Against]
     loved: list[list[Loved]] | None
-    pairs: list[Pair]
+    pairs: list[Companions]
     company: list[list[float | None]] | None
 
 
@@ -205,10 +202,7 @@ class _Finder:
         counts_E = np.bincount(experts_R, minlength=layer.num_experts)
         tables = {name: self._cross(kind.labels_N, kind.num_labels, rows, layer) for name, kind in self.kinds.items()}
         shuffled = {name: self._shuffled(name, rows, layer) for name in self.kinds}
-        together_EE = together(tokens_R, experts_R, layer.num_experts)
-        company_EE = company(together_EE)
-        entropy = load_entropy(counts_E)
-        dead = dead_experts(counts_E, num_tokens=self.choices.num_tokens, top_k=layer.top_k)
+        entropy, together = load_entropy(counts_E), co_activation(self.choices.matrix(layer.layer), layer.num_experts)
         domains, classes = tables.get("domain"), tables.get("class")
         return LayerFindings(
             layer=layer.layer,
@@ -220,9 +214,9 @@ class _Finder:
             mean_weights=self._mean_weights(layer, counts_E),
             max_violation=_known(max_violation(counts_E)),
             load_entropy=_known(entropy),
-            effective_experts=_known(math.exp(entropy * math.log(layer.num_experts))),
+            effective_experts=_known(effective_experts(counts_E)),
             variation=_known(coefficient_of_variation(counts_E)),
-            dead=None if dead is None else list(dead),
+            states=self._states(layer, rows, counts_E),
             domain_counts=None if domains is None else domains.tolist(),
             class_counts=None if classes is None else classes.tolist(),
             divergence=self._against("domain", tables, shuffled, divergence_from_average),
@@ -234,9 +228,17 @@ class _Finder:
             },
             vocabulary=self._vocabulary(tables, shuffled),
             loved=None if self.tokens is None or "token" not in tables else loved(self.tokens, tables["token"]),
-            pairs=_pairs(together_EE, company_EE),
-            company=_rounded(company_EE) if self.shows_company else None,
+            pairs=_companions(together),
+            company=_rounded(together.lift_EE) if self.shows_company else None,
         )
+
+    def _states(self, layer: LayerFingerprint, rows: tuple[np.ndarray, np.ndarray], counts_E: np.ndarray) -> list[str]:
+        """Judged as so many independent tokens as these texts are worth."""
+        units_N, num_units = self.choices.unit_of_N, int(self.choices.unit_of_N.max()) + 1
+        tokens_U = np.bincount(units_N, minlength=num_units)
+        repeats = clumping(self._cross(units_N, num_units, rows, layer), tokens_U)
+        found = expert_states(counts_E, num_tokens=self.choices.num_tokens, top_k=layer.top_k, clumping=repeats)
+        return [each.state for each in found]
 
     def _cross(
         self, labels_N: np.ndarray, num_labels: int, rows: tuple[np.ndarray, np.ndarray], layer: LayerFingerprint
@@ -278,14 +280,11 @@ class _Finder:
         return [round(float(s / c), 4) if c else None for s, c in zip(sums_E, computed_E, strict=True)]
 
 
-def _pairs(together_EE: np.ndarray, company_EE: np.ndarray) -> list[Pair]:
-    """The pairs of experts that serve together most often beyond chance; pairs seen a few times only are left out."""
-    loads_E = together_EE.diagonal()
-    enough_EE = together_EE >= max(8, 0.05 * float(loads_E.mean()))
-    ratios = np.where(enough_EE & np.triu(np.ones_like(enough_EE), 1), np.nan_to_num(company_EE, nan=0.0), 0.0)
-    order = np.argsort(-ratios, axis=None, kind="stable")[:MOST_PAIRS]
-    cells = [divmod(int(cell), len(loads_E)) for cell in order if ratios.flat[cell] > 0]
-    return [Pair(i, j, float(together_EE[i, j] / loads_E[i]), float(ratios[i, j])) for i, j in cells]
+def _companions(together: CoActivation) -> list[Companions]:
+    """The pairs that are surely together beyond chance, the highest lift first."""
+    pairs = sorted(together.pairs, key=lambda pair: -pair.lift)
+    share_EE = together.share_EE
+    return [Companions(pair.first, pair.second, float(share_EE[pair.first, pair.second]), pair.lift) for pair in pairs]
 
 
 def _rounded(table: np.ndarray) -> list[list[float | None]]:

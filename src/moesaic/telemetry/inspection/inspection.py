@@ -6,23 +6,21 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from moesaic.errors import TraceError
+from moesaic.telemetry.drift import Saturation, saturation
 from moesaic.telemetry.inspection.choices import Choices
 from moesaic.telemetry.inspection.findings import Findings, inspect_trace
-from moesaic.telemetry.inspection.measures import agreement
 from moesaic.telemetry.inspection.samples import Sample, Way, samples, to_json, ways
 from moesaic.telemetry.inspection.tokens import TokenTexts
 from moesaic.trace import Trace
 
 
 class Agreement(NamedTuple):
-    """How many of one model's choices another one makes as well, by layer; chance: K/E of each.
-
-    steps: of the checkpoints that are compared with the last model; one entry for a comparison of two.
-    """
+    """How many of one model's choices others make as well, by layer, and how many they would by chance: with the loads
+    that they have, independently. names: of the others, a run's checkpoints for instance; one entry for each."""
 
     names: list[str]
     layers: dict[int, list[float | None]]
-    chance: dict[int, float]
+    chance: dict[int, list[float | None]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,16 +109,15 @@ def agree(names: Sequence[str], earlier: Sequence[Trace], last: Trace) -> Agreem
             raise TraceError(
                 f"{trace.path} and {last.path} cannot be compared: {reason}; record both with the same text"
             )
-    num_experts = last.fingerprint.num_experts
-    final = Choices(last)
-    others = [Choices(trace) for trace in earlier]
+    final, others = Choices(last), [Choices(trace) for trace in earlier]
+    found: dict[int, list[Saturation]] = {}
+    for layer, num_experts in last.fingerprint.num_experts.items():
+        at_last = final.matrix(layer)
+        found[layer] = [saturation(other.matrix(layer), at_last, num_experts) for other in others]
     return Agreement(
         names=list(names),
-        layers={
-            layer: [_known(agreement(other.rows(layer), final.rows(layer), experts)) for other in others]
-            for layer, experts in num_experts.items()
-        },
-        chance={layer.layer: min(1.0, layer.top_k / layer.num_experts) for layer in last.fingerprint.layers},
+        layers={layer: [_known(each.share) for each in saturations] for layer, saturations in found.items()},
+        chance={layer: [_known(each.chance) for each in saturations] for layer, saturations in found.items()},
     )
 
 

@@ -12,7 +12,7 @@ from typing import Any
 from moesaic.errors import RunFolderError
 from moesaic.telemetry.inspection.findings import Against, LayerFindings
 from moesaic.telemetry.inspection.inspection import Agreement, Inspection, Subject
-from moesaic.telemetry.inspection.sentences import verdicts
+from moesaic.telemetry.inspection.sentences import mean, verdicts
 from moesaic.telemetry.plots import HEAT_BINS, HEAT_OCTAVES, Series, color_bar, line_chart
 from moesaic.telemetry.scale import fixed, short
 
@@ -237,8 +237,8 @@ def _over_time(inspection: Inspection) -> str:
     if not figures:
         return ""
     note = (
-        "Dashed is what chance would bring: K/E. Experts of models that were trained apart have other numbers, and "
-        "agree by chance."
+        "Dashed is what chance would bring with these loads, about K/E. Experts of models that were trained apart have "
+        "other numbers, and agree by chance."
     )
     return _section("How far routers agree", note, f'<div class="plots">{"".join(figures)}</div>')
 
@@ -256,8 +256,8 @@ def _agreement_figure(caption: str, small: str, found: Agreement) -> str:
         )
         for at, (layer, values) in enumerate(found.layers.items())
     ]
-    chance = sum(found.chance.values()) / len(found.chance)
-    series.append(Series("chance", [steps[0], steps[-1]], [chance, chance], "s5 shuffled", "chance"))
+    chance = [mean([values[at] for values in found.chance.values()]) for at in range(len(steps))]
+    series.append(Series("chance", steps, [_number(value) for value in chance], "s5 shuffled", "chance"))
     chart = line_chart(series, title=caption, x_label="step", y_label="share", y_floor=0.0)
     return f"<figure><figcaption>{_text(caption)}<small>{_text(small)}</small></figcaption>{chart}</figure>"
 
@@ -265,7 +265,7 @@ def _agreement_figure(caption: str, small: str, found: Agreement) -> str:
 def _two_figure(found: Agreement) -> str:
     layers = list(found.layers)
     shares = [_number(values[0]) for values in found.layers.values()]
-    chance = [found.chance[layer] for layer in layers]
+    chance = [_number(values[0]) for values in found.chance.values()]
     series = [Series("both", layers, shares, "s0", "both"), Series("chance", layers, chance, "s5 shuffled", "chance")]
     chart = line_chart(series, title="choices that both make", x_label="layer", y_label="share", y_floor=0.0)
     small = "the share of the first model's choices that the second makes as well"
@@ -282,7 +282,9 @@ _COLUMNS: tuple[tuple[str, Callable[[LayerFindings], str]], ...] = (
     ("Effective", lambda layer: fixed(layer.effective_experts, 1)),
     ("MaxVio", lambda layer: fixed(layer.max_violation, 2)),
     ("CV", lambda layer: fixed(layer.variation, 2)),
-    ("Dead", lambda layer: "–" if layer.dead is None else str(len(layer.dead))),
+    ("Dead", lambda layer: str(layer.states.count("dead"))),
+    ("Cold", lambda layer: str(layer.states.count("cold"))),
+    ("Oversized", lambda layer: str(layer.states.count("oversized"))),
     ("Domains, bits", lambda layer: _against(layer.divergence)),
     ("By domain", lambda layer: _against(layer.information.get("domain"))),
     ("By kind", lambda layer: _against(layer.information.get("class"))),

@@ -8,6 +8,11 @@ from moesaic.telemetry.report_data import Verdict
 
 HEAVY = 3.0  # times the fair share: above it a layer is called uneven, as in telemetry/health.py
 CLEARLY = 1.25  # times the shuffled baseline, above which a difference is believed
+_ILL = {
+    "dead": "are dead, below a tenth of their fair share",
+    "cold": "are cold, below half of their fair share",
+    "oversized": "do the work of several",
+}
 _LABELS = {"domain": "the domain", "class": "the kind of token", "token": "the token", "next token": "the next token"}
 
 
@@ -23,18 +28,21 @@ def verdicts(inspection: Inspection) -> tuple[Verdict, ...]:
 
 
 def _health(found: Findings) -> Iterator[Verdict]:
-    dead = [(layer.layer, expert) for layer in found.layers for expert in layer.dead or ()]
-    unknown = [layer.layer for layer in found.layers if layer.dead is None]
-    num_experts = sum(layer.num_experts for layer in found.layers)
-    if dead:
-        named = ", ".join(f"layer {layer} expert {expert}" for layer, expert in dead[:6])
-        more = f" and {len(dead) - 6} more" if len(dead) > 6 else ""
-        yield Verdict(text=f"{len(dead)} of {num_experts} experts are dead here: {named}{more}.", is_good=False)
-    elif not unknown:
-        yield Verdict(text=f"None of the {num_experts} experts is dead.", is_good=True)
+    states = [(state, layer.layer, expert) for layer in found.layers for expert, state in enumerate(layer.states)]
+    for state, meaning in _ILL.items():
+        ill = [f"layer {layer} expert {expert}" for each, layer, expert in states if each == state]
+        if ill:
+            more = f" and {len(ill) - 6} more" if len(ill) > 6 else ""
+            named = ", ".join(ill[:6]) + more
+            yield Verdict(text=f"{len(ill)} of {len(states)} experts {meaning}: {named}.", is_good=False)
+    unknown = sum(state == "unknown" for state, _, _ in states)
+    if not any(state in _ILL for state, _, _ in states):
+        yield Verdict(text=f"None of the {len(states)} experts is surely dead, cold or oversized.", is_good=True)
     if unknown:
-        few = f"{found.num_tokens} tokens are too few to tell the dead from the unlucky"
-        yield Verdict(text=f"{few} in layer {_listed(unknown)}; read more with --max-tokens.")
+        yield Verdict(
+            text=f"{unknown} experts are far from their fair share, which may be chance in {found.num_texts} pieces of "
+            "text; read more with --max-tokens."
+        )
     heaviest = max(found.layers, key=lambda layer: layer.max_violation or 0.0)
     if heaviest.max_violation is not None:
         expert = heaviest.counts.index(max(heaviest.counts))
@@ -80,29 +88,31 @@ def _labels(found: Findings) -> Iterator[Verdict]:
 
 
 def _company(found: Findings) -> Iterator[Verdict]:
-    pairs = [(pair.ratio, layer.layer, pair) for layer in found.layers for pair in layer.pairs]
+    pairs = [(pair.lift, layer.layer, pair) for layer in found.layers for pair in layer.pairs]
     if pairs:
-        ratio, layer, pair = max(pairs)
+        lift, layer, pair = max(pairs)
         yield Verdict(
             text=f"Closest company: experts {pair.first} and {pair.second} of layer {layer} serve the same token "
-            f"{ratio:.1f} times as often as their loads alone would bring."
+            f"{lift:.1f} times as often as their loads alone would bring."
         )
 
 
 def _saturation(saturation: Agreement) -> list[Verdict]:
-    mean = [_mean([values[at] for values in saturation.layers.values()]) for at in range(len(saturation.names))]
-    if not mean or mean[0] is None:
+    first = mean([values[0] for values in saturation.layers.values()])
+    chance = mean([values[0] for values in saturation.chance.values()])
+    if first is None:
         return []
-    return [Verdict(text=f"At {saturation.names[0]} the routers made {mean[0]:.0%} of their final choices already.")]
+    told = f"At {saturation.names[0]} the routers made {first:.0%} of their final choices"
+    return [Verdict(text=f"{told}; {chance or 0.0:.0%} is chance.")]
 
 
 def _agreement(inspection: Inspection) -> Verdict:
     left, right = (subject.name for subject in inspection.subjects)
     if inspection.agreement is None:
         return Verdict(text=f"{left} and {right} stand side by side only: {inspection.why_not}.")
-    mean = _mean([values[0] for values in inspection.agreement.layers.values()])
-    chance = _mean(list(inspection.agreement.chance.values()))
-    return Verdict(text=f"{right} makes {mean or 0.0:.0%} of the choices of {left}; {chance or 0.0:.0%} is chance.")
+    share = mean([values[0] for values in inspection.agreement.layers.values()])
+    chance = mean([values[0] for values in inspection.agreement.chance.values()])
+    return Verdict(text=f"{right} makes {share or 0.0:.0%} of the choices of {left}; {chance or 0.0:.0%} is chance.")
 
 
 def _strongest(layers: Sequence[LayerFindings], of: Callable[[LayerFindings], Against | None]) -> LayerFindings | None:
@@ -115,10 +125,7 @@ def _beyond(against: Against | None) -> float:
     return 0.0 if against is None else (against.value or 0.0) - (against.shuffled or 0.0)
 
 
-def _mean(values: Sequence[float | None]) -> float | None:
+def mean(values: Sequence[float | None]) -> float | None:
+    """Of what is known; None where nothing is."""
     there = [value for value in values if value is not None]
     return sum(there) / len(there) if there else None
-
-
-def _listed(numbers: Sequence[int]) -> str:
-    return ", ".join(map(str, numbers[:8])) + (" and others" if len(numbers) > 8 else "")

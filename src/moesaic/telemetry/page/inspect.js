@@ -7,6 +7,12 @@
   const subjects = data.subjects;
   const HALF = (data.bins - 1) / 2;
   const state = { layer: 0, expert: 0, domain: -1, only: false, grouped: true, query: "" };
+  const STATES = {
+    dead: "dead: below a tenth of the fair share",
+    cold: "cold: below half of the fair share",
+    oversized: "oversized: it does the work of several",
+    unknown: "far from the fair share, which may be chance",
+  };
   const byId = (id) => document.getElementById(id);
 
   function el(tag, attributes, ...children) {
@@ -206,7 +212,7 @@
         ["rows", `${layer.counts[expert]} of ${total}`],
         ["mean weight", layer.mean_weights[expert] === null ? "–" : layer.mean_weights[expert].toFixed(3)],
       ];
-      if (layer.dead && layer.dead.includes(expert)) facts.push(["state", "dead: below a tenth of the fair share"]);
+      if (layer.states[expert] !== "fair") facts.push(["state", STATES[layer.states[expert]]]);
       const list = el("dl", { class: "facts" });
       for (const [name, value] of facts) list.append(el("dt", {}, name), el("dd", {}, value));
       const card = el("div", { class: "card" });
@@ -227,7 +233,7 @@
       if (friends.length) {
         const buttons = friends.map((pair) => {
           const other = pair.first === expert ? pair.second : pair.first;
-          return goTo(state.layer, other, `expert ${other}, ${pair.ratio.toFixed(1)} × chance`);
+          return goTo(state.layer, other, `expert ${other}, ${pair.lift.toFixed(1)} × chance`);
         });
         card.append(part("Often together with", el("div", { class: "chips" }, ...buttons)));
       }
@@ -276,7 +282,7 @@
       const pairs = el("ol", { class: "pairs" });
       for (const pair of layer.pairs.slice(0, 10)) {
         const label = `${pair.first} with ${pair.second}`;
-        pairs.append(el("li", {}, goTo(state.layer, pair.first, label), ` ${pair.ratio.toFixed(1)} × chance, ${percent(pair.share)} of the tokens of ${pair.first}`));
+        pairs.append(el("li", {}, goTo(state.layer, pair.first, label), ` ${pair.lift.toFixed(1)} × chance, ${percent(pair.share)} of the tokens of ${pair.first}`));
       }
       if (!layer.pairs.length) {
         host.append(el("p", { class: "note" }, "No two experts of this layer serve together beyond chance (or every token has one expert only)."));
