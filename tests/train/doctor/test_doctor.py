@@ -184,6 +184,7 @@ def two_ranks(ranks, argument) -> tuple[list, dict[str, bytes]]:
     return lines, {name: tensor.numpy().tobytes() for name, tensor in run.model.state_dict().items()}
 
 
+@pytest.mark.slow
 def test_ranks_do_the_same():
     (lines, weights), (others_lines, others_weights) = on_ranks(2, "tests.train.doctor.test_doctor:two_ranks")
     assert weights == others_weights
