@@ -15,6 +15,7 @@ SIGNATURES = {
         "(path_or_model, *, bits=None, experts_bits=None, dtype=None, threads=None, max_length=None, "
         "cache_in_bf16=None, packed_file=None, mtp=False)"
     ),
+    "lint": "(build, *, ranks=2)",
     "load": "(path_or_preset, *, dtype=None, device='cpu', allow_extra=False)",
     "save": "(model, folder, *, tokenizer=None, max_shard_bytes=5000000000)",
     "route": "(model, token_ids_BS, mask_BS=None)",
@@ -27,7 +28,7 @@ def bare(signature: inspect.Signature) -> str:
 
 
 def test_the_names() -> None:
-    names = ["Engine", "ModelConfig", "MoesaicError", "__version__", "generate", "load", "route", "save"]
+    names = ["Engine", "ModelConfig", "MoesaicError", "__version__", "generate", "lint", "load", "route", "save"]
     assert moesaic.__all__ == names
     assert dir(moesaic) == sorted(moesaic.__all__)
     assert all(getattr(moesaic, name) is not None for name in moesaic.__all__)

@@ -11,8 +11,9 @@ if TYPE_CHECKING:
     from moesaic.hub.loading import load
     from moesaic.hub.saving import save
     from moesaic.models.decoder import route
+    from moesaic.train.lint.suite import lint
 
-__all__ = ["Engine", "ModelConfig", "MoesaicError", "__version__", "generate", "load", "route", "save"]
+__all__ = ["Engine", "ModelConfig", "MoesaicError", "__version__", "generate", "lint", "load", "route", "save"]
 
 __version__ = "0.1.0"
 
@@ -21,6 +22,7 @@ _HOMES = {
     "ModelConfig": "moesaic.config",
     "MoesaicError": "moesaic.errors",
     "generate": "moesaic.engine.generate",
+    "lint": "moesaic.train.lint.suite",
     "load": "moesaic.hub.loading",
     "route": "moesaic.models.decoder",
     "save": "moesaic.hub.saving",
