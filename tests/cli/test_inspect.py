@@ -99,6 +99,26 @@ def test_a_run_and_how_its_router_came_there(moesaic, models, corpus, tmp_path):
     assert ran.json["subjects"][0]["name"] == "run"
 
 
+def test_a_family_that_only_transformers_reads(moesaic, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    words = Tokenizer.train([TEXT], vocab_size=300)
+    config = transformers.FlexOlmoConfig(
+        vocab_size=words.vocab_size, hidden_size=16, intermediate_size=12, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=2, num_experts=5, num_experts_per_tok=2, max_position_embeddings=64, pad_token_id=0,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    transformers.FlexOlmoForCausalLM(config).save_pretrained(tmp_path / "flex")
+    words.save(tmp_path / "flex")
+    (tmp_path / "book.txt").write_text(TEXT)
+    ran = moesaic("inspect", tmp_path / "flex", "--data", tmp_path / "book.txt", "--json")
+    assert ran.exit_code == 0, ran.err
+    assert "transformers runs it instead" in ran.err
+    (subject,) = ran.json["subjects"]
+    assert (subject["family"], len(subject["layers"])) == ("flex_olmo", 2)
+    for layer in subject["layers"]:
+        assert sum(layer["counts"]) == 2 * subject["num_tokens"] and len(layer["counts"]) == 5
+
+
 def test_recordings(moesaic, tmp_path):
     known_trace(tmp_path / "a.npz", windows=3)
     known_trace(tmp_path / "b.npz", windows=4)

@@ -5,7 +5,7 @@ import importlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from moesaic.cli import output
 from moesaic.errors import ConfigError, RunFolderError
@@ -69,6 +69,8 @@ def see(asked: Asked, args: argparse.Namespace, scratch: Path) -> Seen:
     """Open a trace, or record one in the folder `scratch`."""
     if asked.is_trace:
         return _recording(asked, args.tokenizer)
+    if reason := _not_ours(asked.path):
+        return _see_with_transformers(asked, args, scratch, reason)
     from moesaic.telemetry.inspection.tokens import TokenTexts
 
     model = open_routed(asked.path)
@@ -87,6 +89,50 @@ def _recording(asked: Asked, tokenizer_folder: Path | None) -> Seen:
     from moesaic.telemetry.inspection.tokens import TokenTexts
 
     return Seen(trace, TokenTexts(Tokenizer.load(tokenizer_folder)), None)
+
+
+def _not_ours(path: str) -> str | None:
+    """Why moesaic does not read the description of a model that another program may read; None where it does."""
+    from moesaic import hub
+    from moesaic.hub.resolve import locate
+
+    if locate(path).kind != "folder":
+        return None
+    try:
+        hub.read_config(path)
+    except ConfigError as error:
+        return str(error)
+    return None
+
+
+def _see_with_transformers(asked: Asked, args: argparse.Namespace, scratch: Path, reason: str) -> Seen:
+    """A model of a family that moesaic does not read, run by transformers."""
+    from moesaic.errors import MissingDependencyError
+
+    try:
+        from moesaic.hub.transformers import open_model, record_routing
+    except MissingDependencyError as error:
+        raise ConfigError(f"{reason} (transformers might read it, and is not installed)") from error
+    import torch
+
+    from moesaic.telemetry.inspection.routed import check_known
+    from moesaic.telemetry.inspection.tokens import TokenTexts
+
+    output.talk(f"{reason}; transformers runs it instead")
+    model, tokenizer = open_model(asked.path), _tokenizer(asked.path)
+    config: Any = model.config
+    context_length = getattr(config, "max_position_embeddings", None) or SEQUENCE_LENGTH
+    windows = _windows(asked, args, tokenizer, _length(args.sequence_length, context_length))
+    check_known(windows, config.vocab_size)
+    batches = [
+        (windows.domains[window.domain], torch.from_numpy(window.token_ids_T.astype("int64"))[None])
+        for window in windows.windows
+    ]
+    path = scratch / f"{len(list(scratch.iterdir()))}{TRACE_SUFFIX}"
+    with output.progress(f"routing through {asked.name}") as advance:
+        trace = record_routing(model, batches, path)
+        advance(1, f"{windows.num_tokens} tokens")
+    return Seen(trace, TokenTexts(tokenizer), windows)
 
 
 def open_routed(path: str) -> "Routed":

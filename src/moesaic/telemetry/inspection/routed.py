@@ -62,17 +62,22 @@ def record(model: Routed, text: Windows, path: Path) -> Iterator[int]:
 
     Raises DataError for tokens that the model does not know.
     """
-    highest = max((int(window.token_ids_T.max()) for window in text.windows), default=0)
-    if highest >= model.vocab_size:
-        raise DataError(
-            f"token id {highest} in the text, and the model knows 0 to {model.vocab_size - 1}; the text was made with "
-            "another tokenizer: pack it with the model's own (`moesaic pack --tokenizer MODEL_FOLDER`)"
-        )
+    check_known(text, model.vocab_size)
     with TraceWriter(path, model.fingerprint, domains=text.domains) as writer:
         for windows in _steps(text.windows):
             for window, rows in zip(windows, model.route(windows), strict=True):
                 writer.append(_forward(window, rows))
             yield sum(len(window.token_ids_T) for window in windows)
+
+
+def check_known(text: Windows, vocab_size: int) -> None:
+    """Raise DataError for tokens that a model of this vocabulary does not know."""
+    highest = max((int(window.token_ids_T.max()) for window in text.windows), default=0)
+    if highest >= vocab_size:
+        raise DataError(
+            f"token id {highest} in the text, and the model knows 0 to {vocab_size - 1}; the text was made with "
+            "another tokenizer: pack it with the model's own (`moesaic pack --tokenizer MODEL_FOLDER`)"
+        )
 
 
 def _forward(window: Window, rows: dict[int, TokenRows]) -> TracedForward:
