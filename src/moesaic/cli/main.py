@@ -24,6 +24,8 @@ VERBS = {
     "train": "train a model, or a sweep of models, from a recipe",
     "generate": "continue a prompt",
     "chat": "talk to a model",
+    "inspect": "see what a model's experts are for, on a page",
+    "watch": "follow a run on a page that stays on this machine",
     "doctor": "say what is ill about a model's routers and experts, and what would help",
     "trace": "record which expert serves which token, or show such a recording",
     "count": "count a model's parameters, bytes and FLOPs without loading it",

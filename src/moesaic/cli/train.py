@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from moesaic.cli import output
 from moesaic.cli.foretelling import StepWatch
+from moesaic.cli.live_block import watch
 from moesaic.cli.recipes import Source, print_recipe, show_derived, source_of
 from moesaic.cli.text_source import AnyText, add_corpus_argument, gather_for
-from moesaic.cli.watch import watch
+from moesaic.cli.watch import watched_by_page
 from moesaic.errors import ConfigError, RunFolderError
 
 if TYPE_CHECKING:
@@ -81,6 +82,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "(sets train.doctor; off)",
     )
     parser.add_argument("--tensorboard", action="store_true", help="write event files for TensorBoard, too")
+    parser.add_argument("--watch", action="store_true", help="open a page on this machine that follows the run")
+    parser.add_argument("--no-browser", action="store_true", help="with --watch: only say where the page is")
     parser.add_argument("--prometheus", action="store_true", help="keep RUN/metrics.prom, routing for Prometheus, too")
     parser.add_argument(
         "--profile",
@@ -102,6 +105,10 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError(f"--profile {args.profile}; give the number of steps to profile, 1 or more")
     if args.print_recipe and args.sweep is not None:
         raise ConfigError("--print-recipe prints one recipe and --sweep has many; leave one of them out")
+    if args.watch and args.sweep is not None:
+        raise ConfigError("--watch follows one run and --sweep has many; `moesaic watch` follows any of them")
+    if args.no_browser and not args.watch:
+        raise ConfigError("--no-browser says how to --watch; add it, or leave it out")
     if args.doctor is not None:
         args.overrides = [*args.overrides, f"train.doctor={args.doctor}"]
     source = source_of(args)
@@ -186,6 +193,8 @@ def _train(trainer: "Trainer", folder: "RunFolder", args: argparse.Namespace) ->
     from moesaic.train.profile import StepProfiler
 
     with ExitStack() as stack:
+        if args.watch:
+            stack.enter_context(watched_by_page(folder.path, not args.no_browser))
         steps = StepWatch(trainer)
         listeners = [stack.enter_context(watch("training", trainer.settings.steps)), steps]
         if args.tensorboard:
