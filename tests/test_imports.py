@@ -36,6 +36,7 @@ TORCH_FREE = [
     "tensor_spec.py",
     "config",
     "trace",
+    "placement",
     "models/weight_map.py",
     "families",
 ]

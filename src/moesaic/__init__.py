@@ -11,8 +11,9 @@ if TYPE_CHECKING:
     from moesaic.hub.loading import load
     from moesaic.hub.saving import save
     from moesaic.models.decoder import route
+    from moesaic.placement import place_experts
 
-__all__ = ["Engine", "ModelConfig", "MoesaicError", "__version__", "generate", "load", "route", "save"]
+__all__ = ["Engine", "ModelConfig", "MoesaicError", "__version__", "generate", "load", "place_experts", "route", "save"]
 
 __version__ = "0.1.0"
 
@@ -22,6 +23,7 @@ _HOMES = {
     "MoesaicError": "moesaic.errors",
     "generate": "moesaic.engine.generate",
     "load": "moesaic.hub.loading",
+    "place_experts": "moesaic.placement",
     "route": "moesaic.models.decoder",
     "save": "moesaic.hub.saving",
 }
