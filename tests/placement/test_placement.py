@@ -108,7 +108,7 @@ def recorded_loads() -> dict[str, np.ndarray]:
     return loads
 
 
-ROOMS: tuple[dict[str, int], ...] = (
+ROOMS: tuple[dict[str, Any], ...] = (
     {"num_slots": 80, "num_ranks": 8},
     {"num_slots": 72, "num_ranks": 8, "num_nodes": 2, "num_groups": 4},
 )
