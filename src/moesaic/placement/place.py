@@ -44,7 +44,8 @@ def place_experts(
     prefill on a few nodes); otherwise nodes do not matter (global, for decode on many).
 
     method "eplb" gives DeepSeek's own output (github.com/deepseek-ai/EPLB); "refined" goes on from there by exchanges
-    and is never less even, nor less even than without replicas where E divides over the ranks.
+    and is never less even, nor less even than without replicas where E divides over the ranks; "in_order" looks at no
+    load: experts stand in their order, and the first ones again.
 
     >>> placement = place_experts([[90, 10, 10, 10]], num_slots=6, num_ranks=3)
     >>> placement.expert_of_slot_LP.tolist(), placement.rank_loads([[90, 10, 10, 10]]).tolist()
@@ -64,6 +65,11 @@ def place_experts(
     stays = num_groups % num_nodes == 0
     room = Room(num_slots, num_ranks, num_nodes if stays else 1, num_groups if stays else 1)
     return Placement(expert_of_slot_LP=METHODS[method](load, room), num_experts=num_experts, num_ranks=num_ranks)
+
+
+@METHODS.register("in_order")
+def _in_order(load_LE: Floats, room: Room) -> Ints:
+    return np.broadcast_to(np.arange(room.num_slots) % load_LE.shape[1], (len(load_LE), room.num_slots))
 
 
 @METHODS.register("eplb")
