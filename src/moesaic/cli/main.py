@@ -26,6 +26,7 @@ VERBS = {
     "chat": "talk to a model",
     "trace": "record which expert serves which token, or show such a recording",
     "count": "count a model's parameters, bytes and FLOPs without loading it",
+    "plan": "say what a model needs of a machine, how fast it is there, and what it costs",
     "convert": "turn a checkpoint into a Hugging Face safetensors folder",
     "quantize": "round a checkpoint's weights to 8 or 4 bits",
     "bench": "measure this machine, and how near to its limits a model runs",

@@ -3,7 +3,6 @@
 T new tokens of B texts, D hidden, E experts, K chosen, F their inner width. All figures are of one device: the busiest.
 """
 
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
@@ -20,6 +19,7 @@ from moesaic.config import (
 from moesaic.config.indexer import IndexerConfig
 from moesaic.plan.formats import CACHE_BYTES, Formats, layer_state_bytes
 from moesaic.plan.hardware import Number
+from moesaic.plan.kinds import layer_kinds, part_specs
 from moesaic.plan.layout import Layout
 from moesaic.plan.routing import Routing, Uniform
 from moesaic.tensor_spec import TensorSpec
@@ -134,19 +134,18 @@ class _Stage(NamedTuple):
         if not isinstance(self.routing, Uniform):
             yield from ((layer, first + number, 1) for number, layer in enumerate(layers))
             return
-        for layer, count in Counter(layers).items():
-            yield layer, first + layers.index(layer), count
+        yield from ((layer, first + number, count) for layer, number, count in layer_kinds(layers))
 
     def _layer(self, layer: LayerConfig, index: int) -> Iterator[Op]:
         size = self.config.hidden_size
         own = self.own
         yield Op("norms", 0.0, 0.0, 2 * 4.0 * own.tokens * size, 8.0 * own.tokens * size, "fp32", 2)
         attention = layer.attention
-        specs = [spec for spec in attention.tensors("", size) if len(spec.shape) > 1]
+        specs = [spec for spec in part_specs(attention, size) if len(spec.shape) > 1]
         yield self._matrices("projections", specs, own.tokens, self.layout.tp, launches=3)
         yield attention_op(attention, self.formats, own, self.layout.tp)
         if layer.cross_attention is not None:
-            specs = [spec for spec in layer.cross_attention.tensors("", size) if len(spec.shape) > 1]
+            specs = [spec for spec in part_specs(layer.cross_attention, size) if len(spec.shape) > 1]
             yield self._matrices("projections", specs, own.tokens, self.layout.tp, launches=2)
             yield attention_op(layer.cross_attention, self.formats, own, self.layout.tp)
         feed_forward = layer.feed_forward
@@ -154,14 +153,14 @@ class _Stage(NamedTuple):
             yield from self._moe(feed_forward, index)
         elif isinstance(feed_forward, SoftMoeConfig):
             flops = feed_forward.flops_per_token(size, round(max(1.0, own.new))) * own.tokens
-            held = sum(map(self.formats.tensor_bytes, feed_forward.tensors("", size)))
+            held = sum(map(self.formats.tensor_bytes, part_specs(feed_forward, size)))
             yield Op("experts", held, 0.0, 0.0, flops, self.formats.of("experts").products, 3)
         else:
-            yield self._matrices("mlp", list(feed_forward.tensors("", size)), own.tokens, self.layout.tp, launches=2)
+            yield self._matrices("mlp", list(part_specs(feed_forward, size)), own.tokens, self.layout.tp, launches=2)
 
     def _moe(self, moe: MoeConfig, index: int) -> Iterator[Op]:
         size, tokens = self.config.hidden_size, self.own.tokens
-        specs = list(moe.tensors("", size))
+        specs = list(part_specs(moe, size))
         router = [spec for spec in specs if spec.role == "router" and len(spec.shape) > 1 and spec.is_parameter]
         yield self._matrices("router", router, tokens, 1, launches=2)
         shared = [spec for spec in specs if spec.role == "shared_experts"]
@@ -203,7 +202,7 @@ def expert_op(stage: _Stage, moe: MoeConfig, index: int) -> Op:
 
 
 def _experts(moe: MoeConfig, size: int) -> list[TensorSpec]:
-    return [spec for spec in moe.tensors("", size) if spec.role == "experts"]
+    return [spec for spec in part_specs(moe, size) if spec.role == "experts"]
 
 
 def attention_op(

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from typing import NamedTuple
 
 from moesaic.config import MlaConfig, ModelConfig
@@ -132,6 +133,11 @@ def weight_bytes(tensors: Iterable[TensorSpec], formats: Formats) -> dict[Role, 
     for spec in tensors:
         total[spec.role] += formats.tensor_bytes(spec)
     return total
+
+
+def total_bytes(config: ModelConfig, formats: Formats, *, mtp: bool = False) -> float:
+    """All weights of a model, once. mtp: with the layers that predict further tokens."""
+    return sum(map(formats.tensor_bytes, chain(config.parameters(), config.mtp_parameters() if mtp else ())))
 
 
 def as_released(family: str, raw: Mapping[str, object] | None = None) -> str:

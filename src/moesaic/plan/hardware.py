@@ -3,6 +3,7 @@
 `machines.toml` beside this file holds what makers state; a file of the user's own adds to it or replaces entries.
 """
 
+import json
 import os
 import re
 import tomllib
@@ -147,6 +148,30 @@ def own_file() -> Path:
     return Path(settings) / "moesaic" / OWN_FILE
 
 
+def state_folder() -> Path:
+    """Where moesaic keeps what it measured on this machine."""
+    state = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
+    return Path(state) / "moesaic"
+
+
+def here_file() -> Path:
+    """What was measured of this machine, as JSON (see bench/here.py)."""
+    return state_folder() / "here.json"
+
+
+def measured_here() -> Machine | None:
+    """This machine as it was measured before; None where it was not. Raises ConfigError for a damaged file."""
+    path = here_file()
+    if not path.is_file():
+        return None
+    try:
+        entry = dict(json.loads(path.read_text(encoding="utf-8"))["device"])
+        efficiency = Efficiency(memory=1.0, compute=1.0, network=1.0, kernel_s=entry.pop("kernel_s"))
+        return Machine(device=Device(name="here", kind="cpu", efficiency=efficiency, **entry))
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{path} is damaged ({error!r}); take it away, and this machine is measured again") from error
+
+
 def find_device(name: str, known: Mapping[str, Device] | None = None) -> Device:
     """The device of this name or alias. Raises ConfigError that lists near names."""
     known = devices() if known is None else known
@@ -167,9 +192,18 @@ def find_machine(text: str) -> Machine:
     matched = re.fullmatch(r"\s*(?:(\d+)\s*[xX*]\s*)?(.+?)\s*", text)
     if matched is None:
         raise ConfigError(f"machine {text!r}; write a device and how many, such as 8xh100")
+    if matched[2].lower() == "here":
+        return _here()
     count = 1 if matched[1] is None else int(matched[1])
     require(count > 0, f"machine {text!r} has no devices; write 1 or more, such as 8xh100")
     return Machine(device=find_device(matched[2]), count=count)
+
+
+def _here() -> Machine:
+    found = measured_here()
+    if found is None:
+        raise ConfigError("this machine was not measured yet; run `moesaic plan MODEL --machine here` once")
+    return found
 
 
 @cache

@@ -4,11 +4,13 @@ Attention and dense blocks are split over `tp` devices and copied `dp` times; th
 same tp * dp devices, `ep` ways by expert and `etp` ways inside each (Megatron's parallel folding).
 """
 
+import math
 from dataclasses import dataclass
 
 from moesaic.checks import require, require_positive
 from moesaic.config import ModelConfig, MoeConfig
 from moesaic.plan.hardware import Machine
+from moesaic.plan.kinds import layer_kinds
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +95,7 @@ def candidates(config: ModelConfig, machine: Machine) -> list[Layout]:
 def _fits(layout: Layout, config: ModelConfig) -> bool:
     if layout.pp > len(config.layers):
         return False
-    for layer in config.layers:
+    for layer, _, _ in layer_kinds(config.layers):
         if layer.attention.num_heads % layout.tp:
             return False
         moe = layer.feed_forward
@@ -103,7 +105,8 @@ def _fits(layout: Layout, config: ModelConfig) -> bool:
 
 
 def _divisors(number: int) -> list[int]:
-    return [each for each in range(1, number + 1) if number % each == 0]
+    small = [each for each in range(1, math.isqrt(number) + 1) if number % each == 0]
+    return sorted({*small, *(number // each for each in small)})
 
 
 def _listed(number: int) -> str:

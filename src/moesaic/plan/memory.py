@@ -5,7 +5,6 @@ L layers, D hidden, E experts, K chosen, F their inner width, T tokens, V vocabu
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import chain
 from typing import Literal
 
 from moesaic.checks import require
@@ -13,6 +12,7 @@ from moesaic.config import AttentionConfig, LayerConfig, MlpConfig, ModelConfig,
 from moesaic.plan.flops import cache_split
 from moesaic.plan.formats import Formats, layer_state_bytes
 from moesaic.plan.hardware import Device
+from moesaic.plan.kinds import layer_kinds, layer_specs
 from moesaic.plan.layout import Layout
 from moesaic.plan.routing import crowding
 from moesaic.tensor_spec import TensorSpec
@@ -110,8 +110,8 @@ def device_weights(config: ModelConfig, formats: Formats, layout: Layout, *, mtp
     found = []
     for number, layers in enumerate(stages):
         parts: dict[str, float] = {}
-        for layer in layers:
-            _add(parts, layer.tensors("layer", config.hidden_size), layer, formats, layout)
+        for layer, _, count in layer_kinds(layers):
+            _add(parts, layer_specs(layer, config.hidden_size), layer, formats, layout, count)
         if number == 0 or (config.tie_word_embeddings and number == len(stages) - 1):
             table = TensorSpec("embedding", (config.vocab_size, config.hidden_size), "embedding")
             _add(parts, [table], None, formats, layout)
@@ -119,14 +119,21 @@ def device_weights(config: ModelConfig, formats: Formats, layout: Layout, *, mtp
             _add(parts, [TensorSpec("head", (config.vocab_size, config.hidden_size), "head")], None, formats, layout)
         if number == len(stages) - 1 and mtp:
             for layer in config.mtp:
-                _add(parts, layer.tensors("mtp", config.hidden_size), layer, formats, layout)
+                _add(parts, layer_specs(layer, config.hidden_size), layer, formats, layout)
         found.append(parts)
     return max(found, key=lambda parts: sum(parts.values()))
 
 
-def _add(parts: dict[str, float], specs, layer: LayerConfig | None, formats: Formats, layout: Layout) -> None:  # noqa: ANN001
+def _add(
+    parts: dict[str, float],
+    specs: Sequence[TensorSpec],
+    layer: LayerConfig | None,
+    formats: Formats,
+    layout: Layout,
+    count: int = 1,
+) -> None:
     for spec in specs:
-        size = formats.tensor_bytes(spec) * share_held(spec, layer, layout)
+        size = formats.tensor_bytes(spec) * share_held(spec, layer, layout) * count
         parts[spec.role] = parts.get(spec.role, 0.0) + size
 
 
@@ -138,7 +145,8 @@ def cache_bytes(config: ModelConfig, formats: Formats, context: float, texts: fl
         own
         * sum(
             layer_state_bytes(attention, round(context), formats.cache) / cache_split(attention, layout.tp)
-            for layer in layers
+            * count
+            for layer, _, count in layer_kinds(layers)
             for attention in (layer.attention, layer.cross_attention)
             if attention is not None
         )
@@ -153,7 +161,7 @@ def workspace_bytes(config: ModelConfig, formats: Formats, tokens: float, output
     """
     del formats  # rows are kept in 16 bits, logits in 32, whatever the weights are
     size = config.hidden_size
-    widest = max(_layer_rows(layer, size, tokens, layout) for layer in config.layers)
+    widest = max(_layer_rows(kind.layer, size, tokens, layout) for kind in layer_kinds(config.layers))
     return 2.0 * (3 * tokens * size + widest) + 4.0 * outputs * config.vocab_size / layout.tp
 
 
@@ -258,9 +266,9 @@ def _held_parameters(config: ModelConfig, layout: Layout) -> tuple[float, float]
     table = config.vocab_size * config.hidden_size / layout.tp
     for number, layers in enumerate(stages):
         dense, experts = 0.0, 0.0
-        for layer in layers:
-            for spec in layer.tensors("layer", config.hidden_size):
-                held = spec.numel * share_held(spec, layer, layout) * spec.is_parameter
+        for layer, _, count in layer_kinds(layers):
+            for spec in layer_specs(layer, config.hidden_size):
+                held = spec.numel * share_held(spec, layer, layout) * spec.is_parameter * count
                 dense, experts = (dense, experts + held) if spec.role == "experts" else (dense + held, experts)
         ends = (number == 0) + (number == len(stages) - 1 and not (config.tie_word_embeddings and len(stages) == 1))
         found.append((dense + ends * table, experts))
@@ -276,7 +284,7 @@ def activation_bytes(config: ModelConfig, training: Training, layout: Layout) ->
     """
     waiting = training.in_flight or layout.pp
     layers = max(
-        sum(_kept_of_layer(layer, config.hidden_size, training, layout) for layer in stage)
+        sum(_kept_of_layer(kind.layer, config.hidden_size, training, layout) * kind.count for kind in layer_kinds(stage))
         for stage in stage_layers(config, layout.pp)
     )
     return waiting * layers * training.element_bytes
@@ -301,8 +309,3 @@ def _kept_of_layer(layer: LayerConfig, size: int, training: Training, layout: La
             return kept + tokens * moe.router.top_k * size
     return kept + feed_forward_rows(moe, size, tokens, layout)
 
-
-def total_weight_bytes(config: ModelConfig, formats: Formats, *, mtp: bool = False) -> float:
-    """Of the whole model, once."""
-    specs = chain(config.parameters(), config.mtp_parameters() if mtp else ())
-    return sum(map(formats.tensor_bytes, specs))

@@ -10,6 +10,7 @@ from moesaic.config import ModelConfig, MoeConfig
 from moesaic.plan.flops import Step
 from moesaic.plan.formats import Formats
 from moesaic.plan.hardware import Device
+from moesaic.plan.kinds import layer_kinds
 from moesaic.plan.layout import Layout
 
 
@@ -71,11 +72,11 @@ def step_traffic(config: ModelConfig, formats: Formats, step: Step, layout: Layo
         total += _all_reduce(tokens * size * 2.0, layout.tp, device).times(2 * len(config.decoder.layers))
     dispatch = 1.0 + 4 / 128 if formats.of("experts").products in ("fp8", "fp4") else 2.0
     own = tokens / layout.tp
-    for index in config.moe_layers if layout.ep > 1 else ():
-        moe = config.layers[index].feed_forward
-        assert isinstance(moe, MoeConfig), "moe_layers says so"
-        total += all_to_all(moe, size, own, layout.ep, device.per_node, dispatch)
-        total += all_to_all(moe, size, own, layout.ep, device.per_node, 2.0)
+    for layer, _, count in layer_kinds(config.layers) if layout.ep > 1 else ():
+        moe = layer.feed_forward
+        if isinstance(moe, MoeConfig):
+            total += all_to_all(moe, size, own, layout.ep, device.per_node, dispatch).times(count)
+            total += all_to_all(moe, size, own, layout.ep, device.per_node, 2.0).times(count)
     if layout.pp > 1:
         crosses = layout.tp * layout.dp * layout.pp > device.per_node
         sent = own * size * 2.0 * (layout.pp - 1)

@@ -1,0 +1,335 @@
+"""This machine as a planner needs it: what it reads and computes, and how long our kernels take, each by itself.
+
+Everything is timed on a made-up model (see made_up.py), never on one that is planned.
+"""
+
+import datetime
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+
+from moesaic.bench.machine import Machine as Measured
+from moesaic.bench.machine import ReadProbe, last_cache_bytes, measure_machine
+from moesaic.bench.made_up import EXPERTS, HIDDEN, INNER, TOP_K, VOCABULARY, in_turn, made_up_config, made_up_engine
+from moesaic.engine.cache import Text
+from moesaic.engine.engine import Engine, Piece
+from moesaic.engine.memory import available_bytes
+from moesaic.engine.sampling import Sampling, sample
+from moesaic.hub.codes import CodesFormat
+from moesaic.kernels.rounding import Bits
+from moesaic.plan.hardware import Device, Efficiency, Machine, Number, here_file
+from moesaic.plan.kernels import Curve, KernelRates
+
+ROWS = (1, 4, 8, 16, 32, 64, 128, 256, 512)
+ROUNDS = 3
+_SHORT, _LONG, _TEXTS = 64, 1024, 4
+
+
+class Setting(NamedTuple):
+    """How the made-up model is packed, and what its parts are then made of."""
+
+    bits: Bits | None
+    codes: CodesFormat | None
+    linear: str
+    experts: str
+    head: str
+
+
+SETTINGS = {
+    "bf16": Setting(None, None, "bf16", "bf16", "bf16"),
+    "int8": Setting(8, None, "int8", "int8", "int8"),
+    "int4": Setting(4, None, "int4", "int4", "int6"),
+    "fp8": Setting(None, "fp8", "fp8", "fp8", "bf16"),
+    "mxfp4": Setting(None, "mxfp4", "bf16", "mxfp4", "bf16"),
+}
+
+
+class Here(NamedTuple):
+    """This machine, and its kernels' times."""
+
+    machine: Machine
+    rates: KernelRates
+
+
+def measure(threads: int | None = None, *, keep: bool = True) -> Here:
+    """Time memory, products and kernels; takes about half a minute. keep: for later plans, in moesaic's state folder."""
+    threads = threads or _threads()
+    measured, probe = measure_machine(threads), ReadProbe(threads)
+    sizes, bandwidths = _cache_curve(probe)
+    curves: dict[str, dict[str, Curve]] = {"linear": {}, "experts": {}, "head": {}}
+    bench = _Bench(probe, threads)
+    for setting in SETTINGS.values():
+        for kind, packing, curve in bench.products(setting):
+            curves[kind].setdefault(packing, curve)
+    rates = KernelRates(
+        bandwidth=statistics.median(bench.bandwidths),
+        sizes=sizes,
+        bandwidths=bandwidths,
+        **curves,
+        **bench.small_parts(),
+        base_bytes=_base_bytes(),
+        about={"processor": measured.processor, "threads": threads, "isa": measured.isa, "date": _today()},
+    )
+    found = Here(_machine(measured, rates), rates)
+    if keep:
+        _keep(found)
+    return found
+
+
+class _Bench:
+    """Steps of made-up engines, each timed with memory that no cache holds, and again at once."""
+
+    def __init__(self, probe: ReadProbe, threads: int) -> None:
+        self.probe, self.threads = probe, threads
+        self.bandwidths: list[float] = []
+
+    def products(self, setting: Setting) -> Iterator[tuple[str, str, Curve]]:
+        """Curves of projections, experts and head, by what they are made of."""
+        cold_engine = made_up_engine(made_up_config(), bits=setting.bits, codes=setting.codes, threads=self.threads)
+        cold = {rows: self._cold(cold_engine, rows) for rows in ROWS}
+        del cold_engine
+        small = made_up_engine(made_up_config(layers=1), bits=setting.bits, codes=setting.codes, threads=self.threads)
+        hot = {rows: self._hot(small, rows) for rows in ROWS}
+        for kind, part, packing in (
+            ("linear", "projections", setting.linear),
+            ("experts", "experts", setting.experts),
+            ("head", "head", setting.head),
+        ):
+            yield kind, packing, _curve(part, cold, hot)
+
+    def _cold(self, engine: Engine, rows: int) -> dict[str, float]:
+        """Seconds by part of a step that finds nothing in the caches; the median of a few."""
+
+        def once() -> dict[str, float]:
+            self.bandwidths.append(self.probe.bandwidth())
+            return _parts_of_step(engine, rows)
+
+        once()
+        return _median([once() for _ in range(ROUNDS)])
+
+    def _hot(self, engine: Engine, rows: int) -> dict[str, float]:
+        for _ in range(2):
+            _parts_of_step(engine, rows)
+        return _median([_parts_of_step(engine, rows) for _ in range(3 * ROUNDS)])
+
+    def small_parts(self) -> dict[str, object]:
+        """Seconds of what is no product with weights, for each number that it touches."""
+        score: dict[str, float] = {}
+        prompt_score: dict[str, float] = {}
+        rows: list[float] = []
+        for name in ("1", "4", "latent"):
+            engine = made_up_engine(made_up_config(name, 2, dense=True), threads=self.threads)
+            score[name], row = _decode_scores(engine)
+            prompt_score[name] = _prompt_scores(engine, row)
+            rows.append(row)
+        engine = made_up_engine(made_up_config(layers=2), threads=self.threads)
+        many, one = _repeated(engine, 256), _repeated(engine, 1)
+        norm = many["norm"] / (256 * HIDDEN * 5)
+        route = many["router"] / (256 * 2 * EXPERTS * HIDDEN)
+        rest = one["norm"] - 5 * norm * HIDDEN + one["router"] - 2 * route * EXPERTS * HIDDEN
+        fixed, of_text = _outside(engine)
+        return {
+            "score": score,
+            "prompt_score": prompt_score,
+            "norm": norm,
+            "row": statistics.median(rows),
+            "route": route,
+            "layer": max(0.0, rest) / 2,
+            "outside": (fixed, of_text, _seconds_of_a_logit()),
+        }
+
+
+def _parts_of_step(engine: Engine, rows: int) -> dict[str, float]:
+    """A prompt of so many tokens, logits of all of them, and the same rows for each expert."""
+    text, layers = Text(), engine.config.moe_layers
+    engine.program.native.reset_times()
+    engine.step([Piece(text, list(range(rows)), "all")], dict.fromkeys(layers, in_turn(rows)))
+    engine.free(text)
+    return _times(engine)
+
+
+def _times(engine: Engine) -> dict[str, float]:
+    parts: dict[str, float] = {}
+    for part, _layer, seconds in engine.program.native.times():
+        parts[part] = parts.get(part, 0.0) + seconds
+    return parts
+
+
+def _median(samples: Sequence[dict[str, float]]) -> dict[str, float]:
+    return {part: statistics.median(sample.get(part, 0.0) for sample in samples) for part in samples[0]}
+
+
+def _repeated(engine: Engine, rows: int) -> dict[str, float]:
+    for _ in range(2):
+        _parts_of_step(engine, rows)
+    return _median([_parts_of_step(engine, rows) for _ in range(9)])
+
+
+def _curve(part: str, cold: dict[int, dict[str, float]], hot: dict[int, dict[str, float]]) -> Curve:
+    """Seconds a weight over rows of a matrix. Experts share a step's rows: each has rows * K / E of them."""
+    matrix = {"projections": HIDDEN * 512 * 2 + HIDDEN * 128 * 2, "head": VOCABULARY * HIDDEN}
+    rows, cold_s, hot_s = [], [], []
+    for tokens in ROWS:
+        if part == "experts":
+            if tokens * TOP_K < EXPERTS:
+                continue
+            weights, own = EXPERTS * 3 * HIDDEN * INNER, tokens * TOP_K / EXPERTS
+        else:
+            weights, own = matrix[part], float(tokens)
+        layers = 1 if part == "head" else 6
+        rows.append(own)
+        cold_s.append(cold[tokens][part] / (weights * layers))
+        hot_s.append(hot[tokens][part] / weights)
+    return Curve(rows, cold_s, hot_s)
+
+
+def _decode_scores(engine: Engine) -> tuple[float, float]:
+    """Seconds a multiplication of scores and values, and a number of a new row, of texts that each bring one token."""
+    short, long = _attention_seconds(engine, _SHORT), _attention_seconds(engine, _LONG)
+    per_token, own = _widths(engine)
+    layers = len(engine.config.layers)
+    score = max(0.0, long - short) / (_TEXTS * (_LONG - _SHORT) * per_token * layers)
+    row = max(0.0, short - score * _TEXTS * _SHORT * per_token * layers) / (_TEXTS * own * layers)
+    return score, row
+
+
+def _attention_seconds(engine: Engine, length: int) -> float:
+    texts = [Text() for _ in range(_TEXTS)]
+    for text in texts:
+        for start in range(0, length, 512):
+            engine.step([Piece(text, [1] * min(512, length - start), "none")])
+    samples = []
+    for _ in range(9):
+        engine.program.native.reset_times()
+        engine.step([Piece(text, [1]) for text in texts])
+        samples.append(_times(engine)["attention"])
+        for text in texts:
+            engine.cache.cut(text, length)
+    for text in texts:
+        engine.free(text)
+    return statistics.median(samples)
+
+
+def _prompt_scores(engine: Engine, row: float) -> float:
+    """The same of a prompt of 512 tokens, whose queries share what they read."""
+    samples = []
+    for _ in range(5):
+        text = Text()
+        engine.program.native.reset_times()
+        engine.step([Piece(text, [1] * 512, "none")])
+        samples.append(_times(engine)["attention"])
+        engine.free(text)
+    per_token, own = _widths(engine)
+    layers = len(engine.config.layers)
+    seconds = statistics.median(samples) / layers - row * 512 * own
+    return max(0.0, seconds) / (512 * 256.5 * per_token)
+
+
+def _widths(engine: Engine) -> tuple[float, float]:
+    """Multiplications for each token that a new one sees, and numbers of a new row, in one layer."""
+    attention = engine.config.layers[0].attention
+    kind = type(attention).__name__
+    if kind == "MlaConfig":
+        latent, rope, heads = attention.latent_rank, attention.rope_dim, attention.num_heads  # pyright: ignore[reportAttributeAccessIssue]
+        return heads * (2 * latent + rope), heads * rope + latent + rope
+    heads, groups, size = attention.num_heads, attention.num_key_value_heads, attention.head_dim  # pyright: ignore[reportAttributeAccessIssue]
+    return heads * 2 * size, (heads + 2 * groups) * size
+
+
+def _outside(engine: Engine) -> tuple[float, float]:
+    """Seconds of a step that are no kernel's: of any step, and of each text in it, choosing tokens left out."""
+
+    def once(count: int) -> float:
+        texts = [Text() for _ in range(count)]
+        engine.program.native.reset_times()
+        start = time.perf_counter()
+        engine.step([Piece(text, [1]) for text in texts])
+        seconds = time.perf_counter() - start - sum(_times(engine).values())
+        for text in texts:
+            engine.free(text)
+        return seconds
+
+    one, many = (statistics.median(once(count) for _ in range(15)) for count in (1, 17))
+    return one, max(0.0, many - one) / 16
+
+
+def _seconds_of_a_logit() -> float:
+    logits, greedy = torch.zeros(16, 32768), Sampling()
+    generator = greedy.generator()
+    return _best(lambda: sample(logits, greedy, generator)) / logits.numel()
+
+
+def _best(run: Callable[[], object]) -> float:
+    times = []
+    for _ in range(9):
+        start = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def _cache_curve(probe: ReadProbe) -> tuple[list[float], list[float]]:
+    """Bytes a second of reading so many bytes again and again: from a quarter of the last cache to far beyond it."""
+    cache = max(2**22, last_cache_bytes())
+    sizes, rates = [], []
+    for factor in (0.125, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 4.0, 8.0):
+        size = max(64, min(probe.num_bytes, int(cache * factor)) // 64 * 64)
+        probe.bandwidth(size)
+        sizes.append(float(size))
+        rates.append(statistics.median(probe.bandwidth(size) for _ in range(5)))
+    return sizes, rates
+
+
+_BASE = "import moesaic\nfrom moesaic.bench.made_up import *\nfrom moesaic.train.memory import peak_memory_bytes\n" + (
+    "made_up_engine(made_up_config(layers=1, dense=True)).generate([1, 2, 3], 2)\nprint(peak_memory_bytes())"
+)
+
+
+def _base_bytes() -> float:
+    """The most that a process takes which runs the engine on next to nothing, less what that model holds."""
+    done = subprocess.run([sys.executable, "-c", _BASE], capture_output=True, text=True, timeout=600, check=True)
+    held = 2.0 * made_up_config(layers=1, dense=True).total
+    return float(done.stdout) - held
+
+
+def _machine(measured: Measured, rates: KernelRates) -> Machine:
+    """As an entry among the others: rates as they were measured, so that nothing is taken off them."""
+    peaks: dict[Number, float] = {number: peak for number, peak in measured.peaks.items() if peak}
+    device = Device(
+        name="here",
+        kind="cpu",
+        memory_bytes=float(available_bytes() or 0),
+        bandwidth=rates.bandwidth,
+        flops=peaks,
+        source=f"{measured.processor}, {measured.threads} threads, {measured.isa}: measured",
+        date=_today(),
+        efficiency=Efficiency(memory=1.0, compute=1.0, network=1.0, kernel_s=rates.layer / 10),
+    )
+    return Machine(device=device)
+
+
+def _keep(found: Here) -> None:
+    device = found.machine.device
+    entry = {
+        "memory_bytes": device.memory_bytes, "bandwidth": device.bandwidth, "flops": dict(device.flops),
+        "source": device.source, "date": device.date, "kernel_s": device.efficiency.kernel_s,
+    }  # fmt: skip
+    path = here_file()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"device": entry, "kernels": found.rates.to_dict()}), encoding="utf-8")
+
+
+def _threads() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _today() -> str:
+    return datetime.datetime.now(datetime.UTC).date().isoformat()
+
