@@ -10,14 +10,24 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
 
 from moesaic.bench.machine import Machine as Measured
 from moesaic.bench.machine import ReadProbe, last_cache_bytes, measure_machine
-from moesaic.bench.made_up import EXPERTS, HIDDEN, INNER, TOP_K, VOCABULARY, in_turn, made_up_config, made_up_engine
+from moesaic.bench.made_up import (
+    ATTENTIONS,
+    EXPERTS,
+    HIDDEN,
+    INNER,
+    TOP_K,
+    VOCABULARY,
+    in_turn,
+    made_up_config,
+    made_up_engine,
+)
 from moesaic.engine.cache import Text
 from moesaic.engine.engine import Engine, Piece
 from moesaic.engine.memory import available_bytes
@@ -28,8 +38,8 @@ from moesaic.plan.hardware import Device, Efficiency, Machine, Number, here_file
 from moesaic.plan.kernels import Curve, KernelRates
 
 ROWS = (1, 4, 8, 16, 32, 64, 128, 256, 512)
-ROUNDS = 3
-_SHORT, _LONG, _TEXTS = 64, 1024, 4
+ROUNDS = 4
+_SHORT, _LONG, _TEXTS, _PIECE = 64, 1024, 4, 512
 
 
 class Setting(NamedTuple):
@@ -46,7 +56,7 @@ SETTINGS = {
     "bf16": Setting(None, None, "bf16", "bf16", "bf16"),
     "int8": Setting(8, None, "int8", "int8", "int8"),
     "int4": Setting(4, None, "int4", "int4", "int6"),
-    "fp8": Setting(None, "fp8", "fp8", "fp8", "bf16"),
+    "fp8": Setting(None, "fp8", "fp8-128", "fp8-128", "bf16"),
     "mxfp4": Setting(None, "mxfp4", "bf16", "mxfp4", "bf16"),
 }
 
@@ -59,7 +69,7 @@ class Here(NamedTuple):
 
 
 def measure(threads: int | None = None, *, keep: bool = True) -> Here:
-    """Time memory, products and kernels; takes about half a minute. keep: for later plans, in moesaic's state folder."""
+    """Time memory, products and kernels; takes about half a minute. keep: for later plans, in the state folder."""
     threads = threads or _threads()
     measured, probe = measure_machine(threads), ReadProbe(threads)
     sizes, bandwidths = _cache_curve(probe)
@@ -69,7 +79,7 @@ def measure(threads: int | None = None, *, keep: bool = True) -> Here:
         for kind, packing, curve in bench.products(setting):
             curves[kind].setdefault(packing, curve)
     rates = KernelRates(
-        bandwidth=statistics.median(bench.bandwidths),
+        bandwidth=bench.usual,
         sizes=sizes,
         bandwidths=bandwidths,
         **curves,
@@ -83,12 +93,19 @@ def measure(threads: int | None = None, *, keep: bool = True) -> Here:
     return found
 
 
+class Cold(NamedTuple):
+    """Seconds by part of one step, and bytes a second that memory gave around it."""
+
+    parts: dict[str, float]
+    bandwidth: float
+
+
 class _Bench:
     """Steps of made-up engines, each timed with memory that no cache holds, and again at once."""
 
     def __init__(self, probe: ReadProbe, threads: int) -> None:
         self.probe, self.threads = probe, threads
-        self.bandwidths: list[float] = []
+        self.usual = statistics.median(probe.bandwidth() for _ in range(5))
 
     def products(self, setting: Setting) -> Iterator[tuple[str, str, Curve]]:
         """Curves of projections, experts and head, by what they are made of."""
@@ -96,39 +113,38 @@ class _Bench:
         cold = {rows: self._cold(cold_engine, rows) for rows in ROWS}
         del cold_engine
         small = made_up_engine(made_up_config(layers=1), bits=setting.bits, codes=setting.codes, threads=self.threads)
-        hot = {rows: self._hot(small, rows) for rows in ROWS}
+        hot = {rows: _repeated(small, rows) for rows in ROWS}
         for kind, part, packing in (
             ("linear", "projections", setting.linear),
             ("experts", "experts", setting.experts),
             ("head", "head", setting.head),
         ):
-            yield kind, packing, _curve(part, cold, hot)
+            yield kind, packing, _curve(part, cold, hot, self.usual)
 
-    def _cold(self, engine: Engine, rows: int) -> dict[str, float]:
-        """Seconds by part of a step that finds nothing in the caches; the median of a few."""
+    def _cold(self, engine: Engine, rows: int) -> Cold:
+        """A step that finds nothing in the caches: of a few that whose bytes took least of the memory's bandwidth."""
 
-        def once() -> dict[str, float]:
-            self.bandwidths.append(self.probe.bandwidth())
-            return _parts_of_step(engine, rows)
+        def once() -> Cold:
+            before = self.probe.bandwidth()
+            parts = _parts_of_step(engine, rows)
+            return Cold(parts, (before + self.probe.bandwidth()) / 2)
 
         once()
-        return _median([once() for _ in range(ROUNDS)])
-
-    def _hot(self, engine: Engine, rows: int) -> dict[str, float]:
-        for _ in range(2):
-            _parts_of_step(engine, rows)
-        return _median([_parts_of_step(engine, rows) for _ in range(3 * ROUNDS)])
+        samples = [once() for _ in range(ROUNDS)]
+        return min(samples, key=lambda sample: sum(sample.parts.values()) * sample.bandwidth)
 
     def small_parts(self) -> dict[str, object]:
         """Seconds of what is no product with weights, for each number that it touches."""
         score: dict[str, float] = {}
         prompt_score: dict[str, float] = {}
         rows: list[float] = []
-        for name in ("1", "4", "latent"):
+        prompt_rows: list[float] = []
+        for name in ATTENTIONS:
             engine = made_up_engine(made_up_config(name, 2, dense=True), threads=self.threads)
             score[name], row = _decode_scores(engine)
-            prompt_score[name] = _prompt_scores(engine, row)
+            prompt_score[name], prompt_row = _prompt_scores(engine)
             rows.append(row)
+            prompt_rows.append(prompt_row)
         engine = made_up_engine(made_up_config(layers=2), threads=self.threads)
         many, one = _repeated(engine, 256), _repeated(engine, 1)
         norm = many["norm"] / (256 * HIDDEN * 5)
@@ -140,6 +156,7 @@ class _Bench:
             "prompt_score": prompt_score,
             "norm": norm,
             "row": statistics.median(rows),
+            "prompt_row": statistics.median(prompt_rows),
             "route": route,
             "layer": max(0.0, rest) / 2,
             "outside": (fixed, of_text, _seconds_of_a_logit()),
@@ -162,18 +179,17 @@ def _times(engine: Engine) -> dict[str, float]:
     return parts
 
 
-def _median(samples: Sequence[dict[str, float]]) -> dict[str, float]:
-    return {part: statistics.median(sample.get(part, 0.0) for sample in samples) for part in samples[0]}
-
-
 def _repeated(engine: Engine, rows: int) -> dict[str, float]:
+    """The least that each part takes in a few steps, which find in the caches what fits there."""
     for _ in range(2):
         _parts_of_step(engine, rows)
-    return _median([_parts_of_step(engine, rows) for _ in range(9)])
+    samples = [_parts_of_step(engine, rows) for _ in range(9)]
+    return {part: min(sample[part] for sample in samples) for part in samples[0]}
 
 
-def _curve(part: str, cold: dict[int, dict[str, float]], hot: dict[int, dict[str, float]]) -> Curve:
-    """Seconds a weight over rows of a matrix. Experts share a step's rows: each has rows * K / E of them."""
+def _curve(part: str, cold: dict[int, Cold], hot: dict[int, dict[str, float]], usual: float) -> Curve:
+    """Seconds a weight over rows of a matrix, at the usual bandwidth. Experts share a step's rows: each has
+    rows * K / E of them."""
     matrix = {"projections": HIDDEN * 512 * 2 + HIDDEN * 128 * 2, "head": VOCABULARY * HIDDEN}
     rows, cold_s, hot_s = [], [], []
     for tokens in ROWS:
@@ -185,8 +201,10 @@ def _curve(part: str, cold: dict[int, dict[str, float]], hot: dict[int, dict[str
             weights, own = matrix[part], float(tokens)
         layers = 1 if part == "head" else 6
         rows.append(own)
-        cold_s.append(cold[tokens][part] / (weights * layers))
         hot_s.append(hot[tokens][part] / weights)
+        seconds = max(hot_s[-1], cold[tokens].parts[part] / (weights * layers))
+        waiting = 1.0 - (hot_s[-1] / seconds) ** 2
+        cold_s.append(seconds * (1 + waiting * (cold[tokens].bandwidth / usual - 1)))
     return Curve(rows, cold_s, hot_s)
 
 
@@ -203,8 +221,8 @@ def _decode_scores(engine: Engine) -> tuple[float, float]:
 def _attention_seconds(engine: Engine, length: int) -> float:
     texts = [Text() for _ in range(_TEXTS)]
     for text in texts:
-        for start in range(0, length, 512):
-            engine.step([Piece(text, [1] * min(512, length - start), "none")])
+        for start in range(0, length, _PIECE):
+            engine.step([Piece(text, [1] * min(_PIECE, length - start), "none")])
     samples = []
     for _ in range(9):
         engine.program.native.reset_times()
@@ -214,22 +232,28 @@ def _attention_seconds(engine: Engine, length: int) -> float:
             engine.cache.cut(text, length)
     for text in texts:
         engine.free(text)
-    return statistics.median(samples)
+    return min(samples)
 
 
-def _prompt_scores(engine: Engine, row: float) -> float:
-    """The same of a prompt of 512 tokens, whose queries share what they read."""
-    samples = []
-    for _ in range(5):
-        text = Text()
-        engine.program.native.reset_times()
-        engine.step([Piece(text, [1] * 512, "none")])
-        samples.append(_times(engine)["attention"])
-        engine.free(text)
+def _prompt_scores(engine: Engine) -> tuple[float, float]:
+    """The same of prompts, whose queries share what they read: from a short one and a longer one."""
+    short, long = _prompt_seconds(engine, _PIECE // 4), _prompt_seconds(engine, _PIECE)
     per_token, own = _widths(engine)
     layers = len(engine.config.layers)
-    seconds = statistics.median(samples) / layers - row * 512 * own
-    return max(0.0, seconds) / (512 * 256.5 * per_token)
+    seen = {length: length * (length + 1) / 2 for length in (_PIECE // 4, _PIECE)}
+    score = max(0.0, long - 4 * short) / ((seen[_PIECE] - 4 * seen[_PIECE // 4]) * per_token * layers)
+    return score, max(0.0, long - score * seen[_PIECE] * per_token * layers) / (_PIECE * own * layers)
+
+
+def _prompt_seconds(engine: Engine, length: int) -> float:
+    samples = []
+    for _ in range(9):
+        text = Text()
+        engine.program.native.reset_times()
+        engine.step([Piece(text, [1] * length, "none")])
+        samples.append(_times(engine)["attention"])
+        engine.free(text)
+    return min(samples)
 
 
 def _widths(engine: Engine) -> tuple[float, float]:
@@ -256,7 +280,7 @@ def _outside(engine: Engine) -> tuple[float, float]:
             engine.free(text)
         return seconds
 
-    one, many = (statistics.median(once(count) for _ in range(15)) for count in (1, 17))
+    one, many = (min(once(count) for _ in range(15)) for count in (1, 17))
     return one, max(0.0, many - one) / 16
 
 
@@ -272,7 +296,7 @@ def _best(run: Callable[[], object]) -> float:
         start = time.perf_counter()
         run()
         times.append(time.perf_counter() - start)
-    return statistics.median(times)
+    return min(times)
 
 
 def _cache_curve(probe: ReadProbe) -> tuple[list[float], list[float]]:
@@ -332,4 +356,3 @@ def _threads() -> int:
 
 def _today() -> str:
     return datetime.datetime.now(datetime.UTC).date().isoformat()
-

@@ -30,12 +30,8 @@ ATTENTIONS: dict[str, AttentionConfig | MlaConfig] = {
 
 def made_up_config(attention: str = "4", layers: int = LAYERS, *, dense: bool = False) -> ModelConfig:
     """Every layer the same: an attention of ATTENTIONS, and experts, or a narrow dense block."""
-    moe = MoeConfig(
-        router=RouterConfig(name="softmax_topk", num_experts=EXPERTS, top_k=TOP_K), intermediate_size=INNER
-    )
-    layer = LayerConfig(
-        attention=ATTENTIONS[attention], feed_forward=MlpConfig(intermediate_size=64) if dense else moe
-    )
+    moe = MoeConfig(router=RouterConfig(name="softmax_topk", num_experts=EXPERTS, top_k=TOP_K), intermediate_size=INNER)
+    layer = LayerConfig(attention=ATTENTIONS[attention], feed_forward=MlpConfig(intermediate_size=64) if dense else moe)
     return ModelConfig(
         family="qwen3_moe",
         vocab_size=VOCABULARY,

@@ -32,8 +32,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "words",
         nargs="*",
         metavar="MODEL",
-        help="a preset, a folder, a config.json or a .gguf file; without one: which models fit. `compare A B`: two side "
-        "by side; `verify`: what was predicted beside what was measured",
+        help="a preset, a folder, a config.json or a .gguf file; none: which models fit. `compare A B`: two side by "
+        "side; `verify`: what was predicted beside what was measured",
     )
     parser.add_argument(
         "--machine",

@@ -27,11 +27,13 @@ def _show_serving(plan: ServingPlan) -> None:
     output.write("\n")
     if plan.offload is not None:
         _show_offload(plan)
-    output.table(["how fast?", ""], _speed_rows(plan))
+    output.table(["how fast?" if plan.fits else "how fast, if it fit?", ""], _speed_rows(plan))
     output.write("\n")
     output.table(["decode step", "time", "share", "bound by", "FLOP/byte", "reads"], step_rows(plan.decode))
     output.write("\n")
-    output.table(["users", "step", "tokens/s each", "of all", "$/M", "experts read", "bound by", "fits"], curve_rows(plan))
+    output.table(
+        ["users", "step", "tokens/s each", "of all", "$/M", "experts read", "bound by", "fits"], curve_rows(plan)
+    )
     output.write("\n")
     if plan.dense:
         output.table(["instead of it a dense model of", "parameters", "the MoE's step is"], dense_rows(plan))
@@ -109,13 +111,13 @@ def curve_rows(plan: ServingPlan) -> list[list[str]]:
     ]
 
 
-_EQUAL = {"active": "equal active size", "quality": "about equal quality", "total": "equal total size"}
+EQUAL: dict[str, str] = {"active": "equal active size", "quality": "about equal quality", "total": "equal total size"}
 
 
 def dense_rows(plan: ServingPlan) -> list[list[str]]:
     """Against dense models, by batch."""
     return [
-        [_EQUAL[equal], output.number(found.dense_parameters), found.in_words] for equal, found in plan.dense.items()
+        [EQUAL[equal], output.number(found.dense_parameters), found.in_words] for equal, found in plan.dense.items()
     ]
 
 

@@ -38,9 +38,11 @@ def run(args: argparse.Namespace) -> int:
         ]
         for choice in found
     ]
-    title = f"{machine.name}, {users} users of {context:,} tokens; the largest first, by parameters of a dense model as good"
+    title = f"{machine.name}, {users} users of {context:,} tokens; the best first, by size of a dense model as good"
     columns = ["model", "format", "layout", "as good as", "memory", "tokens/s each", "most users", "$/M output"]
     output.table(columns, rows, title)
     output.talk('"as good as" is the geometric mean of total and active parameters, a rule of thumb')
-    output.next_command(f"moesaic plan {found[0].model} --format {found[0].format} --machine {machine.name} --users {users}")
+    output.next_command(
+        f"moesaic plan {found[0].model} --format {found[0].format} --machine {machine.name} --users {users}"
+    )
     return 0

@@ -24,7 +24,7 @@ class Workload:
     """What is asked of a model: tokens read and written by a request, and requests a month.
 
     reasoning: written tokens for each one that the user sees; retries: requests for each that counts; cached: the share
-    of the input that a prefix cache holds; batch_discount: the share that a price is lower by for answers without haste.
+    of the input that a prefix cache holds; batch_discount: what a price is lower by for answers without haste.
     """
 
     input_tokens: float = 2000.0

@@ -23,13 +23,15 @@ PACKINGS: dict[str, Packing] = {
     "fp32": Packing(32, "fp32"),
     "bf16": Packing(16, "bf16"),
     "fp8": Packing(8 + 32 / 128**2, "fp8"),
+    "fp8-128": Packing(8.25, "bf16"),
     "int8": Packing(8.5, "int8"),
     "int6": Packing(6.5, "int8"),
     "int4": Packing(4.5, "int8"),
     "int4-128": Packing(4.125, "bf16"),
     "mxfp4": Packing(4.25, "fp4"),
 }
-"""fp8: e4m3 with an fp32 scale for each 128 x 128 block (DeepSeek-V3, arXiv:2412.19437, sec. 3.3). int8, int6, int4:
+"""fp8: e4m3 with an fp32 scale for each 128 x 128 block (DeepSeek-V3, arXiv:2412.19437, sec. 3.3); fp8-128: for each
+128 weights of an output, as moesaic's engine holds it. int8, int6, int4:
 as moesaic packs them, an fp16 scale for each 32 weights; int4-128: for each 128 (GPTQ, AWQ), multiplied in bf16. mxfp4:
 an exponent of 8 bits for each 32 (gpt-oss)."""
 
@@ -62,9 +64,7 @@ class Formats:
 
     def state_bytes(self, config: ModelConfig, num_tokens: int) -> float:
         """All layers' keys and values, or what stands for them, after `num_tokens` tokens of one text."""
-        return sum(
-            layer_state_bytes(layer.attention, num_tokens, self.cache) for layer in config.decoder.layers
-        ) + sum(
+        return sum(layer_state_bytes(layer.attention, num_tokens, self.cache) for layer in config.decoder.layers) + sum(
             layer.cross_attention.state().num_bytes(num_tokens, 1) * CACHE_BYTES[self.cache]
             for layer in config.decoder.layers
             if layer.cross_attention
@@ -74,7 +74,7 @@ class Formats:
 CACHE_BYTES = {"fp32": 4.0, "bf16": 2.0, "fp8": 1.0}
 
 
-def layer_state_bytes(attention, num_tokens: int, cache: str) -> float:  # noqa: ANN001  any attention with a state
+def layer_state_bytes(attention, num_tokens: int, cache: str) -> float:
     """What one layer keeps of one text.
 
     Latents in FP8 are kept as DeepSeek does: an fp32 scale for each 128 numbers, the shared key in bf16 (656 bytes a

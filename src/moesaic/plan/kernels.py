@@ -1,10 +1,11 @@
 """How long moesaic's own engine takes on a machine whose kernels were measured one by one. No torch here.
 
 What was measured are matrices of a made-up model, never one that is planned: seconds for each weight at so many rows,
-with weights in memory (cold) and in the processor's last cache (hot); attention, norms, routing and what lies outside of
-kernels for each number they touch. T tokens of a step, n rows of a matrix, E experts, K chosen, D hidden.
+with weights in memory (cold) and in the processor's last cache (hot); attention, norms, routing and what lies outside
+of kernels for each number they touch. T tokens of a step, n rows of a matrix, E experts, K chosen, D hidden.
 """
 
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -16,6 +17,7 @@ from moesaic.config import AttentionConfig, LayerConfig, MlaConfig, MlpConfig, M
 from moesaic.errors import ConfigError
 from moesaic.plan.flops import Step
 from moesaic.plan.formats import Formats, total_bytes
+from moesaic.plan.hardware import here_file
 from moesaic.plan.kinds import layer_kinds, part_specs
 from moesaic.plan.routing import Routing, Uniform
 
@@ -45,9 +47,9 @@ class KernelRates:
 
     score: seconds for each multiplication of a query's number with a key's, or of a weight with a value's, by how many
     query heads share a key (latent attention: all), of one new token a text; prompt_score: of a prompt's tokens.
-    norm, row: seconds for each number of a row that is normed, or turned and written to the cache. route: for each
-    number of a router's product. layer: of each layer that is no kernel's work. outside: of a step, of each text in it,
-    of each logit. base_bytes: what a process takes before it holds a model.
+    norm, row, prompt_row: seconds for each number of a row that is normed, or turned and written to the cache. route:
+    for each number of a router's product. layer: of each layer that is no kernel's work. outside: of a step, of each
+    text in it, of each logit. base_bytes: what a process takes before it holds a model.
     """
 
     bandwidth: float
@@ -60,6 +62,7 @@ class KernelRates:
     prompt_score: dict[str, float]
     norm: float
     row: float
+    prompt_row: float
     route: float
     layer: float
     outside: tuple[float, float, float]
@@ -88,6 +91,17 @@ class KernelRates:
             kind: {name: Curve(**curve) for name, curve in tree[kind].items()} for kind in ("linear", "experts", "head")
         }
         return cls(**{**tree, **curves, "outside": tuple(tree["outside"])})
+
+
+def measured_rates() -> KernelRates | None:
+    """What was measured of this machine before; None where nothing was. Raises ConfigError for a damaged file."""
+    path = here_file()
+    if not path.is_file():
+        return None
+    try:
+        return KernelRates.from_dict(json.loads(path.read_text(encoding="utf-8"))["kernels"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{path} is damaged ({error!r}); take it away, and this machine is measured again") from error
 
 
 class EngineStep(NamedTuple):
@@ -187,8 +201,10 @@ class _Clock:
         seen = self.step_.seen
         reach = getattr(attention, "reach", None)
         seen = min(seen, reach) if reach else seen
-        table = self.rates.score if self.step_.new <= 1 else self.rates.prompt_score
-        return tokens * (table[kind] * seen * attention.num_heads * width + self.rates.row * own)
+        prompt = self.step_.new > 1
+        score = (self.rates.prompt_score if prompt else self.rates.score)[kind]
+        row = self.rates.prompt_row if prompt else self.rates.row
+        return tokens * (score * seen * attention.num_heads * width + row * own)
 
     def _product(self, kind: str, role: str, numel: float, rows: float) -> float:
         return float(self._curve(kind, self.formats.by_role[role], numel, rows))  # pyright: ignore[reportArgumentType]
@@ -228,7 +244,7 @@ def _projections(attention: Any, size: int, formats: Formats) -> list[tuple[str,
     if not isinstance(attention, MlaConfig):
         return [(packing, float(sum(matrices.values())))]
     by_head = next(numel for name, numel in matrices.items() if "kv_b_proj" in name)
-    one_by_one = {"int4": "int8", "fp8": "bf16"}.get(packing, packing)
+    one_by_one = {"int4": "int8", "fp8-128": "bf16"}.get(packing, packing)
     return [(packing, float(sum(matrices.values()) - by_head)), (one_by_one, float(by_head))]
 
 

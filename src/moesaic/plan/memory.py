@@ -18,7 +18,7 @@ from moesaic.plan.routing import crowding
 from moesaic.tensor_spec import TensorSpec
 
 RUNTIME_BYTES = {"gpu": 1.5 * 2**30, "tpu": 0.5 * 2**30, "mac": 0.5 * 2**30, "cpu": 0.25 * 2**30}
-"""What a device's programs and libraries take before any weight: kernels' code, the context, buffers for sending [M]."""
+"""What a device's programs and libraries take before any weight: kernels' code, context, buffers for sending [M]."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,8 +144,7 @@ def cache_bytes(config: ModelConfig, formats: Formats, context: float, texts: fl
     return max(
         own
         * sum(
-            layer_state_bytes(attention, round(context), formats.cache) / cache_split(attention, layout.tp)
-            * count
+            layer_state_bytes(attention, round(context), formats.cache) / cache_split(attention, layout.tp) * count
             for layer, _, count in layer_kinds(layers)
             for attention in (layer.attention, layer.cross_attention)
             if attention is not None
@@ -176,9 +175,7 @@ def _layer_rows(layer: LayerConfig, size: int, tokens: float, layout: Layout) ->
     return max(tokens * inside, feed_forward_rows(layer.feed_forward, size, tokens, layout))
 
 
-def feed_forward_rows(
-    block: MlpConfig | MoeConfig | SoftMoeConfig, size: int, tokens: float, layout: Layout
-) -> float:
+def feed_forward_rows(block: MlpConfig | MoeConfig | SoftMoeConfig, size: int, tokens: float, layout: Layout) -> float:
     """Numbers of a feed-forward part's rows: gate, up and their product, and of experts what goes in and comes out."""
     if isinstance(block, MlpConfig):
         return 3 * tokens * block.intermediate_size / layout.tp
@@ -210,7 +207,9 @@ def serving_memory(
     layout = layout or Layout()
     own = texts / layout.dp
     tokens = max(own, min(8192.0, context * own)) if step_tokens is None else max(own, step_tokens)
-    parts = {f"weights: {role}": size for role, size in device_weights(config, formats, layout, mtp=mtp).items() if size}
+    parts = {
+        f"weights: {role}": size for role, size in device_weights(config, formats, layout, mtp=mtp).items() if size
+    }
     parts["cache"] = cache_bytes(config, formats, context, texts, layout)
     parts["workspace"] = workspace_bytes(config, formats, tokens, max(1.0, own), layout)
     parts["runtime"] = RUNTIME_BYTES[device.kind]
@@ -284,7 +283,9 @@ def activation_bytes(config: ModelConfig, training: Training, layout: Layout) ->
     """
     waiting = training.in_flight or layout.pp
     layers = max(
-        sum(_kept_of_layer(kind.layer, config.hidden_size, training, layout) * kind.count for kind in layer_kinds(stage))
+        sum(
+            _kept_of_layer(kind.layer, config.hidden_size, training, layout) * kind.count for kind in layer_kinds(stage)
+        )
         for stage in stage_layers(config, layout.pp)
     )
     return waiting * layers * training.element_bytes
@@ -308,4 +309,3 @@ def _kept_of_layer(layer: LayerConfig, size: int, training: Training, layout: La
         if training.recompute == "experts":
             return kept + tokens * moe.router.top_k * size
     return kept + feed_forward_rows(moe, size, tokens, layout)
-

@@ -36,7 +36,7 @@ class Traffic(NamedTuple):
 
 
 def distinct_places(places: int, num_experts: int, top_k: int, limit: int | None = None) -> float:
-    """Of places that hold E / places experts each, how many a token's K choices fall on: N (1 - C(E - E/N, K) / C(E, K)).
+    """Of N places with E / N experts each, how many a token's K choices fall on: N (1 - C(E - E/N, K) / C(E, K)).
 
     limit: where routing is limited to so many places (DeepSeek-V3, sec. 2.1.2: 4 of 8 nodes).
     """
@@ -65,7 +65,7 @@ def all_to_all(
 
 
 def step_traffic(config: ModelConfig, formats: Formats, step: Step, layout: Layout, device: Device) -> Traffic:
-    """All that the busiest device sends in a step: sums of tensor parallelism, exchanges of experts, pipeline stages."""
+    """All that the busiest device sends in a step: sums of tensor parallelism, exchanges of experts, and stages."""
     size, tokens = config.hidden_size, step.tokens / layout.dp
     total = Traffic()
     if layout.tp > 1:

@@ -106,7 +106,11 @@ def offload(
     tiers = _tiers(machine, moe.num_experts, near, of_one * len(moes))
     if tiers is None:
         return None
-    shares = routing.of(moe, 0) if isinstance(routing, Shares) else np.full(moe.num_experts, moe.router.top_k / moe.num_experts)
+    shares = (
+        routing.of(moe, 0)
+        if isinstance(routing, Shares)
+        else np.full(moe.num_experts, moe.router.top_k / moe.num_experts)
+    )
     hit = hit_rate(shares, near, policy)
     distinct = (routing or Uniform()).distinct(moe, config.moe_layers[0], batch)
     missed = distinct * (1 - hit) * len(moes)

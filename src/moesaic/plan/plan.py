@@ -134,7 +134,7 @@ def make_plan(
     *,
     machine: str | Machine | None = None,
     task: Task = "serve",
-    format: str | Formats | None = None,  # noqa: A002  what everybody calls it
+    format: str | Formats | None = None,
     cache: str = "bf16",
     context: int | None = None,
     users: int = 1,
@@ -194,7 +194,12 @@ def _machine(text: str | None, config: ModelConfig, formats: Formats, settings: 
 
 
 def _serving_plan(
-    name: str, serving: Serving, workload: Workload, utilisation: float, prices: tuple[Price, ...], quality: float | None
+    name: str,
+    serving: Serving,
+    workload: Workload,
+    utilisation: float,
+    prices: tuple[Price, ...],
+    quality: float | None,
 ) -> ServingPlan:
     config, device = serving.config, serving.machine.device
     most = serving.most_users
@@ -232,9 +237,7 @@ def _offloaded(serving: Serving, memory: DeviceMemory) -> Offload | None:
     if memory.fits or not experts:
         return None
     near = max(0.0, experts + memory.free) * serving.machine.count
-    return offload(
-        serving.config, serving.formats, serving.machine, near, serving.users, routing=serving.routing
-    )
+    return offload(serving.config, serving.formats, serving.machine, near, serving.users, routing=serving.routing)
 
 
 def _training_plan(name: str, run: TrainingRun, tokens: float | None) -> TrainingPlan:

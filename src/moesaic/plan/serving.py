@@ -1,4 +1,4 @@
-"""A model on a machine that answers: what it holds, how long a step takes, how that grows with the batch, what it costs."""
+"""A model on a machine that answers: what it holds, how long a step takes, how that grows with the batch, its price."""
 
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -55,7 +55,7 @@ class Serving:
         return most_texts(self.config, self.formats, self.machine.device, self.layout, context=self.context)
 
     def decode(self, users: int | None = None) -> StepTime:
-        """A step that writes one more token, or a draft's, for each of `users` texts that are half as long as may be."""
+        """A step that writes one more token, and checks drafts, of `users` texts that are half as long as may be."""
         texts = max(users or self.users, 1)
         return self._time(decode_step(texts, max(1, self.context // 2), self.speculation))
 
@@ -69,7 +69,7 @@ class Serving:
         """Seconds that one prompt of half the context waits for its first token, where nothing else is in the way."""
         return self._time(prefill_step(1, max(1, self.context // 2))).seconds
 
-    def _time(self, step) -> StepTime:  # noqa: ANN001  a Step
+    def _time(self, step) -> StepTime:
         return step_time(
             self.config, self.formats, step, self.machine.device, self.layout, self.routing, overlap=self.overlap
         )
@@ -116,7 +116,14 @@ def _point(serving: Serving, users: int, fitting: int) -> CurvePoint:
     price = serving.machine.price
     dollars = None if price is None else dollars_per_million(price, rate)
     return CurvePoint(
-        users, step.seconds, rate / users, rate, dollars, distinct_share(serving, users), step.bound_by, users <= fitting
+        users,
+        step.seconds,
+        rate / users,
+        rate,
+        dollars,
+        distinct_share(serving, users),
+        step.bound_by,
+        users <= fitting,
     )
 
 

@@ -136,9 +136,7 @@ def _longest_context(serving: Serving) -> int:
 
 def _speed(serving: Serving, seconds: float) -> Iterator[Relief]:
     """What would make a decode step shorter: the best of the narrower formats, and one each of other ways."""
-    narrower = [
-        relief for name in _NARROWER if (relief := _gain(f"{name} weights", _narrower(serving, name), seconds))
-    ]
+    narrower = [relief for name in _NARROWER if (relief := _gain(f"{name} weights", _narrower(serving, name), seconds))]
     yield from sorted(narrower, key=lambda relief: relief.factor)[:1]
     changes: list[tuple[str, Callable[[], Serving]]] = []
     if serving.formats.cache == "bf16":

@@ -23,7 +23,7 @@ DRIFT = 10
 
 @dataclass(frozen=True, kw_only=True)
 class Prediction:
-    """One figure, foretold and then measured. source: what measured it. setting: in which cell, in words and numbers."""
+    """One figure, foretold and then measured. source: what measured it. setting: in which cell, words and numbers."""
 
     source: Literal["bench", "train", "serve"]
     model: str
@@ -55,7 +55,7 @@ class Errors(NamedTuple):
 
 
 def store(predictions: Iterable[Prediction], folder: Path | None = None) -> Path:
-    """Append to the file in moesaic's state folder, and to one in `folder`. Figures that are not above 0 are left out."""
+    """Append to the file in moesaic's state folder, and to one in `folder`. Figures not above 0 are left out."""
     lines = "".join(f"{json.dumps(asdict(_dated(each)))}\n" for each in predictions if _is_sound(each))
     places = [state_folder(), *([folder] if folder else [])]
     for place in places:
