@@ -15,6 +15,7 @@ from moesaic.checks import require
 from moesaic.config import LayerConfig, ModelConfig, MoeConfig
 from moesaic.plan.cluster.events import Clock
 from moesaic.plan.cluster.placed import Placed
+from moesaic.plan.cluster.rates import timed
 from moesaic.plan.cluster.schedules import SCHEDULES, WEIGHTS, Work
 from moesaic.plan.cluster.troubles import Troubles
 from moesaic.plan.flops import Step, step_ops
@@ -22,7 +23,6 @@ from moesaic.plan.formats import Formats
 from moesaic.plan.hardware import Device
 from moesaic.plan.layout import Layout
 from moesaic.plan.network import step_traffic
-from moesaic.plan.roofline import op_time
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -332,7 +332,7 @@ def _layer_cost(job: Job, layer: LayerConfig) -> LayerCost:
     config = replace(job.config, decoder=replace(job.config.decoder, layers=(layer,)), encoder=None, mtp=())
     step = Step(kind="prefill", texts=job.ep, new=job.sequence, context=job.sequence)
     layout = Layout(dp=job.ep, ep=job.ep if config.moe_layers else 1)
-    seconds = {op.name: op_time(op, job.device).seconds for op in step_ops(config, job.formats, step, layout)}
+    seconds = {op.name: timed(op, job.device).seconds for op in step_ops(config, job.formats, step, layout)}
     rest = sum(each for name, each in seconds.items() if name not in ("embedding", "head", "experts"))
     traffic = step_traffic(config, job.formats, step, layout, job.device)
     moe = layer.feed_forward

@@ -1,6 +1,6 @@
 """Devices that do steps together: attention each for its own texts, experts for all. G ranks."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
@@ -8,12 +8,15 @@ from numpy.typing import NDArray
 
 from moesaic.checks import require
 from moesaic.config import ModelConfig
+from moesaic.plan.cluster.exchange import direct
 from moesaic.plan.cluster.placed import Placed
+from moesaic.plan.cluster.rates import timed
 from moesaic.plan.flops import Kind, Step, step_ops
 from moesaic.plan.formats import Formats, weight_bytes
 from moesaic.plan.hardware import Device
 from moesaic.plan.layout import Layout
-from moesaic.plan.roofline import StepTime, op_time, step_time
+from moesaic.plan.network import step_traffic
+from moesaic.plan.roofline import StepTime
 
 MEMORY_SHARE = 0.9
 """Of a device's memory that weights and caches may fill; the rest is for activations and buffers."""
@@ -43,8 +46,18 @@ class Unit:
     def step(self, kind: Kind, texts: float, new: float, context: float) -> StepTime:
         """A step with `texts` on each rank. The busiest rank receives as much more as it computes more."""
         step = Step(kind=kind, texts=texts * self.ranks, new=new, context=context)
-        time = step_time(self.config, self.formats, step, self.device, self.layout, self.placed, overlap=self.overlap)
-        return replace(time, sending=time.sending * self.placed.mean_uneven)
+        ops = step_ops(self.config, self.formats, step, self.layout, self.placed)
+        if kind == "decode":
+            traffic = direct(self.config, self.formats, texts * new, self.ranks, self.device.per_node)
+        else:
+            traffic = step_traffic(self.config, self.formats, step, self.layout, self.device)
+        return StepTime(
+            step=step,
+            ops=tuple(timed(op, self.device) for op in ops),
+            traffic=traffic,
+            sending=traffic.seconds(self.device) * self.placed.mean_uneven,
+            overlap=self.overlap,
+        )
 
     def prefill(self, tokens: float, context: float) -> StepTime:
         """Prompts of `context` tokens each, `tokens` in all on each rank."""
@@ -74,8 +87,9 @@ class Unit:
         fewest = self.weight_bytes / (self.device.memory_bytes * MEMORY_SHARE)
         require(
             left > self.state_bytes * 1024,
-            f"{self.ranks} {self.device.name} hold {self.weight_bytes / 1e9:.0f} GB of weights each, {fewest:.2g} times "
-            "their room; use more ranks a unit, a narrower format, or devices with more memory",
+            f"{self.ranks} {self.device.name} hold {self.weight_bytes / 1e9:.0f} GB of weights each, {fewest:.2g} "
+            "times their "
+            "room; use more ranks a unit, a narrower format, or devices with more memory",
         )
         return int(left / self.state_bytes)
 
@@ -102,7 +116,7 @@ class Table:
         new, texts = (unit.new, texts) if self.kind == "decode" else (context, texts / context)
         step = Step(kind=self.kind, texts=texts * unit.ranks, new=new, context=context)
         ops = step_ops(unit.config, unit.formats, step, unit.layout)
-        return sum(op_time(op, unit.device).seconds for op in ops if op.name != "experts")
+        return sum(timed(op, unit.device).seconds for op in ops if op.name != "experts")
 
     def seconds(self, texts: float, context: float, tokens: float, slow: float = 1.0) -> float:
         """A step of the busiest rank's texts (prefill: tokens) of so long a context, with `tokens` on a rank on

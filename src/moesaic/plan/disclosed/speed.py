@@ -16,10 +16,11 @@ from moesaic.config import ModelConfig
 from moesaic.plan.cluster.exchange import direct
 from moesaic.plan.cluster.loads import expert_loads
 from moesaic.plan.cluster.placed import Placed, place
+from moesaic.plan.cluster.rates import ATTENTION, KERNELS
 from moesaic.plan.disclosed.accounting import DAY_6, GSHARD, LMSYS, V3_REPORT
 from moesaic.plan.flops import Op, Step, step_ops
 from moesaic.plan.formats import named
-from moesaic.plan.hardware import Device, Efficiency, find_device
+from moesaic.plan.hardware import Device, find_device
 from moesaic.plan.layout import Layout
 from moesaic.plan.network import Traffic, step_traffic
 from moesaic.plan.roofline import op_time
@@ -40,13 +41,6 @@ class Constants(NamedTuple):
     compute: float
     network: float
     training: float
-
-
-FIXED = Efficiency(memory=3000 / 3350, network=0.88)
-"""Of published micro-benchmarks, and not fitted: 3,000 of 3,350 GB/s (deepseek-ai/FlashMLA, README), 43-47 of 50 GB/s
-(deepseek-ai/DeepEP, README)."""
-ATTENTION = 660 / 989
-"""Of stated operations a second what attention gets: 660 of 989 TFLOP/s (deepseek-ai/FlashMLA, README)."""
 
 
 class Case(NamedTuple):
@@ -71,7 +65,7 @@ class Timed:
     def __init__(
         self, ops: Sequence[Op], traffic: Traffic, device: Device, *, hides: bool = True, uneven: float = 1.0
     ) -> None:
-        device = replace(device, efficiency=replace(FIXED, compute=1.0))
+        device = replace(device, efficiency=replace(KERNELS, compute=1.0))
         times = [op_time(op, device) for op in ops]
         attends = np.array([op.name == "attention" for op in ops])
         computing = np.array([each.computing for each in times])

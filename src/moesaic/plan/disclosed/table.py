@@ -3,10 +3,10 @@
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from moesaic.plan.cluster.rates import ATTENTION, KERNELS
 from moesaic.plan.disclosed import accounting, fit, speed
 from moesaic.plan.disclosed.fit import Predicted
 from moesaic.plan.disclosed.row import Row
-from moesaic.plan.disclosed.speed import ATTENTION, FIXED
 
 COMMAND = "moesaic plan disclosed --report docs/plan_accuracy.md"
 
@@ -51,7 +51,7 @@ routing. What is modelled and assumed was chosen with these rows in view; the co
 def page(rows: Sequence[Row], each: Sequence[Predicted], by_source: Sequence[Predicted]) -> str:
     """The whole page."""
     agree = sum(row.agrees for row in rows)
-    fixed = {"memory": FIXED.memory, "network": FIXED.network, "attention": ATTENTION}
+    fixed = {"memory": KERNELS.memory, "network": KERNELS.network, "attention": ATTENTION}
     parts = [
         "# How right the planner is: disclosed results",
         f"<!-- Written by `{COMMAND}`; do not edit. -->",
@@ -59,13 +59,13 @@ def page(rows: Sequence[Row], each: Sequence[Predicted], by_source: Sequence[Pre
         short(rows, each),
         "## Accounting",
         f"{_ACCOUNTING} {agree} of {len(rows)} do.",
-        _table(("what", "unit", "disclosed", "predicted", "error", "how", "source"), map(_accounting_row, rows)),
+        _table(("what", "unit", "disclosed", "predicted", "error", "how", "source"), map(accounting_row, rows)),
         "\n".join(f"- **{what}**: {why}" for what, why in OUTLIERS.items()),
         "## Speed",
         _SPEED.format(**fixed),
         _table(
             ("what", "unit", "disclosed", "predicted", "error", "compute, network, training", "assumed", "source"),
-            (_speed_row(one, other) for one, other in zip(each, by_source, strict=True)),
+            (speed_row(one, other) for one, other in zip(each, by_source, strict=True)),
         ),
         f"Median error {fit.median_error(each):.0%}; with constants of other sources only "
         f"{fit.median_error(by_source):.0%}.",
@@ -124,7 +124,7 @@ def _explained(one: Predicted) -> str:
     return f"- **{one.case.what}** ({one.error:+.0%}): {WORST.get(one.case.what, one.case.assumed + '.')}"
 
 
-def _accounting_row(row: Row) -> list[str]:
+def accounting_row(row: Row) -> list[str]:
     sign = "" if row.agrees else " **no**"
     return [
         row.what,
@@ -137,7 +137,7 @@ def _accounting_row(row: Row) -> list[str]:
     ]
 
 
-def _speed_row(one: Predicted, other: Predicted) -> list[str]:
+def speed_row(one: Predicted, other: Predicted) -> list[str]:
     case = one.case
     digits = 0 if case.disclosed >= 100 else 2
     constants = " ".join(f"{each:g}" for each in one.constants)
