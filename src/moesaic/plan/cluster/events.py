@@ -14,23 +14,23 @@ class Event(NamedTuple):
 
 
 class Clock:
-    """The present, and what is to come."""
+    """The present (`now`, in seconds), and what is to come (`coming`, a heap)."""
 
     def __init__(self) -> None:
         self.now = 0.0
         self.num_events = 0
-        self._coming: list[Event] = []
+        self.coming: list[Event] = []
 
     def plan(self, delay: float, kind: str, about: Any = None) -> None:
         """Let something happen so many seconds from now."""
         assert delay >= 0, "time goes forward"
-        heapq.heappush(self._coming, Event(self.now + delay, self.num_events, kind, about))
+        heapq.heappush(self.coming, Event(self.now + delay, self.num_events, kind, about))
         self.num_events += 1
 
     def next(self, before: float = float("inf")) -> Event | None:
         """Go to the next event; None where nothing comes any more, or only at `before` or later."""
-        if not self._coming or self._coming[0].at >= before:
+        if not self.coming or self.coming[0].at >= before:
             return None
-        event = heapq.heappop(self._coming)
+        event = heapq.heappop(self.coming)
         self.now = event.at
         return event

@@ -148,6 +148,7 @@ class Ledger:
     warm: int = 0
     came: int = 0
     finished: int = 0
+    finished_tokens: int = 0
     failures: int = 0
     read_tokens: int = 0
     cached_tokens: int = 0
@@ -317,6 +318,7 @@ class Serving:
             return
         finished, written = unit.step(self.pools.tokens_per_step)
         self.ledger.finished += len(finished)
+        self.ledger.finished_tokens += sum(request.output for request in finished)
         self.ledger.written += written
         self._start_step(about[0])
 

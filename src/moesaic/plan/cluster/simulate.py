@@ -111,7 +111,7 @@ def simulate_training(
     layout: Layout | None = None,
     micro_batches: int = 120,
     sequence: int = 4096,
-    schedule: str = "dualpipe",
+    schedule: str | None = None,
     setup: Setup | None = None,
     troubles: Troubles | None = None,
 ) -> TrainingOutcome:
@@ -136,9 +136,15 @@ def simulate_training(
         ep=layout.ep,
         micro_batches=micro_batches,
         sequence=sequence,
-        schedule=schedule,
+        schedule=schedule or _usual_schedule(layout.pp, micro_batches),
     )
     return Training(job, troubles, seed=setup.seed).run()
+
+
+def _usual_schedule(stages: int, micro_batches: int) -> str:
+    """DualPipe where it can be had."""
+    fits = stages % 2 == 0 and micro_batches % 2 == 0 and micro_batches >= 2 * stages
+    return "dualpipe" if fits else "1f1b"
 
 
 def usual_layout(config: ModelConfig, devices: int) -> Layout:

@@ -102,8 +102,8 @@ class Table:
 
     def __init__(self, unit: Unit, kind: Kind, most_texts: float, longest: float) -> None:
         self.unit, self.kind = unit, kind
-        self.texts = np.unique(np.geomspace(1, max(2.0, most_texts), 10))
-        self.contexts = np.unique(np.geomspace(min(128.0, longest / 2), longest, 7))
+        self.texts = np.unique(np.geomspace(1, max(2.0, most_texts), 8))
+        self.contexts = np.unique(np.geomspace(min(128.0, longest / 2), longest, 5))
         self.rest = np.array([[self._rest(texts, each) for each in self.contexts] for texts in self.texts])
         self.tokens = self.texts * (unit.new if kind == "decode" else 1.0)
         steps = [unit.step(kind, texts, unit.new if kind == "decode" else 1, self.contexts[0]) for texts in self.texts]
