@@ -112,16 +112,26 @@ def device_weights(config: ModelConfig, formats: Formats, layout: Layout, *, mtp
         parts: dict[str, float] = {}
         for layer, _, count in layer_kinds(layers):
             _add(parts, layer_specs(layer, config.hidden_size), layer, formats, layout, count)
-        if number == 0 or (config.tie_word_embeddings and number == len(stages) - 1):
-            table = TensorSpec("embedding", (config.vocab_size, config.hidden_size), "embedding")
-            _add(parts, [table], None, formats, layout)
-        if number == len(stages) - 1 and not config.tie_word_embeddings:
-            _add(parts, [TensorSpec("head", (config.vocab_size, config.hidden_size), "head")], None, formats, layout)
+        _add(parts, end_specs(config, number == 0, number == len(stages) - 1), None, formats, layout)
         if number == len(stages) - 1 and mtp:
             for layer in config.mtp:
                 _add(parts, layer_specs(layer, config.hidden_size), layer, formats, layout)
         found.append(parts)
     return max(found, key=lambda parts: sum(parts.values()))
+
+
+def end_specs(config: ModelConfig, first: bool, last: bool) -> list[TensorSpec]:
+    """What stands before the first layer and after the last one: tables and norms. A tied table is on both stages."""
+    table = (config.vocab_size, config.hidden_size)
+    found = []
+    if first or (last and config.tie_word_embeddings):
+        found.append(TensorSpec("embedding.weight", table, "embedding"))
+    if last:
+        found += config.decoder.end_tensors("", config.hidden_size)
+        found += config.encoder.end_tensors("encoder_", config.hidden_size) if config.encoder else ()
+        found += [] if config.tie_word_embeddings else [TensorSpec("head.weight", table, "head")]
+        found += [TensorSpec("head.bias", table[:1], "head")] if config.head_bias else []
+    return found
 
 
 def _add(
@@ -262,15 +272,15 @@ def _held_parameters(config: ModelConfig, layout: Layout) -> tuple[float, float]
     """Parameters of the fullest stage on one device: those that are copied, and routed experts."""
     found = []
     stages = stage_layers(config, layout.pp)
-    table = config.vocab_size * config.hidden_size / layout.tp
     for number, layers in enumerate(stages):
         dense, experts = 0.0, 0.0
         for layer, _, count in layer_kinds(layers):
             for spec in layer_specs(layer, config.hidden_size):
                 held = spec.numel * share_held(spec, layer, layout) * spec.is_parameter * count
                 dense, experts = (dense, experts + held) if spec.role == "experts" else (dense + held, experts)
-        ends = (number == 0) + (number == len(stages) - 1 and not (config.tie_word_embeddings and len(stages) == 1))
-        found.append((dense + ends * table, experts))
+        ends = end_specs(config, number == 0, number == len(stages) - 1)
+        dense += sum(spec.numel * share_held(spec, None, layout) for spec in ends)
+        found.append((dense, experts))
     return max(found, key=sum)
 
 
