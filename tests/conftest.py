@@ -1,6 +1,11 @@
 """What holds for all tests."""
 
+import os
 import signal
+
+# Processes that share the tests share the processors, too: torch's threads would wait in each other's way.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # Tests press Ctrl-C in processes of their own. A shell has what it runs in the background ignore that, and so would
 # these processes, which inherit it.
