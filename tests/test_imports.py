@@ -119,6 +119,6 @@ def test_the_package_starts_without_torch() -> None:
     assert loaded_by(code) == "loaded:"
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["count", "qwen3-30b-a3b"]], ids=" ".join)
+@pytest.mark.parametrize("arguments", [["--help"], ["count", "qwen3-30b-a3b"], ["plan", "claims"]], ids=" ".join)
 def test_quick_verbs_start_without_torch(arguments: list[str]) -> None:
     assert loaded_by(RUN.format(arguments=arguments, module="moesaic.cli.main", heavy=HEAVY)) == "loaded:"

@@ -41,5 +41,4 @@ def draw(run: Serving) -> str:
 
 
 def _chart(series: list[Series], title: str, label: str) -> str:
-    picture = line_chart(series, title=title, x_label="seconds", y_label=label, y_format=short, size=_SIZE, y_floor=0.0)
-    return picture.replace("<svg ", f'<svg width="{_SIZE[0]}" height="{_SIZE[1]}" ', 1)
+    return line_chart(series, title=title, x_label="seconds", y_label=label, y_format=short, size=_SIZE, y_floor=0.0)

@@ -134,7 +134,8 @@ def _serve(
         return 0
     title = f"{result.seconds:g} s of {args.words[1]} on {machine.name}, {run.workload.rate:g} requests a second"
     output.table(["serving", "value"], _serving_rows(run, result), title)
-    output.next_command(f"{EXAMPLE.removesuffix('1500')}{2 * run.workload.rate:g}")
+    rate = 2 * run.workload.rate
+    output.next_command(f"moesaic plan simulate {args.words[1]} --machine {args.machine} --set rate={rate:g}")
     return 0
 
 

@@ -9,6 +9,7 @@ import pytest
 from moesaic.errors import ConfigError
 from moesaic.plan.cluster.loads import RECORDED_QUANTILES, expert_loads
 from moesaic.plan.cluster.placed import place
+from moesaic.trace import Fingerprint, TokenRows, TracedForward, TraceWriter
 from tests.plan.cluster.cluster_models import MODEL
 
 RECORDED = Path(__file__).parents[4] / "shared" / "data" / "routing"
@@ -56,3 +57,17 @@ def test_the_quantiles_are_those_of_the_recording() -> None:
         loads += np.stack([np.bincount(each.ravel(), minlength=64) for each in ids]) / ids.shape[1]
     relative = loads / loads.mean(1, keepdims=True)
     assert np.allclose(np.quantile(relative, np.linspace(0, 1, 21)), RECORDED_QUANTILES, atol=6e-4)
+
+
+def test_counts_of_a_trace(tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    ids = random.integers(0, 16, (4, 50, 2))
+    with TraceWriter(tmp_path / "trace.npz", Fingerprint.of(MODEL)) as writer:
+        rows = {
+            layer: TokenRows(np.arange(51) * 2, ids[layer].ravel(), np.tile([0, 1], 50), np.ones(100, np.float32))
+            for layer in range(4)
+        }
+        writer.append(TracedForward(rows=rows))
+    chances = expert_loads(MODEL, str(tmp_path / "trace.npz"))
+    counts = np.stack([np.bincount(each.ravel(), minlength=16) for each in ids])
+    assert np.allclose(chances, counts / 50)

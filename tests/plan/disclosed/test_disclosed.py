@@ -10,6 +10,7 @@ from moesaic.plan.disclosed.row import Row
 from moesaic.plan.disclosed.speed import Case, Constants, trained
 
 PAGE = Path(__file__).parents[3] / "docs" / "plan_accuracy.md"
+README = PAGE.parents[1] / "README.md"
 Results = tuple[list[Row], list[Predicted], list[Predicted]]
 
 
@@ -20,6 +21,7 @@ def results() -> Results:
 
 def test_the_page_is_fresh(results: Results) -> None:
     assert PAGE.read_text(encoding="utf-8") == table.page(*results), f"stale; run `{table.COMMAND}`"
+    assert table.short(*results[:2]) in README.read_text(encoding="utf-8"), "the README's figures are stale"
 
 
 def test_accounting_rows_agree_but_for_those_that_are_explained(results: Results) -> None:
