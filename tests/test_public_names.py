@@ -35,6 +35,7 @@ def test_the_names() -> None:
         "__version__",
         "generate",
         "load",
+        "make_plan",
         "place_experts",
         "route",
         "save",

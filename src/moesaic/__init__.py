@@ -12,8 +12,20 @@ if TYPE_CHECKING:
     from moesaic.hub.saving import save
     from moesaic.models.decoder import route
     from moesaic.placement import place_experts
+    from moesaic.plan.plan import make_plan
 
-__all__ = ["Engine", "ModelConfig", "MoesaicError", "__version__", "generate", "load", "place_experts", "route", "save"]
+__all__ = [
+    "Engine",
+    "ModelConfig",
+    "MoesaicError",
+    "__version__",
+    "generate",
+    "load",
+    "make_plan",
+    "place_experts",
+    "route",
+    "save",
+]
 
 __version__ = "0.1.0"
 
@@ -23,6 +35,7 @@ _HOMES = {
     "MoesaicError": "moesaic.errors",
     "generate": "moesaic.engine.generate",
     "load": "moesaic.hub.loading",
+    "make_plan": "moesaic.plan.plan",
     "place_experts": "moesaic.placement",
     "route": "moesaic.models.decoder",
     "save": "moesaic.hub.saving",

@@ -9,7 +9,6 @@ from moesaic.plan.formats import engine_formats
 from moesaic.plan.kernels import Curve, KernelRates, engine_step
 from moesaic.plan.training_kernels import TrainingCell, TrainingRates, fitted, memory_counts, time_counts
 from moesaic.plan.verify import Prediction, error_table, load, store
-
 from tests.tiny import tiny_config
 
 LINE = Curve([1.0, 8.0, 64.0], [1e-9, 1e-9, 4e-9], [0.1e-9, 0.5e-9, 4e-9])
@@ -77,7 +76,7 @@ def test_predictions_are_kept_and_added_up(tmp_path, monkeypatch: pytest.MonkeyP
 
     store([one(0.1)] * 15 + [one(0.3)] * 10 + [one(float("nan"))], tmp_path / "run")
     (found,) = error_table(load())
-    assert (found.count, found.within_20) == (25, 0.6)
+    assert (found.number, found.within_20) == (25, 0.6)
     assert found.median == pytest.approx(0.1) and found.drift == pytest.approx(0.2)
     (tmp_path / "run" / "predictions.jsonl").write_text("no JSON\n")
     with pytest.raises(ConfigError, match="line 1 is no prediction"):

@@ -16,7 +16,6 @@ from moesaic.plan.plan import ServingPlan, TrainingPlan, make_plan
 from moesaic.plan.roofline import Speculation, decode_step, step_time
 from moesaic.plan.routing import Shares
 from moesaic.plan.which import which
-
 from tests.tiny import tiny_config
 
 
@@ -38,13 +37,17 @@ def test_no_torch_on_the_path() -> None:
     assert "moesaic.plan.plan" in done.stderr and "torch" not in done.stderr
 
 
-def test_every_preset_has_a_plan_within_a_second() -> None:
+LARGE = ["deepseek-v3", "deepseek-v4-pro", "kimi-k2", "llama-3.1-405b", "qwen3-235b-a22b", "gpt-oss-120b", "glm-5"]
+SMALL = [name for name in families.presets() if name not in LARGE]
+
+
+@pytest.mark.parametrize("name", [*LARGE, *(pytest.param(name, marks=pytest.mark.slow) for name in SMALL)])
+def test_a_preset_has_a_plan_within_a_second(name: str) -> None:
     """Of processor time, so that a busy machine does not fail it."""
-    for name in families.presets():
-        start = time.process_time()
-        plan = make_plan(name, machine="8xh200", users=4, context=512)
-        assert time.process_time() - start < 1.0, name
-        json.dumps(plan.to_dict())
+    start = time.process_time()
+    plan = make_plan(name, machine="8xh200", users=4, context=512)
+    assert time.process_time() - start < 1.0
+    json.dumps(plan.to_dict())
 
 
 def test_the_first_line_says_what_binds() -> None:
@@ -113,7 +116,7 @@ def test_an_moe_against_dense_models() -> None:
 
 
 def test_disclosed_costs() -> None:
-    """DeepSeek-V3: 2,788K H800 hours at $2 are $5.576M; one machine-hour of $16 at 14.8k tokens/s is $0.30 a million."""
+    """DeepSeek-V3: 2,788K H800 hours at $2 are $5.576M; a node's hour of $16 at 14.8k tokens/s is $0.30 a million."""
     machine = hardware.find_machine("2048xh800")
     assert cost.cost_of_hours(2_788_000, machine).dollars == pytest.approx(5.576e6)
     assert cost.cost_of_hours(180_000, machine).days == pytest.approx(3.66, abs=0.01)
@@ -137,7 +140,7 @@ def test_which_models_fit() -> None:
     found = which(hardware.find_machine("h100"), users=8, context=4096)
     assert found == sorted(found, key=lambda choice: -choice.size)
     assert {"gpt-oss-120b", "qwen3-30b-a3b"} <= {choice.model for choice in found}
-    with pytest.raises(ConfigError, match="needs .*xl4"):
+    with pytest.raises(ConfigError, match=r"needs .*xl4"):
         which(hardware.find_machine("l4"), users=5000, context=32768)
 
 

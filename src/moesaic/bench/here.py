@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -38,6 +38,8 @@ from moesaic.plan.hardware import Device, Efficiency, Machine, Number, here_file
 from moesaic.plan.kernels import Curve, KernelRates
 
 ROWS = (1, 4, 8, 16, 32, 64, 128, 256, 512)
+WAITING_ROWS = 128
+"""Up to so many rows of a step products may wait for memory; beyond them they compute."""
 ROUNDS = 4
 _SHORT, _LONG, _TEXTS, _PIECE = 64, 1024, 4, 512
 
@@ -82,7 +84,9 @@ def measure(threads: int | None = None, *, keep: bool = True) -> Here:
         bandwidth=bench.usual,
         sizes=sizes,
         bandwidths=bandwidths,
-        **curves,
+        linear=curves["linear"],
+        experts=curves["experts"],
+        head=curves["head"],
         **bench.small_parts(),
         base_bytes=_base_bytes(),
         about={"processor": measured.processor, "threads": threads, "isa": measured.isa, "date": _today()},
@@ -105,12 +109,13 @@ class _Bench:
 
     def __init__(self, probe: ReadProbe, threads: int) -> None:
         self.probe, self.threads = probe, threads
+        self.flood = min(probe.num_bytes, max(2**28, 4 * last_cache_bytes()) // 64 * 64)  # leaves nothing in caches
         self.usual = statistics.median(probe.bandwidth() for _ in range(5))
 
     def products(self, setting: Setting) -> Iterator[tuple[str, str, Curve]]:
         """Curves of projections, experts and head, by what they are made of."""
         cold_engine = made_up_engine(made_up_config(), bits=setting.bits, codes=setting.codes, threads=self.threads)
-        cold = {rows: self._cold(cold_engine, rows) for rows in ROWS}
+        cold = {rows: self._cold(cold_engine, rows) for rows in ROWS if rows <= WAITING_ROWS}
         del cold_engine
         small = made_up_engine(made_up_config(layers=1), bits=setting.bits, codes=setting.codes, threads=self.threads)
         hot = {rows: _repeated(small, rows) for rows in ROWS}
@@ -125,15 +130,15 @@ class _Bench:
         """A step that finds nothing in the caches: of a few that whose bytes took least of the memory's bandwidth."""
 
         def once() -> Cold:
-            before = self.probe.bandwidth()
-            parts = _parts_of_step(engine, rows)
-            return Cold(parts, (before + self.probe.bandwidth()) / 2)
+            return Cold(parts=_parts_of_step(engine, rows), bandwidth=self.probe.bandwidth(self.flood))
 
-        once()
+        self.probe.bandwidth(self.flood)
+        _parts_of_step(engine, rows)  # buffers grow
+        self.probe.bandwidth(self.flood)
         samples = [once() for _ in range(ROUNDS)]
         return min(samples, key=lambda sample: sum(sample.parts.values()) * sample.bandwidth)
 
-    def small_parts(self) -> dict[str, object]:
+    def small_parts(self) -> dict[str, Any]:
         """Seconds of what is no product with weights, for each number that it touches."""
         score: dict[str, float] = {}
         prompt_score: dict[str, float] = {}
@@ -183,7 +188,7 @@ def _repeated(engine: Engine, rows: int) -> dict[str, float]:
     """The least that each part takes in a few steps, which find in the caches what fits there."""
     for _ in range(2):
         _parts_of_step(engine, rows)
-    samples = [_parts_of_step(engine, rows) for _ in range(9)]
+    samples = [_parts_of_step(engine, rows) for _ in range(9 if rows <= WAITING_ROWS else 3)]
     return {part: min(sample[part] for sample in samples) for part in samples[0]}
 
 
@@ -202,6 +207,9 @@ def _curve(part: str, cold: dict[int, Cold], hot: dict[int, dict[str, float]], u
         layers = 1 if part == "head" else 6
         rows.append(own)
         hot_s.append(hot[tokens][part] / weights)
+        if tokens not in cold:
+            cold_s.append(hot_s[-1])
+            continue
         seconds = max(hot_s[-1], cold[tokens].parts[part] / (weights * layers))
         waiting = 1.0 - (hot_s[-1] / seconds) ** 2
         cold_s.append(seconds * (1 + waiting * (cold[tokens].bandwidth / usual - 1)))

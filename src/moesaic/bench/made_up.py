@@ -48,7 +48,8 @@ class MadeUpWeights:
     dtype = torch.bfloat16
 
     def __init__(self, config: ModelConfig, codes: CodesFormat | None = None) -> None:
-        self.config, self.codes = config, codes
+        self.config = config
+        self.codes: CodesFormat | None = codes
         self._specs = {spec.name: spec for spec in config.tensors()}
         self._drawn: dict[tuple[int, ...], Tensor] = {}
 

@@ -28,7 +28,7 @@ def run(args: argparse.Namespace) -> int:
         [
             errors.source,
             errors.quantity,
-            str(errors.count),
+            str(errors.number),
             f"{errors.median:.1%}",
             f"{errors.ninety:.1%}",
             f"{errors.within_20:.0%}",

@@ -20,8 +20,7 @@ def run(args: argparse.Namespace) -> int:
     assert machine is not None, "one is named"
     users = 1 if args.users is None else read_count("--users", args.users)
     context = CONTEXT if args.context is None else read_count("--context", args.context, binary=True)
-    formats = {"formats": (args.format,)} if args.format else {}
-    found = which(machine, users=users, context=context, **formats)
+    found = which(machine, users=users, context=context, formats=(args.format,) if args.format else None)
     if args.json:
         output.print_json({"machine": machine.name, "models": [choice._asdict() for choice in found]})
         return 0

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from moesaic.cli import output
+from moesaic.cli.foretelling import StepWatch
 from moesaic.cli.recipes import Source, print_recipe, show_derived, source_of
 from moesaic.cli.text_source import AnyText, add_corpus_argument, gather_for
 from moesaic.cli.watch import watch
@@ -176,7 +177,8 @@ def _train(trainer: "Trainer", folder: "RunFolder", args: argparse.Namespace) ->
     from moesaic.train.profile import StepProfiler
 
     with ExitStack() as stack:
-        listeners = [stack.enter_context(watch("training", trainer.settings.steps))]
+        steps = StepWatch(trainer)
+        listeners = [stack.enter_context(watch("training", trainer.settings.steps)), steps]
         if args.tensorboard:
             listeners.append(_board(stack, folder.path / "tensorboard", trainer.step + 1))
         profiler = None
@@ -186,6 +188,7 @@ def _train(trainer: "Trainer", folder: "RunFolder", args: argparse.Namespace) ->
             trainer.train(*listeners)
         except Interrupted as stop:
             raise Interrupted(f"{stop}: moesaic train --out {args.out} --resume") from stop
+    steps.keep(str(folder.path), folder.path)
     if profiler is None:
         return None
     if profiler.found is None:

@@ -226,10 +226,10 @@ def _price(name: str, entry: Any, where: str) -> Price:
     known = {"input", "output", "cached", "date", "source"}
     if not isinstance(entry, dict) or not {"input", "output"} <= entry.keys() <= known:
         raise ConfigError(f"{where}: [{name}] needs input and output, and may have cached, date and source")
-    amounts = {
+    amounts: dict[str, Any] = {
         kind: quantity(entry[kind], "$/Mtok", f"{where}: {kind} of {name}")
         for kind in ("input", "output", "cached")
         if kind in entry
     }
-    words = {kind: str(entry[kind]) for kind in ("date", "source") if kind in entry}
+    words: dict[str, Any] = {kind: str(entry[kind]) for kind in ("date", "source") if kind in entry}
     return Price(name=name, **amounts, **words)

@@ -262,14 +262,14 @@ def read_device(name: str, entry: Any, where: str) -> Device:
     require(
         isinstance(per_node, int) and per_node > 0, f"{where}: per_node={per_node!r} of machine {name}; give 1 or more"
     )
-    given = {
+    given: dict[str, Any] = {
         ours: quantity(entry[theirs], unit, f"{where}: {theirs} of machine {name}")
         for theirs, (ours, unit) in _QUANTITIES.items()
         if theirs in entry
     }
     for ours in ("memory_bytes", "bandwidth"):
         require(given[ours] > 0, f"{where}: machine {name} has {ours} 0; give more")
-    words = {each: str(entry[each]) for each in _WORDS if each in entry}
+    words: dict[str, Any] = {each: str(entry[each]) for each in _WORDS if each in entry}
     rates = _rates(name, entry["flops"], where)
     efficiency = _efficiency(name, entry.get("efficiency", {}), where)
     return Device(name=name, kind=kind, flops=rates, per_node=per_node, efficiency=efficiency, **given, **words)

@@ -10,11 +10,11 @@ from moesaic.tensor_spec import TensorSpec
 
 
 class LayerKind(NamedTuple):
-    """Equal layers: one of them, the number of the first, and how many there are."""
+    """Equal layers: one of them, the number of the first, and how often there is one."""
 
     layer: LayerConfig
     first: int
-    count: int
+    times: int
 
 
 def layer_kinds(layers: Sequence[LayerConfig]) -> list[LayerKind]:

@@ -294,7 +294,7 @@ def activation_bytes(config: ModelConfig, training: Training, layout: Layout) ->
     waiting = training.in_flight or layout.pp
     layers = max(
         sum(
-            _kept_of_layer(kind.layer, config.hidden_size, training, layout) * kind.count for kind in layer_kinds(stage)
+            _kept_of_layer(kind.layer, config.hidden_size, training, layout) * kind.times for kind in layer_kinds(stage)
         )
         for stage in stage_layers(config, layout.pp)
     )

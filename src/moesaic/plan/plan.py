@@ -3,15 +3,17 @@
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from moesaic import hub
 from moesaic.config import ModelConfig
 from moesaic.errors import ConfigError
 from moesaic.plan.cost import Price, ServingCost, TrainingCost, Workload, serving_cost
 from moesaic.plan.dense import Crossover, Equal, crossover, dense_equals
+from moesaic.plan.flops import Step
 from moesaic.plan.formats import Formats, as_released, named, total_bytes
 from moesaic.plan.hardware import Machine, find_machine
+from moesaic.plan.kernels import EngineStep, engine_step, measured_rates
 from moesaic.plan.kinds import with_shared_layers
 from moesaic.plan.layout import Layout
 from moesaic.plan.memory import DeviceMemory, Training
@@ -25,12 +27,21 @@ from moesaic.plan.verdict import Verdict, serving_verdict, smallest_count, train
 Task = Literal["serve", "train"]
 DEFAULT_DEVICE = "h100"
 CONTEXT = 8192
+HERE = "here"
+
+
+class EngineTimes(NamedTuple):
+    """Of moesaic's engine: a decode step of all users, and prompt tokens a second, by kernels measured one by one."""
+
+    decode: EngineStep
+    prompt_rate: float
 
 
 @dataclass(frozen=True, kw_only=True)
 class ServingPlan:
     """A plan for answering. offload: where experts lie that do not fit; None where all fit, or nothing holds them.
 
+    engine: on a machine whose kernels were measured, what moesaic's own engine takes; None elsewhere.
     dense: against dense models of equal active size, quality and total size; empty for a dense model.
     """
 
@@ -50,6 +61,7 @@ class ServingPlan:
     utilisation: float
     prices: tuple[Price, ...]
     offload: Offload | None
+    engine: EngineTimes | None = None
 
     @property
     def fits(self) -> bool:
@@ -80,6 +92,7 @@ class ServingPlan:
             "workload": asdict(self.workload),
             "cost": asdict(self.cost),
             "prices": [asdict(price) | {"month": price.month(self.workload)} for price in self.prices],
+            "engine": None if self.engine is None else self.engine._asdict() | {"decode": self.engine.decode._asdict()},
             "offload": None if self.offload is None else _offload(self.offload, decode.seconds),
         }
 
@@ -228,7 +241,31 @@ def _serving_plan(
         utilisation=utilisation,
         prices=prices,
         offload=_offloaded(serving, memory),
+        engine=_engine_times(serving),
     )
+
+
+def _engine_times(serving: Serving) -> EngineTimes | None:
+    """By measured kernels; None where none were, or for what the engine does not run or pack so."""
+    rates = measured_rates() if serving.machine.device.name == HERE else None
+    if rates is None:
+        return None
+    formats = replace(
+        serving.formats, by_role={role: _held.get(name, name) for role, name in serving.formats.by_role.items()}
+    )
+    step = Step(kind="decode", texts=serving.users, new=1, context=max(1, serving.context // 2))
+    prompt = min(512, serving.context)
+    try:
+        read = engine_step(rates, serving.config, formats, Step(kind="prefill", texts=1, new=prompt, context=prompt))
+        return EngineTimes(
+            engine_step(rates, serving.config, formats, step, routing=serving.routing), prompt / read.seconds
+        )
+    except ConfigError:
+        return None
+
+
+_held = {"fp8": "fp8-128"}
+"""How the engine holds what files have."""
 
 
 def _offloaded(serving: Serving, memory: DeviceMemory) -> Offload | None:

@@ -17,7 +17,8 @@ from moesaic.config import MoeConfig
 class Routing(Protocol):
     """What a plan asks of a model's routing. layer: the number of a layer, since shares differ between them."""
 
-    name: str
+    @property
+    def name(self) -> str: ...
 
     def distinct(self, moe: MoeConfig, layer: int, num_tokens: float) -> float:
         """How many of the E experts so many tokens choose between them."""

@@ -106,8 +106,8 @@ class CurvePoint(NamedTuple):
 def batch_curve(serving: Serving, most: int | None = None) -> list[CurvePoint]:
     """Batches of 1, 2, 4, ... and the largest that fits."""
     fitting = serving.most_users if most is None else most
-    batches = sorted({*(2**power for power in range(11)), *([fitting] if 0 < fitting < 2**14 else [])})
-    return [_point(serving, batch, fitting) for batch in batches]
+    batches: set[int] = {1 << power for power in range(11)} | ({fitting} if 0 < fitting < 2**14 else set())
+    return [_point(serving, batch, fitting) for batch in sorted(batches)]
 
 
 def _point(serving: Serving, users: int, fitting: int) -> CurvePoint:

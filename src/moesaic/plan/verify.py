@@ -46,7 +46,7 @@ class Errors(NamedTuple):
 
     source: str
     quantity: str
-    count: int
+    number: int
     median: float
     ninety: float
     within_20: float

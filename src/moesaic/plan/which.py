@@ -38,15 +38,16 @@ class Choice(NamedTuple):
 
 
 def which(
-    machine: Machine, *, users: int, context: int, least_rate: float = LEAST_RATE, formats: Sequence[str] = FORMATS
+    machine: Machine, *, users: int, context: int, least_rate: float = LEAST_RATE, formats: Sequence[str] | None = None
 ) -> list[Choice]:
-    """Every preset that fits and is fast enough, in the widest of these formats that does, the largest first.
+    """Every preset that fits and is fast enough, in the first of these formats that does, the largest first.
 
-    Raises ConfigError where there is none, saying what the smallest model would need.
+    formats: None: as it was released, then FORMATS. Raises ConfigError where there is none, saying what the smallest
+    model would need.
     """
     found, models = [], _models(context)
     for name, config in models.items():
-        for format_ in dict.fromkeys((as_released(config.family), *formats)):
+        for format_ in formats or dict.fromkeys((as_released(config.family), *FORMATS)):
             choice = _choice(name, config, format_, machine, users, context, least_rate)
             if choice is not None:
                 found.append(choice)
