@@ -36,6 +36,7 @@ TORCH_FREE = [
     "tensor_spec.py",
     "config",
     "trace",
+    "placement",
     "plan",
     "models/weight_map.py",
     "families",
@@ -124,6 +125,7 @@ QUICK = [
     ["count", "qwen3-30b-a3b"],
     ["plan", "qwen3-30b-a3b", "--machine", "h100"],
     ["plan", "compare", "mixtral-8x7b", "llama-2-70b", "--machine", "2xh100", "--context", "4k"],
+    ["plan", "claims"],
 ]
 
 
