@@ -25,8 +25,10 @@ from moesaic.hub.staging import replaced_folder
 from moesaic.train.reports import MetricsFile
 from moesaic.train.snapshot import SavedStep, Snapshot
 
-MAY_CHANGE = frozenset({"keep_checkpoints", "keep_best", "async_checkpoints", "checkpoint_every"})
-"""Fields of the recipe that a resumed run may have otherwise: they decide what is kept and not what is computed."""
+MAY_CHANGE = frozenset({"keep_checkpoints", "keep_best", "async_checkpoints", "checkpoint_every", "device"})
+"""Fields of the recipe that a resumed run may have otherwise: they decide what is kept, or where and not what is
+computed. (Another device rounds sums otherwise: what follows is then near to what would have been, not the same bits.)
+"""
 
 _STEP_FOLDER = re.compile(r"step-(\d+)")
 _LEFT_BEHIND = re.compile(r"\.step-\d+\.(new|old)-[0-9a-f]+")
