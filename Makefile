@@ -1,6 +1,8 @@
 # Everything from a fresh clone: a Python 3.11+ and a C++ compiler are all that is needed.
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
+# Tests go to whichever process is free.
+SPREAD ?= -n logical --dist worksteal
 ARGS ?=
 
 BIN := .venv/bin
@@ -41,11 +43,11 @@ demo: $(DEMO_STAMP)  ## train a small MoE and its dense twins, compare them, tal
 	$(BIN)/moesaic demo $(ARGS)
 
 test: $(STAMP)  ## run the tests
-	$(BIN)/python -m pytest -m 'not slow' $(ARGS)
+	$(BIN)/python -m pytest -m 'not slow' $(SPREAD) $(ARGS)
 
 # pytest exits with 5 when no test is selected, which is no failure here.
 test-slow: $(DEMO_STAMP)  ## run the slow tests, with the embedded model
-	$(BIN)/python -m pytest -m slow $(ARGS) || test $$? -eq 5
+	$(BIN)/python -m pytest -m slow $(SPREAD) $(ARGS) || test $$? -eq 5
 
 # What builds csrc outside of pip's own short-lived environments, so that nothing moves and little is built anew.
 $(TOOLS_STAMP): $(STAMP)

@@ -4,16 +4,10 @@
 // sums of a group start with minus the offset times the sum of the row's bytes.
 #pragma once
 
+#include "always_inline.h"
 #include "fetch.h"
 #include "packed.h"
 #include "simd.h"
-
-// Sums stay in registers only where everything that touches them is inlined.
-#if defined(__GNUC__)
-#define MOESAIC_INLINE inline __attribute__((always_inline))
-#else
-#define MOESAIC_INLINE inline
-#endif
 
 namespace moesaic::MOESAIC_ISA {
 

@@ -152,8 +152,12 @@ MOESAIC_INLINE void bf16_of_e4m3(const uint8_t *codes, uint8_t *pairs) {
 
 // The numbers of a block of fp8, without its scales, as a strip of bf16 has them [64][32][2].
 MOESAIC_INLINE void bf16_of_block(const uint8_t *block, uint8_t *pairs) {
+    fetch_ahead(block, 4 * strip_outputs);
     const uint8_t *codes = block + 4 * strip_outputs;
-    for (int i = 0; i < 32; ++i) bf16_of_e4m3(codes + i * 4 * strip_outputs, pairs + i * 8 * strip_outputs);
+    for (int i = 0; i < 32; ++i) {
+        fetch_ahead(codes + i * 4 * strip_outputs, 4 * strip_outputs);
+        bf16_of_e4m3(codes + i * 4 * strip_outputs, pairs + i * 8 * strip_outputs);
+    }
 }
 
 // Twice the values of the 16 codes of e2m1, plus 12; the scales of rows are halved for it.
