@@ -17,6 +17,7 @@ WRITING = [
     "--top-p P",
     "--seed N",
     "--dtype {fp32,bf16}",
+    "--device DEVICE",
     "--bits {4,8}",
     "--experts-bits {4,8}",
     "--json",
