@@ -16,7 +16,13 @@ from moesaic.plan.plan import CONTEXT, ServingPlan, TrainingPlan, make_plan, rea
 from moesaic.plan.roofline import Speculation
 from moesaic.plan.units import quantity
 
-SUBVERBS = {"compare": "plan_compare", "verify": "plan_verify"}
+SUBVERBS = {
+    "compare": "plan_compare",
+    "verify": "plan_verify",
+    "simulate": "plan_simulate",
+    "claims": "plan_claims",
+    "disclosed": "plan_disclosed",
+}
 """First words that are no model: `moesaic.cli.<module>` with `run(args) -> int` takes the words after them."""
 
 
@@ -26,14 +32,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "example: moesaic plan deepseek-v3 --machine 8xh200 --users 64\n"
         "         moesaic plan --machine 8xh100 --task serve --users 50 --context 8k\n"
         "         moesaic plan compare mixtral-8x7b llama-2-70b --machine 2xh100 --plot FILE\n"
-        "         moesaic plan verify"
+        "         moesaic plan simulate deepseek-v3 --machine 2048xh800 --set rate=1500\n"
+        "         moesaic plan verify\n"
+        "         moesaic plan disclosed\n"
+        "         moesaic plan claims"
     )
     parser.add_argument(
         "words",
         nargs="*",
         metavar="MODEL",
         help="a preset, a folder, a config.json or a .gguf file; none: which models fit. `compare A B`: two side by "
-        "side; `verify`: what was predicted beside what was measured",
+        "side; `verify`: what was predicted beside what was measured; `simulate MODEL`: a cluster, event by event; "
+        "`disclosed`, `claims`: what others published and what people write, beside what is predicted",
     )
     parser.add_argument(
         "--machine",
@@ -54,7 +64,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--layout", metavar="A=N,..", help="how it is spread: tp, ep, etp, pp, dp, redundant (the fastest that fits)"
     )
-    parser.add_argument("--routing", metavar="FILE", help="a routing trace of this model (experts are chosen evenly)")
+    parser.add_argument(
+        "--routing",
+        metavar="FILE",
+        help="a routing trace of this model (experts are chosen evenly); with simulate also `uniform`, `recorded` "
+        'or JSON {"loads": [[...], ...]} (recorded)',
+    )
     parser.add_argument(
         "--speculate", metavar="N[,A]", help="N drafted tokens a step, of which a share A is accepted (0; 0.7)"
     )
@@ -74,8 +89,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a finer setting: overlap, utilisation, quality, host_memory, ssd, ssd_bandwidth, recompute, zero, "
         "micro_batch, batch_tokens",
     )
-    parser.add_argument("--report", metavar="FILE", help="write a page with pictures (HTML)")
-    parser.add_argument("--plot", metavar="FILE", help="with compare: draw both over batches as an SVG file")
+    parser.add_argument(
+        "--report", metavar="FILE", help="write a page with pictures (HTML; with disclosed and claims Markdown)"
+    )
+    parser.add_argument(
+        "--plot", metavar="FILE", help="with compare: draw both over batches, with simulate what waits, as an SVG file"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON document")
 
 
@@ -122,7 +141,7 @@ def plan_of(model: str, args: argparse.Namespace) -> ServingPlan | TrainingPlan:
         users=1 if args.users is None else read_count("--users", args.users),
         layout=None if args.layout is None else read_layout(args.layout),
         routing=_routing(args.routing, model),
-        speculation=_speculation(args.speculate),
+        speculation=speculation_of(args.speculate),
         overlap=settings.overlap,
         workload=None if args.workload is None else read_workload(args.workload),
         utilisation=settings.utilisation,
@@ -161,7 +180,7 @@ def _here() -> hardware.Machine:
         return here.measure().machine
 
 
-def _speculation(text: str | None) -> Speculation | None:
+def speculation_of(text: str | None) -> Speculation | None:
     if text is None:
         return None
     count, _, share = text.partition(",")
