@@ -56,7 +56,7 @@ def test_least_squares_find_what_things_take() -> None:
     ]
     counts = np.array([time_counts(cell) for cell in cells])
     true = np.array([1e-10, 2e-10, 0, 0, 1e-9, 0, 1e-9, 1e-5, 1e-4])
-    taken = fitted(counts, counts @ true)
+    taken = fitted(counts, (counts @ true).tolist())
     assert counts @ np.array(taken) == pytest.approx(counts @ true, rel=1e-3)
     bytes_taken = [1.0, 1.2, 1.0, 1e6]
     rates = TrainingRates(seconds={"fp32": taken}, num_bytes={"fp32": bytes_taken}, base_bytes=2e8)

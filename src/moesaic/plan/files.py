@@ -52,9 +52,9 @@ def _of_gguf(path: Path, config: ModelConfig, cache: str) -> Formats:
         if len(spec.shape) > 1 and spec.is_parameter:
             held[spec.role] += sum(sizes[piece.name] for piece in weight_map[spec.name])
             numbers[spec.role] += spec.numel
-    bits = {role: 8 * held[role] / numbers[role] for role in ROLES if numbers[role]}
-    like = {role: _nearest(each) for role, each in bits.items()}
-    return Formats(name="as in the file", by_role=dict.fromkeys(ROLES, "bf16") | like, cache=cache, bits=bits)
+    bits: dict[Role, float] = {role: 8 * held[role] / numbers[role] for role in ROLES if numbers[role]}
+    like: dict[Role, str] = {role: _nearest(bits[role]) if role in bits else "bf16" for role in ROLES}
+    return Formats(name="as in the file", by_role=like, cache=cache, bits=bits)
 
 
 def _nearest(bits: float) -> str:
