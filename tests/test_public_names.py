@@ -15,6 +15,7 @@ SIGNATURES = {
         "(path_or_model, *, bits=None, experts_bits=None, dtype=None, threads=None, max_length=None, "
         "cache_in_bf16=None, packed_file=None, mtp=False)"
     ),
+    "lint": "(build, *, ranks=2)",
     "load": "(path_or_preset, *, dtype=None, device='cpu', allow_extra=False)",
     "place_experts": "(load_LE, *, num_slots, num_ranks, num_nodes=1, num_groups=1, method='refined')",
     "save": "(model, folder, *, tokenizer=None, max_shard_bytes=5000000000)",
@@ -34,6 +35,7 @@ def test_the_names() -> None:
         "MoesaicError",
         "__version__",
         "generate",
+        "lint",
         "load",
         "make_plan",
         "place_experts",

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from moesaic.models.decoder import route
     from moesaic.placement import place_experts
     from moesaic.plan.plan import make_plan
+    from moesaic.train.lint.suite import lint
 
 __all__ = [
     "Engine",
@@ -20,6 +21,7 @@ __all__ = [
     "MoesaicError",
     "__version__",
     "generate",
+    "lint",
     "load",
     "make_plan",
     "place_experts",
@@ -34,6 +36,7 @@ _HOMES = {
     "ModelConfig": "moesaic.config",
     "MoesaicError": "moesaic.errors",
     "generate": "moesaic.engine.generate",
+    "lint": "moesaic.train.lint.suite",
     "load": "moesaic.hub.loading",
     "make_plan": "moesaic.plan.plan",
     "place_experts": "moesaic.placement",

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from moesaic.cli import output
+from moesaic.cli.live_block import watch
 from moesaic.cli.text_source import Text, add_corpus_argument, gather_text
-from moesaic.cli.watch import watch
 from moesaic.errors import ConfigError, MoesaicError, RunFolderError
 
 if TYPE_CHECKING:

@@ -24,11 +24,15 @@ VERBS = {
     "train": "train a model, or a sweep of models, from a recipe",
     "generate": "continue a prompt",
     "chat": "talk to a model",
+    "inspect": "see what a model's experts are for, on a page",
+    "watch": "follow a run on a page that stays on this machine",
+    "doctor": "say what is ill about a model's routers and experts, and what would help",
     "trace": "record which expert serves which token, or show such a recording",
     "count": "count a model's parameters, bytes and FLOPs without loading it",
     "plan": "say what a model needs of a machine, how fast it is there, and what it costs",
     "convert": "turn a checkpoint into a Hugging Face safetensors folder",
     "quantize": "round a checkpoint's weights to 8 or 4 bits",
+    "lint": "find out by experiment what a training set-up does to its experts",
     "bench": "measure this machine, and how near to its limits a model runs",
 }
 EXAMPLE = "example: moesaic count mixtral-8x7b"

@@ -15,6 +15,7 @@ from moesaic.trace import Fingerprint, LayerFingerprint, Trace, TraceWriter
 
 if TYPE_CHECKING:  # what shows a trace needs no torch
     from moesaic.cli.text import Opened
+    from moesaic.config import ModelConfig
     from moesaic.data.packed import Packed
     from moesaic.models.decoder import Decoder
 
@@ -151,7 +152,7 @@ def _row(layer: dict[str, Any]) -> list[str]:
     ]
 
 
-class _Batch(NamedTuple):
+class Batch(NamedTuple):
     """Windows of text, B x S. mask_BS: false for padding; None without any."""
 
     token_ids_BS: np.ndarray
@@ -159,12 +160,12 @@ class _Batch(NamedTuple):
     domain: int | None = None
 
 
-class _Batches(NamedTuple):
+class Batches(NamedTuple):
     """What is read. num_tokens is an upper bound, for the progress bar."""
 
     num_tokens: int
     domains: tuple[str, ...]
-    batches: Iterator[_Batch]
+    batches: Iterator[Batch]
 
 
 def _record(args: argparse.Namespace) -> None:
@@ -175,12 +176,13 @@ def _record(args: argparse.Namespace) -> None:
     config = hub.read_config(args.model)
     config.check_decoder_only("trace")
     fingerprint = Fingerprint.of(config)  # a model without experts is refused before its weights are read
-    length = args.sequence_length or min(SEQUENCE_LENGTH, config.context_length)
-    if not 1 <= length <= config.context_length:
-        raise ConfigError(f"--sequence-length {length}; this model takes 1 to {config.context_length} tokens")
+    length = window_length(args.sequence_length, config)
     text = args.text.read_bytes() if args.text else b""
     opened = open_model(args.model, args.dtype)
-    found = _read_text(opened, text, args, length) if args.text else _read_corpus(args, length)
+    if args.text:
+        found = read_text(opened, text, args.text, args.max_tokens, length)
+    else:
+        found = read_corpus(args.model, args.corpus, args.max_tokens, length)
     with (
         TraceWriter(args.out, fingerprint, domains=found.domains) as writer,
         output.progress("tracing", found.num_tokens) as advance,
@@ -189,7 +191,15 @@ def _record(args: argparse.Namespace) -> None:
             advance(num_tokens, f"{writer.num_tokens} tokens")
 
 
-def _trace(model: "Decoder", batches: Iterator[_Batch], writer: TraceWriter) -> Iterator[int]:
+def window_length(asked: int | None, config: "ModelConfig") -> int:
+    """How many tokens a window has. Raises ConfigError for more than the model takes."""
+    length = asked or min(SEQUENCE_LENGTH, config.context_length)
+    if not 1 <= length <= config.context_length:
+        raise ConfigError(f"--sequence-length {length}; this model takes 1 to {config.context_length} tokens")
+    return length
+
+
+def _trace(model: "Decoder", batches: Iterator[Batch], writer: TraceWriter) -> Iterator[int]:
     """Run the model over each batch, as in evaluation: dropless. Yields the tokens of each batch when it is written."""
     import torch
 
@@ -205,46 +215,48 @@ def _trace(model: "Decoder", batches: Iterator[_Batch], writer: TraceWriter) -> 
             yield batch.token_ids_BS.size
 
 
-def _read_text(opened: "Opened", text: bytes, args: argparse.Namespace, length: int) -> _Batches:
+def read_text(opened: "Opened", text: bytes, place: Path, max_tokens: int, length: int) -> Batches:
+    """A file's text in windows, by the model's own tokenizer. Raises DataError for one without any."""
     from moesaic.cli.text import decode_utf8
 
-    ids = np.array(opened.tokenizer.encode(decode_utf8(text, str(args.text)), add_special_tokens=True), np.int64)
-    ids = ids[: args.max_tokens]
+    ids = np.array(opened.tokenizer.encode(decode_utf8(text, str(place)), add_special_tokens=True), np.int64)
+    ids = ids[:max_tokens]
     if not ids.size:
-        raise DataError(f"{args.text} holds no text; give a file with at least one token")
-    return _Batches(len(ids), (), _windows(ids, length))
+        raise DataError(f"{place} holds no text; give a file with at least one token")
+    return Batches(len(ids), (), _windows(ids, length))
 
 
-def _windows(ids: np.ndarray, length: int) -> Iterator[_Batch]:
+def _windows(ids: np.ndarray, length: int) -> Iterator[Batch]:
     """All of the text in windows; the last one, when it is shorter, by itself."""
     whole = len(ids) // length * length
     windows = ids[:whole].reshape(-1, length)
     rows = max(1, BATCH_TOKENS // length)
     for first in range(0, len(windows), rows):
-        yield _Batch(windows[first : first + rows])
+        yield Batch(windows[first : first + rows])
     if whole < len(ids):
-        yield _Batch(ids[None, whole:])
+        yield Batch(ids[None, whole:])
 
 
-def _read_corpus(args: argparse.Namespace, length: int) -> _Batches:
+def read_corpus(model: str, corpus: Path | None, max_tokens: int, length: int) -> Batches:
+    """The held-out windows of a corpus (None: the embedded one), domain by domain, by the model's own tokenizer."""
     from moesaic.cli.text_source import gather_text
     from moesaic.hub.resolve import weights_place
 
-    place = weights_place(args.model)
+    place = weights_place(model)
     if place.kind != "folder":
         raise ConfigError(
-            f"{args.model} is no folder, and text is packed with a folder's tokenizer.json; give --text FILE, or make "
-            f"a folder with `moesaic convert {args.model} OUT_FOLDER`"
+            f"{model} is no folder, and text is packed with a folder's tokenizer.json; give --text FILE, or make "
+            f"a folder with `moesaic convert {model} OUT_FOLDER`"
         )
-    packed = gather_text(args.corpus, 0, place.path).packed
-    num_tokens = sum(min(len(domain.held_out), args.max_tokens) for domain in packed.domains)
-    return _Batches(num_tokens, packed.names, _held_out(packed, length, args.max_tokens))
+    packed = gather_text(corpus, 0, place.path).packed
+    num_tokens = sum(min(len(domain.held_out), max_tokens) for domain in packed.domains)
+    return Batches(num_tokens, packed.names, _held_out(packed, length, max_tokens))
 
 
-def _held_out(packed: "Packed", length: int, max_tokens: int) -> Iterator[_Batch]:
+def _held_out(packed: "Packed", length: int, max_tokens: int) -> Iterator[Batch]:
     from moesaic.data.held_out import held_out_windows
 
     by_domain = held_out_windows(packed, length, max_tokens, batch_size=max(1, BATCH_TOKENS // length))
     for domain, batches in enumerate(by_domain.values()):
         for batch in batches:
-            yield _Batch(batch.inputs_BS, None if batch.mask_BS.all() else batch.mask_BS, domain)
+            yield Batch(batch.inputs_BS, None if batch.mask_BS.all() else batch.mask_BS, domain)

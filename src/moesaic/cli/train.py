@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from moesaic.cli import output
 from moesaic.cli.foretelling import StepWatch
+from moesaic.cli.live_block import watch
 from moesaic.cli.recipes import Source, print_recipe, show_derived, source_of
 from moesaic.cli.text_source import AnyText, add_corpus_argument, gather_for
-from moesaic.cli.watch import watch
+from moesaic.cli.watch import watched_by_page
 from moesaic.errors import ConfigError, RunFolderError
+from moesaic.kernels.devices import described, device_of
 
 if TYPE_CHECKING:
     from moesaic.train.loop import Listener, Trainer
@@ -74,7 +76,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--resume", action="store_true", help="go on with what --out holds, by the recipe it was started with"
     )
+    parser.add_argument(
+        "--doctor",
+        choices=["advise", "act", "off"],
+        help="say what is ill about routers and experts, or mend it too and undo what does not help "
+        "(sets train.doctor; off)",
+    )
     parser.add_argument("--tensorboard", action="store_true", help="write event files for TensorBoard, too")
+    parser.add_argument("--watch", action="store_true", help="open a page on this machine that follows the run")
+    parser.add_argument("--no-browser", action="store_true", help="with --watch: only say where the page is")
+    parser.add_argument("--prometheus", action="store_true", help="keep RUN/metrics.prom, routing for Prometheus, too")
     parser.add_argument(
         "--profile",
         metavar="STEPS",
@@ -95,6 +106,12 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError(f"--profile {args.profile}; give the number of steps to profile, 1 or more")
     if args.print_recipe and args.sweep is not None:
         raise ConfigError("--print-recipe prints one recipe and --sweep has many; leave one of them out")
+    if args.watch and args.sweep is not None:
+        raise ConfigError("--watch follows one run and --sweep has many; `moesaic watch` follows any of them")
+    if args.no_browser and not args.watch:
+        raise ConfigError("--no-browser says how to --watch; add it, or leave it out")
+    if args.doctor is not None:
+        args.overrides = [*args.overrides, f"train.doctor={args.doctor}"]
     source = source_of(args)
     if args.print_recipe:
         print_recipe(source, args.json)
@@ -110,6 +127,7 @@ def _run_one(args: argparse.Namespace, source: Source) -> int:
     from moesaic.train.resume import RunFolder
 
     recipe = source.recipe()  # a mistake in it is answered before anything is read or written
+    device_of(recipe.train.device, "train.device")
     corpus = source.corpus_folder(args.corpus)
     with RunFolder.claim(args.out) as folder:
         _check_fresh(folder, args.resume)
@@ -177,10 +195,14 @@ def _train(trainer: "Trainer", folder: "RunFolder", args: argparse.Namespace) ->
     from moesaic.train.profile import StepProfiler
 
     with ExitStack() as stack:
+        if args.watch:
+            stack.enter_context(watched_by_page(folder.path, not args.no_browser))
         steps = StepWatch(trainer)
         listeners = [stack.enter_context(watch("training", trainer.settings.steps)), steps]
         if args.tensorboard:
             listeners.append(_board(stack, folder.path / "tensorboard", trainer.step + 1))
+        if args.prometheus:
+            listeners.append(_scraped(folder.path / "metrics.prom"))
         profiler = None
         if args.profile is not None:
             profiler = stack.enter_context(StepProfiler(trainer, folder.path / "trace.json.gz", args.profile))
@@ -205,6 +227,14 @@ def _board(stack: ExitStack, folder: Path, first_step: int) -> "Listener":
 
     events = stack.enter_context(EventFile(folder, first_step))
     return lambda report, evaluation: events.add(report.step, line_scalars(metrics_line(report, evaluation)))
+
+
+def _scraped(place: Path) -> "Listener":
+    """A listener that keeps the newest routing as Prometheus text."""
+    from moesaic.telemetry.prometheus import PrometheusFile
+
+    file = PrometheusFile(place)
+    return lambda report, evaluation: file.add(report.load)
 
 
 def _check_fresh(folder: "RunFolder", resume: bool) -> None:
@@ -232,9 +262,10 @@ def _trainer(recipe: "Recipe", text: AnyText, folder: "RunFolder") -> "Trainer":
     from moesaic.train.loop import Trainer
 
     config = recipe.model_config(text.tokenizer.vocab_size, text.packed.eos_id)
+    device = device_of(recipe.train.device, "train.device")
     output.talk(
         f"{config.family}: {output.number(config.total)} parameters, {output.number(config.active_gemm)} active, "
-        f"{recipe.train.steps} steps of {_step_size(recipe)} in {recipe.train.precision}"
+        f"{recipe.train.steps} steps of {_step_size(recipe)} in {recipe.train.precision} on {described(device)}"
     )
     _say_passes(recipe, text)
     model = build(config).initialize(recipe.train.seed)

@@ -1,88 +1,100 @@
-"""Watching a model train: a live block on a terminal, a line now and then elsewhere."""
+"""`moesaic watch`: a page on this machine that follows a run from its files."""
 
+import argparse
+import subprocess
 import sys
-import time
-from collections import deque
+import threading
+import webbrowser
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moesaic.cli import output
+from moesaic.errors import ConfigError
 
 if TYPE_CHECKING:
-    from moesaic.telemetry.live import TrainingStatus
-    from moesaic.train.loop import Evaluation, Listener, StepReport
+    from moesaic.telemetry.watching.server import WatchServer
 
-WINDOW = 20  # steps whose load is shown together
-LINE_EVERY_S = 15.0
+_CHILD = "import sys; from moesaic.cli.watch import follow_parent; follow_parent(sys.argv[1], sys.argv[2] == 'browser')"
 
 
-class _Watched:
-    """Turns reports into what live.py draws."""
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `moesaic watch`."""
+    parser.epilog = (
+        "example: moesaic watch runs/first\n"
+        "example: moesaic watch /mnt/other-machine/runs/first  # any folder that this machine sees\n"
+        "example: moesaic watch runs/first --json  # where it stands, once"
+    )
+    parser.add_argument("run", metavar="RUN", type=Path, help="the folder that `moesaic train --out` writes")
+    parser.add_argument(
+        "--port", metavar="N", type=int, default=0, help="serve the page on this port of 127.0.0.1 (any that is free)"
+    )
+    parser.add_argument("--no-browser", action="store_true", help="only say where the page is")
+    parser.add_argument("--json", action="store_true", help="print where the run stands, with its curves, and leave")
 
-    def __init__(self, name: str, num_steps: int) -> None:
-        self.name, self.num_steps = name, num_steps
-        self.loads: deque = deque(maxlen=WINDOW)
-        self.bits_per_byte: float | None = None
-        self.capacity_gap: float | None = None
-        self.started = time.perf_counter()
-        self.first_step: int | None = None
 
-    def status(self, report: "StepReport", evaluation: "Evaluation | None") -> "TrainingStatus":
-        from moesaic.telemetry.live import TrainingStatus
-        from moesaic.telemetry.load import sum_loads
+def run(args: argparse.Namespace) -> int:
+    """Serve the page until Ctrl-C. Returns the exit code."""
+    from moesaic.telemetry.watching.run import WatchedRun
 
-        if self.first_step is None:
-            self.first_step = report.step - 1
-        if report.load.layers:
-            self.loads.append(report.load)
-        if evaluation is not None:
-            self.bits_per_byte = evaluation.loss.bits_per_byte
-            self.capacity_gap = evaluation.capacity_gap
-        return TrainingStatus(
-            name=self.name,
-            step=report.step,
-            num_steps=self.num_steps,
-            elapsed_s=time.perf_counter() - self.started,
-            tokens_per_s=report.tokens_per_s,
-            loss=report.loss,
-            bits_per_byte=self.bits_per_byte,
-            capacity_gap=self.capacity_gap,
-            load=sum_loads(self.loads) if self.loads else None,
-            first_step=self.first_step,
-        )
+    watched = WatchedRun(args.run)
+    if args.json:
+        output.print_json(watched.state())
+        return 0
+    if not 0 <= args.port <= 65535:
+        raise ConfigError(f"--port {args.port}; give 1024 to 65535, or leave it out")
+    with _served(args.run, args.port) as server:
+        _say(server, not args.no_browser)
+        output.talk("Ctrl-C ends the page; the run goes on")
+        try:
+            server.serve_forever()
+        except KeyboardInterrupt:
+            output.next_command(f"moesaic inspect {args.run}")
+    return 0
 
 
 @contextmanager
-def watch(name: str, num_steps: int) -> Iterator["Listener"]:
-    """Yield a listener for `Trainer.train` that shows how `name` is doing, on stderr."""
-    watched = _Watched(name, num_steps)
-    if not sys.stderr.isatty():
-        yield _line_listener(watched)
-        return
-    from rich.console import Console
-    from rich.live import Live
-
-    from moesaic.telemetry.live import render
-
-    with Live(console=Console(stderr=True), refresh_per_second=4, transient=True) as live:
-
-        def show(report: "StepReport", evaluation: "Evaluation | None") -> None:
-            live.update(render(watched.status(report, evaluation)))
-
-        yield show
+def watched_by_page(folder: Path, browser: bool) -> Iterator[None]:
+    """Show a run's page while the block runs, from a process of its own, so that training does not wait for it."""
+    command = [sys.executable, "-c", _CHILD, str(folder), "browser" if browser else "none"]
+    # In a session of its own, so that Ctrl-C reaches the training alone; it ends when its stdin does.
+    child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, start_new_session=True)
+    try:
+        yield
+    finally:
+        assert child.stdin is not None
+        child.stdin.close()
+        child.wait(10)
 
 
-def _line_listener(watched: _Watched) -> "Listener":
-    from moesaic.telemetry.live import render_line
+def follow_parent(folder: str, browser: bool) -> None:
+    """Serve the page until stdin ends, as it does when the process that started this one is gone, however it went."""
+    with _served(Path(folder), 0) as server:
+        _say(server, browser)
+        threading.Thread(target=_end_with_stdin, args=(server,), daemon=True).start()
+        server.serve_forever(poll_interval=0.2)
 
-    last = watched.started
 
-    def show(report: "StepReport", evaluation: "Evaluation | None") -> None:
-        nonlocal last
-        status = watched.status(report, evaluation)
-        if time.perf_counter() - last >= LINE_EVERY_S or report.step == watched.num_steps:
-            last = time.perf_counter()
-            output.talk(render_line(status))
+def _end_with_stdin(server: "WatchServer") -> None:
+    sys.stdin.read()
+    server.shutdown()
 
-    return show
+
+@contextmanager
+def _served(folder: Path, port: int) -> Iterator["WatchServer"]:
+    from moesaic.telemetry.watching.run import WatchedRun
+    from moesaic.telemetry.watching.server import WatchServer
+
+    server = WatchServer(WatchedRun(folder), port)
+    try:
+        yield server
+    finally:
+        server.server_close()
+
+
+def _say(server: "WatchServer", browser: bool) -> None:
+    output.talk(f"watching {server.run.folder} at {server.url}")
+    # In a thread: some systems' way of opening a browser waits for it to be closed.
+    if browser:
+        threading.Thread(target=webbrowser.open, args=(server.url,), daemon=True).start()

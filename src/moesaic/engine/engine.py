@@ -124,6 +124,12 @@ class Engine:
         num_tokens, depth = self._routed
         return self.program.routed(num_tokens, depth=depth)
 
+    @property
+    def num_routed(self) -> int:
+        """How many tokens the newest `step` had; 0 after `ahead`."""
+        num_tokens, depth = self._routed
+        return 0 if depth else num_tokens
+
     def free(self, text: Text) -> None:
         """Forget a text; its blocks serve others."""
         self.cache.cut(text, 0)

@@ -98,6 +98,15 @@ class Program:
             self.native.read_choices(layer, *found[layer])
         return found
 
+    @property
+    def routing_columns(self) -> dict[int, int]:
+        """How many experts a token may choose, by layer that routes; those that look further ahead are left out."""
+        return {layer: columns for layer, columns in self.native.routing_layers() if layer < len(self.config.layers)}
+
+    def read_choices(self, layer: int, expert_ids_TM: np.ndarray, weights_TM: np.ndarray) -> None:
+        """Copy what the tokens of the newest batch chose in a layer into arrays of that size, int64 and fp32."""
+        self.native.read_choices(layer, expert_ids_TM, weights_TM)
+
     def _not_finite(self, batch: Batch, depth: int) -> str:
         """Where the first number is that is infinite or none: the batch is run again, looking at all that is written.
 

@@ -68,7 +68,12 @@ class RouterLayer(nn.Module):
             router_weight_ED=self.weight,
             groups=self.config.groups,
             top_k=self.config.top_k,
+            rechoose=self._rechoose if self.weight is not None and self.config.kind.balanceable else None,
         )
+
+    def _rechoose(self, logits_TE: Tensor) -> Tensor:
+        """expert_ids_TM of other logits, without the noise of training."""
+        return self.choose(RouterInput(logits_TE, selection_bias_E=self.selection_bias), self.config).expert_ids_TM
 
     def _look(self, x_TD: Tensor, facts: TokenFacts, choices: Rows | None, first_time: bool) -> RouterInput:
         """What the router sees. Random numbers are drawn whether or not choices are dictated, so that a second run

@@ -1,7 +1,7 @@
 """How many bits a weight or a cached number takes, and in what products it is multiplied, by part of the model."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain
 from typing import NamedTuple
 
@@ -44,15 +44,18 @@ DeepSeek-V3 (sec. 3.3.1) and gpt-oss, and in GPTQ's and AWQ's."""
 class Formats:
     """The packing of each role's matrices, and how numbers of the cache are kept ("bf16" or "fp8").
 
-    Vectors, and the biases of experts, are kept in 16 bits whatever the matrices have.
+    Vectors, and the biases of experts, are kept in 16 bits whatever the matrices have. bits: of a weight, where files
+    say so, in place of the packing's.
     """
 
     name: str
     by_role: Mapping[Role, str]
     cache: str = "bf16"
+    bits: Mapping[Role, float] = field(default_factory=dict)
 
     def of(self, role: Role) -> Packing:
-        return PACKINGS[self.by_role[role]]
+        packing = PACKINGS[self.by_role[role]]
+        return packing._replace(bits=self.bits.get(role, packing.bits))
 
     def tensor_bytes(self, spec: TensorSpec) -> float:
         """What a tensor takes."""
@@ -140,11 +143,8 @@ def total_bytes(config: ModelConfig, formats: Formats, *, mtp: bool = False) -> 
     return sum(map(formats.tensor_bytes, chain(config.parameters(), config.mtp_parameters() if mtp else ())))
 
 
-def as_released(family: str, raw: Mapping[str, object] | None = None) -> str:
-    """The format that a family's weights are published in, where its config.json does not say."""
-    quantization = (raw or {}).get("quantization_config")
-    if isinstance(quantization, Mapping):
-        return {"fp8": "fp8", "mxfp4": "mxfp4"}.get(str(quantization.get("quant_method")), "bf16")
+def as_released(family: str) -> str:
+    """The format that a family's weights are published in."""
     return _RELEASED.get(family, "bf16")
 
 

@@ -10,6 +10,7 @@ from moesaic.config import ModelConfig
 from moesaic.errors import ConfigError
 from moesaic.plan.cost import Price, ServingCost, TrainingCost, Workload, serving_cost
 from moesaic.plan.dense import Crossover, Equal, crossover, dense_equals
+from moesaic.plan.files import formats_of_files
 from moesaic.plan.flops import Step
 from moesaic.plan.formats import Formats, as_released, named, total_bytes
 from moesaic.plan.hardware import Machine, find_machine
@@ -165,7 +166,8 @@ def make_plan(
 ) -> ServingPlan | TrainingPlan:
     """What a model needs of a machine and gets from it. Loads no weights and no torch.
 
-    machine: "8xh100", a Machine, or None: as few H100 as hold it. format: see formats.named; None: as it was released.
+    machine: "8xh100", a Machine, or None: as few H100 as hold it. format: see formats.named; None: as its files have
+    it, or as it was released.
     context: tokens of a text, or of a training sequence; None: 8,192, or what the model takes. users: texts at once.
     layout: None: the best of the usual ones. routing: None: even. quality: parameters of a dense model as good.
     overlap: the share of the shorter of computing and sending that hides behind the longer; None: 0 serving, 0.5
@@ -173,7 +175,7 @@ def make_plan(
     Raises ConfigError or CheckpointError for a model, machine, format, layout or context that cannot be.
     """
     name, config = read_model(model)
-    formats = format if isinstance(format, Formats) else named(format or as_released(config.family), cache)
+    formats = _formats(model, config, format, cache)
     tokens = context if context is not None else min(CONTEXT, config.context_length)
     if task == "train":
         found = machine if isinstance(machine, Machine) else find_machine(machine or f"8x{DEFAULT_DEVICE}")
@@ -193,6 +195,18 @@ def make_plan(
     found = machine if isinstance(machine, Machine) else _machine(machine, config, formats, settings)
     serving = make_serving(config, formats, found, layout=layout, **settings)
     return _serving_plan(name, serving, workload or Workload(), utilisation, prices, quality)
+
+
+def _formats(
+    model: str | os.PathLike[str] | ModelConfig, config: ModelConfig, wanted: str | Formats | None, cache: str
+) -> Formats:
+    if isinstance(wanted, Formats):
+        return wanted
+    if wanted is not None:
+        return named(wanted, cache)
+    if isinstance(model, ModelConfig):
+        return named(as_released(config.family), cache)
+    return formats_of_files(model, config, cache)
 
 
 def _machine(text: str | None, config: ModelConfig, formats: Formats, settings: dict[str, Any]) -> Machine:

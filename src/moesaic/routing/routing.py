@@ -3,6 +3,7 @@
 T tokens, E experts, K choices a token, R rows (one row is one token at one expert).
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal, NamedTuple
@@ -56,7 +57,8 @@ class Rows:
     @cached_property
     def expert_ids_R(self) -> Tensor:
         """The expert of each row, int64."""
-        return torch.repeat_interleave(self.counts_E).to(self.token_ids_R.device)
+        counts_E = self.counts_E.to(self.token_ids_R.device, non_blocking=True)
+        return torch.repeat_interleave(counts_E, output_size=self.token_ids_R.numel())
 
     @cached_property
     def by_token(self) -> TokenOrder:
@@ -161,6 +163,8 @@ class RoutingDecision:
     slots: rows that an expert (or a device) may have in this batch; None without a limit.
     router_weight_ED: the learned router. groups: how its experts are grouped; None when they are not.
     top_k: K as it was configured, also where tokens have other numbers of rows.
+    rechoose: what the router would choose of other logits_TE, as expert_ids_TM, without noise; None where that means
+    nothing.
     mask_T, token_ids_T, document_ids_T: see TokenFacts.
     """
 
@@ -178,6 +182,7 @@ class RoutingDecision:
     router_weight_ED: Tensor | None = None
     groups: GroupConfig | None = None
     top_k: int | None = None
+    rechoose: Callable[[Tensor], Tensor] | None = None
 
     @property
     def chosen(self) -> Rows:

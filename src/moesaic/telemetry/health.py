@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from moesaic.telemetry.load import LayerLoad, StepLoad
+from moesaic.telemetry.load import LayerLoad, LogitFacts, StepLoad
 
 Floats = NDArray[np.float64]
 
@@ -36,6 +36,13 @@ def load_entropy(counts_E: ArrayLike) -> float:
     if shares_E.size == 1:
         return 1.0
     return _entropy(shares_E) / math.log(shares_E.size)
+
+
+def effective_experts(counts_E: ArrayLike) -> float:
+    """As how many equally loaded experts these are worth, `exp(-sum(p ln p))` (Hill's number of order 1, 1973): E is
+    even, 1 is all on one. NaN without rows."""
+    shares_E = load_shares(counts_E)
+    return math.exp(_entropy(shares_E)) if shares_E.any() else math.nan
 
 
 def max_violation(counts_E: ArrayLike) -> float:
@@ -103,7 +110,9 @@ def _entropy(shares_E: Floats) -> float:
 class LayerHealth:
     """One layer's load in numbers. `dead` is None when there were too few rows to tell.
 
-    router_entropy is a token's mean score entropy over ln E: 1 is a router that cannot decide, 0 one that is certain.
+    Entropies are over ln E. router_entropy is a token's, in the mean: 1 is a router that cannot decide, 0 one that is
+    certain. average_entropy is that of the mean scores: 1 where all experts are wanted alike. Their difference is what
+    a token tells of its experts. dropped_share: of the rows, by a capacity. logits: None where there are none.
     """
 
     layer: int
@@ -116,6 +125,10 @@ class LayerHealth:
     coefficient_of_variation: float
     router_entropy: float
     dead: tuple[int, ...] | None
+    effective_experts: float = math.nan
+    average_entropy: float = math.nan
+    dropped_share: float = 0.0
+    logits: LogitFacts | None = None
 
     @property
     def is_uneven(self) -> bool:
@@ -124,6 +137,7 @@ class LayerHealth:
 
     @classmethod
     def of(cls, load: LayerLoad) -> "LayerHealth":
+        most = math.log(load.num_experts) if load.num_experts > 1 else math.inf
         return cls(
             layer=load.layer,
             num_experts=load.num_experts,
@@ -133,8 +147,12 @@ class LayerHealth:
             max_violation=max_violation(load.counts_E),
             load_entropy=load_entropy(load.counts_E),
             coefficient_of_variation=coefficient_of_variation(load.counts_E),
-            router_entropy=load.router_entropy / math.log(load.num_experts) if load.num_experts > 1 else 0.0,
+            router_entropy=load.router_entropy / most,
             dead=dead_experts(load.counts_E, num_tokens=load.num_tokens, top_k=load.top_k),
+            effective_experts=effective_experts(load.counts_E),
+            average_entropy=load.average_entropy / most,
+            dropped_share=load.dropped_share,
+            logits=load.logits,
         )
 
 

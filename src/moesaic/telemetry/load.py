@@ -3,8 +3,9 @@
 E experts, M domains.
 """
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,45 @@ from numpy.typing import NDArray
 from moesaic.errors import DataError
 
 Counts = NDArray[np.int64]
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogitFacts:
+    """What a router's logits tell, of tokens taken evenly from each forward.
+
+    rms: root mean square of the logits. peak: the largest magnitude. margin: mean over tokens of the least chosen logit
+    less the greatest that was not chosen; negative where a selection bias decides. flips_bf16, flips_noise: the part of
+    the choices that change when logits are rounded to bf16, and under normal noise of 1 % of their rms.
+    """
+
+    num_sampled: int
+    rms: float
+    peak: float
+    margin: float
+    flips_bf16: float
+    flips_noise: float
+
+    @classmethod
+    def sum(cls, parts: "Sequence[LogitFacts]") -> "LogitFacts | None":
+        """Those of a window; None of no tokens."""
+        parts = [part for part in parts if part.num_sampled]
+        total = sum(part.num_sampled for part in parts)
+        if not total:
+            return None
+        weights = [part.num_sampled / total for part in parts]
+
+        def mean(name: str) -> float:
+            return sum(weight * getattr(part, name) for weight, part in zip(weights, parts, strict=True))
+
+        return cls(
+            num_sampled=total,
+            rms=math.sqrt(sum(weight * part.rms**2 for weight, part in zip(weights, parts, strict=True))),
+            peak=max(part.peak for part in parts),
+            margin=mean("margin"),
+            flips_bf16=mean("flips_bf16"),
+            flips_noise=mean("flips_noise"),
+        )
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -24,6 +64,8 @@ class LayerLoad:
     domain_counts_ME: rows of each domain at each expert, where domains were told apart.
     dropped_rows: of all these rows, those that no expert computed for want of a slot.
     lost_tokens: tokens that lost every row so.
+    mean_scores_E: mean over tokens of the scores, each token's divided by their sum: the P of balance losses.
+    logits: of the tokens that were looked at more closely; None for routers without logits.
     """
 
     layer: int
@@ -34,6 +76,8 @@ class LayerLoad:
     domain_counts_ME: Counts | None = None
     dropped_rows: int = 0
     lost_tokens: int = 0
+    mean_scores_E: Floats | None = None
+    logits: LogitFacts | None = None
 
     @property
     def num_experts(self) -> int:
@@ -44,8 +88,17 @@ class LayerLoad:
         """The part of the rows that a capacity dropped; 0 without rows."""
         return self.dropped_rows / max(1, int(self.counts_E.sum()))
 
+    @property
+    def average_entropy(self) -> float:
+        """The entropy of the mean scores, in nats: ln E where all experts are wanted alike. NaN where unknown."""
+        if self.mean_scores_E is None or not self.mean_scores_E.any():
+            return math.nan
+        shares_E = self.mean_scores_E[self.mean_scores_E > 0] / self.mean_scores_E.sum()
+        return float(-(shares_E * np.log(shares_E)).sum())
+
     def to_json(self) -> dict[str, Any]:
-        """A JSON-ready dictionary; NaN becomes null."""
+        """A JSON-ready dictionary; NaN becomes null. Mean scores keep six digits."""
+        scores_E = self.mean_scores_E
         return {
             "layer": self.layer,
             "top_k": self.top_k,
@@ -55,12 +108,15 @@ class LayerLoad:
             "domain_counts": None if self.domain_counts_ME is None else self.domain_counts_ME.tolist(),
             "dropped_rows": self.dropped_rows,
             "lost_tokens": self.lost_tokens,
+            "mean_scores": None if scores_E is None else [float(f"{score:.6g}") for score in scores_E],
+            "logits": None if self.logits is None else asdict(self.logits),
         }
 
     @classmethod
     def from_json(cls, tree: dict[str, Any]) -> "LayerLoad":
         """The inverse of `to_json`. Loads that do not speak of dropping had none."""
         entropy, domain_counts = tree["router_entropy"], tree.get("domain_counts")
+        mean_scores, logits = tree.get("mean_scores"), tree.get("logits")
         return cls(
             layer=tree["layer"],
             top_k=tree["top_k"],
@@ -70,6 +126,8 @@ class LayerLoad:
             domain_counts_ME=None if domain_counts is None else np.asarray(domain_counts, dtype=np.int64),
             dropped_rows=tree.get("dropped_rows", 0),
             lost_tokens=tree.get("lost_tokens", 0),
+            mean_scores_E=None if mean_scores is None else np.asarray(mean_scores, dtype=np.float64),
+            logits=None if logits is None else LogitFacts(**logits),
         )
 
 
@@ -103,6 +161,7 @@ def _sum_layers(loads: tuple[LayerLoad, ...]) -> LayerLoad:
     num_tokens = sum(load.num_tokens for load in loads)
     weighted = [load.router_entropy * load.num_tokens for load in loads if load.num_tokens]
     domains = [load.domain_counts_ME for load in loads if load.domain_counts_ME is not None]
+    scores = [load.mean_scores_E * load.num_tokens for load in loads if load.mean_scores_E is not None]
     return LayerLoad(
         layer=loads[0].layer,
         top_k=loads[0].top_k,
@@ -112,6 +171,8 @@ def _sum_layers(loads: tuple[LayerLoad, ...]) -> LayerLoad:
         domain_counts_ME=np.sum(domains, axis=0) if domains else None,
         dropped_rows=sum(load.dropped_rows for load in loads),
         lost_tokens=sum(load.lost_tokens for load in loads),
+        mean_scores_E=np.sum(scores, axis=0) / num_tokens if scores and num_tokens else None,
+        logits=LogitFacts.sum([load.logits for load in loads if load.logits is not None]),
     )
 
 

@@ -11,7 +11,8 @@ from torch import Tensor
 from moesaic.config import ModelConfig, MoeConfig
 from moesaic.errors import ConfigError
 from moesaic.routing import RoutingDecision, RoutingTape, Rows
-from moesaic.telemetry.load import LayerLoad, StepLoad
+from moesaic.telemetry.load import Floats, LayerLoad, StepLoad
+from moesaic.telemetry.logits import LogitSums
 
 
 def entropy_sum(scores_TE: Tensor, mask_T: Tensor | None = None) -> Tensor:
@@ -20,13 +21,19 @@ def entropy_sum(scores_TE: Tensor, mask_T: Tensor | None = None) -> Tensor:
     Scores are divided by their sum first, so sigmoid scores are judged as shares too:
     H = ln S - sum(s ln s) / S, with S = sum(s). Tokens where `mask_T` is false do not count.
     """
+    return score_sums(scores_TE, mask_T)[0]
+
+
+def score_sums(scores_TE: Tensor, mask_T: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """(`entropy_sum`, the sum over tokens of their scores as shares [E], fp64)."""
     tiny = torch.finfo(scores_TE.dtype).tiny
     total_T = scores_TE.sum(-1).clamp_min(tiny)
     # torch.special.entr says the same and takes four times as long on a CPU: its logarithm is not vectorised.
     entropy_T = total_T.log() - (scores_TE * scores_TE.clamp_min(tiny).log()).sum(-1) / total_T
+    parts_T = total_T.reciprocal()
     if mask_T is not None:
-        entropy_T = entropy_T.masked_fill(~mask_T, 0.0)
-    return entropy_T.sum(dtype=torch.float64)
+        entropy_T, parts_T = entropy_T.masked_fill(~mask_T, 0.0), parts_T.masked_fill(~mask_T, 0.0)
+    return entropy_T.sum(dtype=torch.float64), (parts_T @ scores_TE).double()
 
 
 class _LayerSums:
@@ -35,11 +42,13 @@ class _LayerSums:
     def __init__(self, layer: int, num_experts: int, top_k: int, num_domains: int) -> None:
         self.layer, self.top_k, self.num_domains = layer, top_k, num_domains
         self.counts_E = torch.zeros(num_experts, dtype=torch.int64)
-        self.domain_counts_ME = torch.zeros(num_domains, num_experts, dtype=torch.int64)
+        self.domain_counts_ME: Tensor = torch.zeros(num_domains, num_experts, dtype=torch.int64)
         self.num_tokens: Tensor | int = 0
         self.entropy: Tensor | float = 0.0
         self.dropped_rows = 0
         self.lost_tokens: Tensor | int = 0
+        self.scores_E: Tensor | float = 0.0
+        self.logits = LogitSums()
         self.has_heard = False
 
     def add(self, decision: RoutingDecision, domains_T: Tensor | int | None) -> None:
@@ -53,7 +62,9 @@ class _LayerSums:
         self.counts_E += counts_E
         # The sums stay tensors until the step ends: reading a mask here would wait for the device.
         self.num_tokens = self.num_tokens + (rows.num_tokens if decision.mask_T is None else decision.mask_T.sum())
-        self.entropy = self.entropy + entropy_sum(decision.scores_TE, decision.mask_T)
+        entropy, scores_E = score_sums(decision.scores_TE, decision.mask_T)
+        self.entropy, self.scores_E = self.entropy + entropy, self.scores_E + scores_E
+        self.logits.add(decision)
         if decision.before_capacity is not None:
             self.dropped_rows += rows.token_ids_R.numel() - decision.rows.token_ids_R.numel()
             self.lost_tokens = self.lost_tokens + (_has_rows(rows) & ~_has_rows(decision.rows)).sum()
@@ -61,8 +72,9 @@ class _LayerSums:
             self.domain_counts_ME[domains_T] += counts_E
         elif domains_T is not None:
             cells_R = domains_T.flatten()[rows.token_ids_R] * num_experts + rows.expert_ids_R
-            found = torch.bincount(cells_R, minlength=self.domain_counts_ME.numel()).cpu()
-            self.domain_counts_ME += found.view_as(self.domain_counts_ME)
+            found = torch.zeros(self.domain_counts_ME.numel(), dtype=torch.int64, device=cells_R.device)
+            found.index_add_(0, cells_R, torch.ones_like(cells_R))  # bincount would wait for the device
+            self.domain_counts_ME = self.domain_counts_ME.to(found.device) + found.view_as(self.domain_counts_ME)
 
     def load(self) -> LayerLoad:
         num_tokens = int(self.num_tokens)
@@ -72,10 +84,17 @@ class _LayerSums:
             counts_E=self.counts_E.numpy().copy(),
             num_tokens=num_tokens,
             router_entropy=float(self.entropy) / num_tokens if num_tokens else float("nan"),
-            domain_counts_ME=self.domain_counts_ME.numpy().copy() if self.num_domains else None,
+            domain_counts_ME=self.domain_counts_ME.cpu().numpy().copy() if self.num_domains else None,
             dropped_rows=self.dropped_rows,
             lost_tokens=int(self.lost_tokens),
+            mean_scores_E=self._mean_scores(num_tokens),
+            logits=self.logits.read(),
         )
+
+    def _mean_scores(self, num_tokens: int) -> Floats | None:
+        if not num_tokens or not isinstance(self.scores_E, Tensor):
+            return None
+        return self.scores_E.cpu().numpy() / num_tokens
 
 
 def _has_rows(rows: Rows) -> Tensor:

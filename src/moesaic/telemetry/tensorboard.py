@@ -5,6 +5,7 @@ needs it. A file is a TFRecord: length (uint64), masked CRC-32C of it, data, mas
 the data are `Event` messages (tensorflow/core/util/event.proto), of which these fields are written.
 """
 
+import math
 import os
 import struct
 import time
@@ -42,6 +43,8 @@ def load_scalars(load: StepLoad) -> dict[str, float]:
         "router/load_entropy": health.load_entropy,
         "router/router_entropy": health.router_entropy,
     }
+    if load.dropped_share:
+        scalars["router/dropped_share"] = load.dropped_share
     for layer in health.layers:
         scalars |= {f"router/layer {layer.layer}/{name}": value for name, value in _layer_scalars(layer)}
     return scalars
@@ -51,6 +54,15 @@ def _layer_scalars(layer: LayerHealth) -> Iterator[tuple[str, float]]:
     yield "max_violation", layer.max_violation
     yield "load_entropy", layer.load_entropy
     yield "router_entropy", layer.router_entropy
+    yield "effective_experts", layer.effective_experts
+    yield "coefficient_of_variation", layer.coefficient_of_variation
+    if not math.isnan(layer.average_entropy):
+        yield "average_entropy", layer.average_entropy
+    if layer.dropped_share:
+        yield "dropped_share", layer.dropped_share
+    if layer.logits is not None:
+        for name in ("rms", "peak", "margin", "flips_bf16", "flips_noise"):
+            yield f"logit_{name}", getattr(layer.logits, name)
     if layer.dead is not None:  # too few rows to tell
         yield "dead_experts", float(len(layer.dead))
 

@@ -5,6 +5,8 @@ import traceback
 from types import TracebackType
 from typing import Any
 
+from torch import Tensor
+
 from moesaic.hub.saving import SavesItself
 from moesaic.models.build import Model
 from moesaic.train.optimizer import Optimizer
@@ -34,13 +36,19 @@ class CheckpointWriter:
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 
-    def save(self, model: Model, optimizer: Optimizer, facts: dict[str, Any]) -> None:
+    def save(
+        self,
+        model: Model,
+        optimizer: Optimizer,
+        facts: dict[str, Any],
+        doctor_tensors: dict[str, Tensor] | None = None,
+    ) -> None:
         """Write everything that the step after `facts["step"]` needs.
 
         Raises CheckpointError or RunFolderError when the disk says no, or said so last time; earlier checkpoints stay.
         """
         self.wait()  # before the copy: never two of them in memory
-        snapshot = Snapshot.take(model, optimizer, facts, copy=self.in_background)
+        snapshot = Snapshot.take(model, optimizer, facts, copy=self.in_background, doctor_tensors=doctor_tensors)
         if not self.in_background:
             self._write(snapshot)
             return

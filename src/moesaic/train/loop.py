@@ -1,5 +1,8 @@
 """The training loop: straight, the same bits for the same seed, and after a stop the bits it would have had without.
 
+So it is on a CPU. On a GPU the data, their order and all random numbers are the same each time, but some of torch's
+operations there add up in no fixed order, so that results are near each other.
+
 B batch, S sequence.
 """
 
@@ -19,19 +22,21 @@ from moesaic.data.translation import Pairs
 from moesaic.errors import CheckpointError, MoesaicError, NonFiniteError, RunFolderError
 from moesaic.evaluate.perplexity import HeldOutLoss
 from moesaic.hub.saving import SavesItself
+from moesaic.kernels.devices import device_of
 from moesaic.layers.moe import capacity_applied
 from moesaic.models.build import Model
 from moesaic.telemetry.load import StepLoad
 from moesaic.telemetry.recorder import LoadRecorder
 from moesaic.train.checkpoint import CheckpointWriter
 from moesaic.train.diagnose import first_nonfinite
+from moesaic.train.doctor import Doctor, DoctorSettings, check_treatable
 from moesaic.train.interrupt import Interrupted, StopRequest, stop_on_signals
 from moesaic.train.memory import peak_memory_bytes
 from moesaic.train.micro_batches import AnyBatch, tensors_of
 from moesaic.train.optimizer import Optimizer, restore_state
 from moesaic.train.random_state import undisturbed
 from moesaic.train.recipe import DataSettings, TrainSettings
-from moesaic.train.reports import Evaluation, History, Listener, StepReport, metrics_line
+from moesaic.train.reports import Evaluation, History, Listener, MetricsFile, StepReport, metrics_line
 from moesaic.train.resume import RunFolder, refuse_differences
 from moesaic.train.snapshot import copied
 from moesaic.train.step import Stepper
@@ -40,8 +45,9 @@ from moesaic.train.task import task_of
 
 @dataclass
 class Trainer:
-    """One model in training. `stop_after` ends a run early while its schedule keeps the full length.
+    """One model in training, on the device that the settings name: it is moved there.
 
+    stop_after: ends a run early while its schedule keeps the full length.
     packed: what `data.task` learns from: packed text, or Pairs for translation.
     run: where checkpoints and metrics go; without one nothing is written.
     keep_reports: how many of the last steps' reports `train` returns, each with its loads; None: all.
@@ -59,6 +65,8 @@ class Trainer:
     say: Callable[[str], object] | None = None
 
     def __post_init__(self) -> None:
+        self.device = device_of(self.settings.device, "train.device")
+        self.model.to(self.device)
         self.stepper = Stepper(self.model, self.settings, document_attention=self.data.document_attention)
         self.step = 0
         self.tokens = 0
@@ -67,6 +75,7 @@ class Trainer:
         self.task = task_of(self.packed, self.settings, self.data, self.model.config)
         self.batches = self.task.batches
         num_domains = len(self.task.names)
+        self.doctor = self._new_doctor()
         self.recorder: LoadRecorder | None = LoadRecorder.for_model(self.model.config, num_domains=num_domains)
 
     @property
@@ -99,6 +108,8 @@ class Trainer:
         restore_state(self.model, self.optimizer, saved.load_optimizer_tensors())  # first, for it may refuse
         self.model.load_state_dict(weights)
         self.step, self.seconds, self.tokens = facts["step"], facts["seconds"], facts["tokens"]
+        if self.doctor is not None and "doctor" in facts:
+            self.doctor.restore(facts["doctor"], saved.load_doctor_tensors())
         saved.restore_random_state()
         return True
 
@@ -117,6 +128,8 @@ class Trainer:
             metrics = stack.enter_context(self.run.open_metrics(self.step))
             stop = stack.enter_context(stop_on_signals(self.say))
             stack.enter_context(writer)
+            if self.doctor is not None:
+                self.doctor.say = self._said(stack.enter_context(self.run.open_metrics(self.step, "doctor.jsonl")))
             outlets.insert(0, lambda report, evaluation: metrics.write(metrics_line(report, evaluation)))
             self._train(history, outlets, writer, stop)
             if stop.is_made:
@@ -149,7 +162,7 @@ class Trainer:
             learning_rate=result.learning_rate,
             gradient_norm=result.gradient_norm,
             tokens_per_s=result.num_tokens / seconds,
-            peak_memory_bytes=peak_memory_bytes(),
+            peak_memory_bytes=peak_memory_bytes(self.device),
             load=result.load or StepLoad(step=self.step, layers=()),
             coefficients=result.coefficients,
             selection_bias_rate=result.selection_bias_rate,
@@ -183,7 +196,7 @@ class Trainer:
         if not self.settings.ema_decay:
             return self.model
         with self.optimizer.averaged_weights():
-            return copied(self.model)
+            return copied(self.model, self.device)
 
     def _train(
         self, history: History, outlets: Sequence[Listener], writer: CheckpointWriter | None, stop: StopRequest
@@ -200,6 +213,8 @@ class Trainer:
             report = self.train_step()
             history.steps.append(report)
             first_pass_s += report.first_pass_s
+            if self.doctor is not None:
+                self.doctor.after_step(self.step, report.load)
             evaluation = self.evaluate() if self._evaluation_is_due() else None
             if evaluation is not None:
                 history.evaluations.append(evaluation)
@@ -219,6 +234,33 @@ class Trainer:
         if self.say is not None and first_pass_s:
             spent_s = self.seconds - before_s
             self.say(f"counting choices before each step (global_exact) took {first_pass_s:.1f} s of {spent_s:.1f} s")
+
+    def _new_doctor(self) -> Doctor | None:
+        """The one that the recipe asks for. Its questions are the run's first batch: the same after a stop."""
+        mode, settings = self.settings.doctor, self.settings
+        if mode == "off":
+            return None
+        check_treatable(self.model)
+        tensors = tensors_of(self.batches.batch(0), self.data.document_attention)
+        return Doctor(
+            trained=self.stepper,
+            mode=mode,
+            held_out=lambda: self._held_out_loss(settings.evaluate_tokens).bits_per_byte,
+            questions=(tensors.inputs_BS, tensors.document_ids_BS),
+            settings=DoctorSettings(rest=settings.warmup_steps, last=settings.steps),
+            seed=settings.seed,
+            say=lambda line: self.say(line["sentence"]) if self.say is not None else None,
+        )
+
+    def _said(self, log: MetricsFile) -> Callable[[dict[str, Any]], None]:
+        """Writes each line of the doctor's log, and tells its sentence."""
+
+        def write(line: dict[str, Any]) -> None:
+            log.write(line)
+            if self.say is not None:
+                self.say(f"doctor, step {line['step']}: {line['sentence']}")
+
+        return write
 
     def _say_what_leaks(self) -> None:
         leaking = self.model.config.leaking_parts
@@ -274,6 +316,7 @@ class Trainer:
             "next_sample": self._first_sample(self.step),
             "held_out_bits_per_byte": score if math.isfinite(score) else None,
             "run": self._identity(),
+            **({"doctor": self.doctor.state()[0]} if self.doctor is not None else {}),
         }
 
     def _held_out_loss(self, max_tokens: int) -> HeldOutLoss:
@@ -281,7 +324,7 @@ class Trainer:
             return self.task.held_out_loss(self.model, max_tokens)
 
     def _first_nonfinite(self, batch: AnyBatch) -> str:
-        tensors = tensors_of(batch, self.data.document_attention)
+        tensors = tensors_of(batch, self.data.document_attention, self.device)
         return first_nonfinite(
             self.model,
             tensors.inputs_BS,
@@ -295,7 +338,8 @@ class Trainer:
         for name, tensor in self.model.state_dict().items():
             if not torch.isfinite(tensor).all():
                 raise self._stopped(f"{name} is not finite after step {self.step}, which is not saved")
-        writer.save(self.model, self.optimizer, self._facts(evaluation))
+        doctor_tensors = self.doctor.state()[1] if self.doctor is not None else None
+        writer.save(self.model, self.optimizer, self._facts(evaluation), doctor_tensors)
 
     def _stopped(self, why: str) -> MoesaicError:
         """What ends a run that broke. Going on would break again: a resumed run is the same to the bit."""

@@ -13,6 +13,7 @@ from moesaic.config import ModelConfig, MoeConfig
 from moesaic.errors import ConfigError
 from moesaic.families import family
 from moesaic.fields import names_of, refuse_unknown, settle, shown
+from moesaic.kernels import devices
 
 Points = tuple[tuple[int, float], ...]
 Scheduled = float | Points
@@ -28,6 +29,7 @@ class TrainSettings:
     warmup_steps: -1 stands for a tenth of the steps, 50 at most.
     schedule: "cosine", or "wsd" (warm-up, stable, then a decay over the last `decay_fraction` of the steps).
     optimizer: "adamw", or "muon" (matrices of layers by Muon, everything else by AdamW).
+    device: "auto" (a GPU where there is one), "cpu", "cuda" or "cuda:1"; see kernels/devices.py.
     precision: "fp32", or "bf16" (weights and activations; masters and moments stay fp32).
     recompute: "none", or "layers" (activations are computed again in backward, with the routing replayed).
     ema_decay: of an exponential moving average of the weights, kept beside them; 0 keeps none.
@@ -36,6 +38,8 @@ class TrainSettings:
     balance_losses: (name of `routing.balancers.BALANCE_LOSSES`, coefficient) pairs, each averaged over layers.
     selection_bias_rate: how far selection biases move a step, for routers that have one. selection_bias_rule: "sign",
     or "proportional" (times (mean - load) / mean). selection_bias_centered: the mean of each move is taken off it.
+    doctor: "off", "advise" (says what is ill about routers and experts, and what it would do), or "act" (does it, and
+    undoes what makes the held-out loss worse; see docs/health.md).
     keep_checkpoints, keep_best: how many of the newest and of the best (by held-out loss) checkpoints stay.
 
     Raises ConfigError for a value of the wrong type, out of range, or in conflict with another.
@@ -55,6 +59,7 @@ class TrainSettings:
     betas: tuple[float, float] = (0.9, 0.95)
     muon_momentum: float = 0.95
     clip_norm: float = 1.0
+    device: str = devices.AUTO
     precision: Literal["fp32", "bf16"] = "fp32"
     recompute: Literal["none", "layers"] = "none"
     compile: bool = False
@@ -64,6 +69,7 @@ class TrainSettings:
     selection_bias_rate: Scheduled = 0.001
     selection_bias_rule: Literal["sign", "proportional"] = "sign"
     selection_bias_centered: bool = False
+    doctor: Literal["off", "advise", "act"] = "off"
     seed: int = 0
     evaluate_every: int = 100
     evaluate_tokens: int = 8192
@@ -75,6 +81,7 @@ class TrainSettings:
     def __post_init__(self) -> None:
         settle(self, "train")
         _check_ranges(self)
+        devices.check_name(self.device, "train.device")
         if self.warmup_steps == -1:
             object.__setattr__(self, "warmup_steps", min(MOST_WARMUP_STEPS, self.steps // 10))
         _check_schedule(self)

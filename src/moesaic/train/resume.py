@@ -3,6 +3,7 @@
 RUN/recipe.json          the recipe and the corpus it was started with
 RUN/tokenizer/           the tokenizer of its text, so that going on finds the same one
 RUN/metrics.jsonl        one JSON object a line: steps, evaluations
+RUN/doctor.jsonl         what the doctor found and did, with before and after; where there is one
 RUN/checkpoints/step-N/  a model that any Hugging Face tool loads, and all that training needs to go on (snapshot.py)
 RUN/best.json            which checkpoint has the lowest held-out loss
 RUN/model/               the finished model: the averaged weights where the recipe keeps them (train.ema_decay)
@@ -25,8 +26,10 @@ from moesaic.hub.staging import replaced_folder
 from moesaic.train.reports import MetricsFile
 from moesaic.train.snapshot import SavedStep, Snapshot
 
-MAY_CHANGE = frozenset({"keep_checkpoints", "keep_best", "async_checkpoints", "checkpoint_every"})
-"""Fields of the recipe that a resumed run may have otherwise: they decide what is kept and not what is computed."""
+MAY_CHANGE = frozenset({"keep_checkpoints", "keep_best", "async_checkpoints", "checkpoint_every", "doctor", "device"})
+"""Fields of the recipe that a resumed run may have otherwise: they decide what is kept, or where and not what is
+computed. (Another device rounds sums otherwise: what follows is then near to what would have been, not the same bits.)
+The doctor may be called later, or sent away: what it does stands in its log."""
 
 _STEP_FOLDER = re.compile(r"step-(\d+)")
 _LEFT_BEHIND = re.compile(r"\.step-\d+\.(new|old)-[0-9a-f]+")
@@ -78,9 +81,9 @@ class RunFolder:
         if before != text:
             write_beside(place, text)
 
-    def open_metrics(self, up_to_step: int) -> MetricsFile:
-        """metrics.jsonl for appending, without the lines of steps that will be done again."""
-        return MetricsFile(self.path / "metrics.jsonl", up_to_step)
+    def open_metrics(self, up_to_step: int, name: str = "metrics.jsonl") -> MetricsFile:
+        """metrics.jsonl (or doctor.jsonl) for appending, without the lines of steps that will be done again."""
+        return MetricsFile(self.path / name, up_to_step)
 
     def newest(self) -> SavedStep | None:
         """The newest checkpoint, every byte of it verified; None in a new run.

@@ -4,15 +4,17 @@ STEP/config.json, model.safetensors, ...   the model, as any Hugging Face tool l
                                            model, weights.safetensors with our own names
 STEP/trainer.safetensors                   what the optimizer keeps
 STEP/trainer.json                          counters, scores, and what the run is
+STEP/doctor.safetensors                    where a treatment is on trial: the rows that would undo it
 STEP/random.json                           where the random number generators stand
 STEP/SHA256SUMS                            the checksums of all of these, written last
 """
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
@@ -28,6 +30,7 @@ from moesaic.train.random_state import random_state, restore_random_state
 OWN_WEIGHTS = "weights.safetensors"
 TRAINER_TENSORS = "trainer.safetensors"
 TRAINER_FACTS = "trainer.json"
+DOCTOR_TENSORS = "doctor.safetensors"
 RANDOM = "random.json"
 
 
@@ -39,15 +42,31 @@ class Snapshot:
     optimizer_tensors: dict[str, Tensor]
     facts: dict[str, Any]
     random: dict[str, Any]
+    doctor_tensors: dict[str, Tensor] = field(default_factory=dict)
 
     @classmethod
-    def take(cls, model: Model, optimizer: Optimizer, facts: dict[str, Any], *, copy: bool) -> "Snapshot":
-        """The moment as it is now. With `copy` training may go on while the snapshot is kept; else it must wait."""
+    def take(
+        cls,
+        model: Model,
+        optimizer: Optimizer,
+        facts: dict[str, Any],
+        *,
+        copy: bool,
+        doctor_tensors: dict[str, Tensor] | None = None,
+    ) -> "Snapshot":
+        """The moment as it is now. With `copy` training may go on while the snapshot is kept; else it must wait.
+        doctor_tensors: never change."""
         tensors = dict(named_state(model, optimizer))
         if copy:
-            model = copied(model)
+            model = copied(model, "cpu")
             tensors = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
-        return cls(model=model, optimizer_tensors=tensors, facts=facts, random=random_state())
+        return cls(
+            model=model,
+            optimizer_tensors=tensors,
+            facts=facts,
+            random=random_state(),
+            doctor_tensors=doctor_tensors or {},
+        )
 
     def write(self, folder: Path, tokenizer: SavesItself | None) -> None:
         """Write it into an empty folder. Raises OSError when the disk says no."""
@@ -58,16 +77,18 @@ class Snapshot:
         if tokenizer is not None:
             tokenizer.save(folder)
         write_tensors(folder / TRAINER_TENSORS, self.optimizer_tensors)
+        if self.doctor_tensors:
+            write_tensors(folder / DOCTOR_TENSORS, self.doctor_tensors)
         write_json(folder / TRAINER_FACTS, self.facts)
         (folder / RANDOM).write_text(json.dumps(self.random) + "\n", encoding="utf-8")
         write_manifest(folder)
 
 
-def copied(model: Model) -> Model:
+def copied(model: Model, device: torch.device | str) -> Model:
     """The same weights in memory of their own; nothing else of the model, whatever training has hung on it."""
     copy = build(model.config, device="meta")
     copy.load_state_dict(
-        {name: tensor.to("cpu", copy=True) for name, tensor in model.state_dict().items()}, assign=True
+        {name: tensor.to(device, copy=True) for name, tensor in model.state_dict().items()}, assign=True
     )
     return copy
 
@@ -105,6 +126,10 @@ class SavedStep:
     def load_optimizer_tensors(self) -> dict[str, Tensor]:
         """What `named_state` gave. To be copied: it is mapped, and the file goes when newer checkpoints are there."""
         return self._tensors(TRAINER_TENSORS)
+
+    def load_doctor_tensors(self) -> dict[str, Tensor]:
+        """What would undo the treatments on trial; empty without any."""
+        return self._tensors(DOCTOR_TENSORS) if (self.folder / DOCTOR_TENSORS).exists() else {}
 
     def restore_random_state(self) -> None:
         """Put the process's random numbers where they stood."""

@@ -62,9 +62,9 @@ class StepResult:
 class Stepper:
     """Trains a model step by step. Building it brings the model's weights to the settings' precision, in place.
 
-    Between steps the model is an ordinary one: it can be evaluated, saved and copied. document_attention: whether
-    tokens see only their own document. ranks: the processes that share each step, all with the same weights at first
-    and then forever.
+    It computes where the model is. Between steps the model is an ordinary one: it can be evaluated, saved and copied.
+    document_attention: whether tokens see only their own document. ranks: the processes that share each step, all with
+    the same weights at first and then forever.
     Raises MissingDependencyError when compilation is asked for and there is no compiler, ConfigError for a balance
     loss that the model's routers cannot have.
     """
@@ -75,6 +75,7 @@ class Stepper:
         self.model, self.settings, self.document_attention, self.ranks = model, settings, document_attention, ranks
         refuse_unfit((name for name, _ in settings.balance_losses), list(routers_of(model.config).values()))
         self.optimizer = Optimizer(model, settings)
+        self.prescribed: dict[str, float] = {}  # what a doctor adds to the balance losses' coefficients
         self._carried = compiled(model.carried) if settings.compile else model.carried
 
     def run(self, step: int, micro_batches: Sequence[AnyBatch], recorder: LoadRecorder | None = None) -> StepResult:
@@ -118,6 +119,11 @@ class Stepper:
             first_pass_s=first_pass_s,
         )
 
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return self.model.embedding.weight.device
+
     def learning_rate(self, step: int) -> float:
         """The rate of step `step`, counted from 0."""
         settings = self.settings
@@ -132,10 +138,11 @@ class Stepper:
         )
 
     def coefficients(self, step: int) -> dict[str, float]:
-        """The balance losses' coefficients at step `step`; none for a dense model."""
+        """The balance losses' coefficients at step `step`, with what is prescribed; none for a dense model."""
         if not routers_of(self.model.config):
             return {}
-        return {name: scheduled(value, step) for name, value in self.settings.balance_losses}
+        found = {name: scheduled(value, step) for name, value in self.settings.balance_losses}
+        return found | {name: found.get(name, 0.0) + value for name, value in self.prescribed.items()}
 
     def _num_further(self, step: int) -> int:
         """How many layers that predict further tokens take part."""
@@ -150,7 +157,7 @@ class Stepper:
         totals: "_Totals",
         recorder: LoadRecorder | None,
     ) -> None:
-        tensors = tensors_of(batch, self.document_attention)
+        tensors = tensors_of(batch, self.document_attention, self.device)
         tape = RoutingTape()
         with self._recomputing():
             parts = losses(
@@ -179,7 +186,7 @@ class Stepper:
         for index, value in enumerate(parts.mtp):
             totals.mtp[index] += value.item() * share.targets
         if recorder:
-            _tell(recorder, tape, torch.from_numpy(batch.domain_ids_B))
+            _tell(recorder, tape, torch.from_numpy(batch.domain_ids_B).to(self.device))
 
     @torch.no_grad()
     def _first_pass(self, step: int, micro_batches: Sequence[AnyBatch]) -> tuple[dict[int, Tensor] | None, float]:
@@ -195,7 +202,7 @@ class Stepper:
         counts = StepCounts(self.ranks)
         with _leaving_no_trace(self.model):
             for batch in micro_batches:
-                tape, tensors = RoutingTape(), tensors_of(batch, self.document_attention)
+                tape, tensors = RoutingTape(), tensors_of(batch, self.document_attention, self.device)
                 places: dict[str, Any] = {"mask_BS": tensors.mask_BS, **tensors.beside}
                 h_0 = self._carried(tensors.inputs_BS, **places, tape=tape)
                 if self._num_further(step) and isinstance(self.model, Decoder):

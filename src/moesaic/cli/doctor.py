@@ -1,0 +1,144 @@
+"""`moesaic doctor`: looks at a model's routers and experts on some text, and says what is ill and what would help."""
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moesaic.cli import output
+from moesaic.cli.trace import DTYPES, Batches, read_corpus, read_text, window_length
+from moesaic.errors import ConfigError, RunFolderError
+
+if TYPE_CHECKING:
+    from moesaic.train.doctor.examination import Examination, LayerReport
+
+MAX_TOKENS = 8192
+
+EXAMPLES = """\
+example: moesaic doctor runs/first  # the newest checkpoint of a run, on the embedded text
+example: moesaic doctor OLMoE-1B-7B --data my-texts --json
+To treat a model while it is trained: moesaic train --doctor act"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `moesaic doctor`."""
+    parser.epilog = EXAMPLES
+    parser.add_argument("model", metavar="CHECKPOINT", help="a checkpoint folder, a .gguf file, or a run's folder")
+    parser.add_argument(
+        "--data",
+        metavar="TEXT",
+        type=Path,
+        help="a UTF-8 file, or a folder of text whose held-out part is read, as `moesaic train` takes it (default: the "
+        "embedded corpus)",
+    )
+    parser.add_argument(
+        "--max-tokens", metavar="N", type=int, default=MAX_TOKENS, help="read at most N tokens a domain (%(default)s)"
+    )
+    parser.add_argument("--sequence-length", metavar="N", type=int, help="tokens of a window (512, or the context)")
+    parser.add_argument("--dtype", choices=DTYPES, help="compute in this format (the checkpoint's if not given)")
+    parser.add_argument("--json", action="store_true", help="print one JSON document, with every expert's state")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Examine a checkpoint and print what was found. Returns the exit code."""
+    if args.max_tokens < 1:
+        raise ConfigError(f"--max-tokens {args.max_tokens}; give 1 or more")
+    place = checkpoint_in(args.model)
+    examination = _examine(place, args)
+    if args.json:
+        output.print_json({"checkpoint": place, **examination.to_json()})
+    else:
+        _show(place, examination)
+    if examination.findings:
+        output.next_command("moesaic train --doctor act --out FOLDER --resume  # lets the doctor act while training")
+    return 0
+
+
+def checkpoint_in(model: str) -> str:
+    """The model itself, or of a run's folder its finished model or newest checkpoint, also while it is being trained.
+
+    Raises RunFolderError for a run that has none yet.
+    """
+    path = Path(model)
+    if not path.is_dir() or (path / "config.json").exists():
+        return model
+    if not (path / "recipe.json").exists() and not (path / "checkpoints").is_dir():
+        return model  # whoever loads it says what is wrong
+    from moesaic.train.resume import RunFolder
+
+    run = RunFolder(path)
+    found = [run.model] if (run.model / "config.json").exists() else [folder for _, folder in run.checkpoints[-1:]]
+    if not found:
+        raise RunFolderError(f"{path} is a run without a checkpoint yet; wait until its first one is written")
+    if not (found[0] / "config.json").exists():
+        raise RunFolderError(
+            f"{found[0]} keeps weights that only this run can go on from (its family has no such model); "
+            "watch it from inside, with `moesaic train --resume --doctor advise`"
+        )
+    output.talk(f"{path} is a run; this is {found[0]}")
+    return str(found[0])
+
+
+def _examine(place: str, args: argparse.Namespace) -> "Examination":
+    from moesaic import hub
+    from moesaic.cli.text import open_model
+    from moesaic.config import MoeConfig
+    from moesaic.models.build import decoder_only
+    from moesaic.train.doctor.examination import examine
+
+    config = hub.read_config(place)
+    config.check_decoder_only("the doctor")
+    if not any(isinstance(layer.feed_forward, MoeConfig) for layer in config.layers):
+        raise ConfigError(
+            f"{place} ({config.family}) has no experts: every layer is dense, and the doctor looks at routers; "
+            "give it a mixture-of-experts model"
+        )
+    length = window_length(args.sequence_length, config)
+    text = args.data.read_bytes() if args.data is not None and not args.data.is_dir() else None
+    opened = open_model(place, args.dtype)
+    if text is not None:
+        found = read_text(opened, text, args.data, args.max_tokens, length)
+    else:
+        found = read_corpus(place, args.data, args.max_tokens, length)
+    with output.progress("examining", found.num_tokens) as advance:
+        return examine(
+            decoder_only(opened.model, "the doctor"), _questions(found, advance), num_domains=len(found.domains)
+        )
+
+
+def _questions(found: Batches, advance: Any) -> Any:
+    import torch
+
+    from moesaic.train.doctor.examination import Question
+
+    for batch in found.batches:
+        mask_BS = None if batch.mask_BS is None else torch.from_numpy(batch.mask_BS)
+        yield Question(torch.from_numpy(batch.token_ids_BS), mask_BS, -1 if batch.domain is None else batch.domain)
+        advance(batch.token_ids_BS.size, "")
+
+
+STATES = {"dead": "dead", "cold": "cold", "oversized": "oversized", "can't tell": "unknown"}
+COLUMNS = ("layer", "MaxVio", "load entropy", "effective", *STATES, "twins", "logits", "flips")
+
+
+def _show(place: str, examination: "Examination") -> None:
+    layers = zip(examination.layers, examination.health.layers, strict=True)
+    rows = [_row(report, judged) for report, judged in layers]
+    output.table(COLUMNS, rows, f"{place}: {examination.num_tokens} tokens")
+    for finding, advice in examination.advice():
+        output.write(f"{finding.sentence}.\n  Training could: {advice}.\n")
+    if not examination.findings:
+        output.write("Nothing is ill.\n")
+
+
+def _row(report: "LayerReport", judged: Any) -> list[str]:
+    logits = report.load.logits
+    return [
+        str(report.load.layer),
+        f"{judged.max_violation:.2f}",
+        f"{judged.load_entropy:.3f}",
+        f"{judged.effective_experts:.1f} of {report.load.num_experts}",
+        *(str(report.number(state)) for state in STATES.values()),
+        str(len(report.duplicates)),
+        "-" if logits is None else f"{logits.rms:.1f}",
+        "-" if logits is None else f"{logits.flips_bf16:.1%}",
+    ]

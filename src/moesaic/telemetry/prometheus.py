@@ -1,0 +1,123 @@
+"""Routing as Prometheus text: for a scrape, or for the text-file collector of its node exporter.
+
+The format (https://prometheus.io/docs/instrumenting/exposition_formats/, version 0.0.4) is a few lines and frozen, so
+no package is needed to write it; the tests read it back with the official client.
+"""
+
+import math
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+from moesaic.errors import RunFolderError
+from moesaic.telemetry.health import LayerHealth, RouterHealth
+from moesaic.telemetry.load import StepLoad, sum_loads
+
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+
+
+class _Family(NamedTuple):
+    name: str
+    kind: Literal["counter", "gauge"]
+    help: str
+
+
+_ROWS = _Family("moesaic_expert_rows_total", "counter", "Rows that the router gave to an expert.")
+_TOKENS = _Family("moesaic_routed_tokens_total", "counter", "Tokens that were routed in a layer.")
+_DROPPED = _Family("moesaic_dropped_rows_total", "counter", "Rows that no expert computed for want of a slot.")
+_GAUGES = {
+    "max_violation": "Heaviest load over the mean, less 1 (MaxVio).",
+    "load_entropy": "Entropy of the load over ln E; 1 is even.",
+    "effective_experts": "As how many equally loaded experts the load is worth.",
+    "coefficient_of_variation": "Standard deviation of the load over its mean.",
+    "router_entropy": "Mean entropy of a token's scores over ln E.",
+    "average_entropy": "Entropy of the mean scores over ln E.",
+}
+_LOGITS = {
+    "rms": "Root mean square of router logits.",
+    "peak": "Largest magnitude of a router logit.",
+    "margin": "Mean gap between the last chosen and the first other logit.",
+    "flips_bf16": "Share of choices that rounding logits to bf16 changes.",
+    "flips_noise": "Share of choices that noise of 1 % changes.",
+}
+_DEAD = _Family(
+    "moesaic_dead_experts", "gauge", "Experts below a tenth of the fair share, where there is enough to tell."
+)
+
+
+def exposition(total: StepLoad, window: StepLoad | None = None, labels: Mapping[str, str] | None = None) -> str:
+    """Prometheus text. total: everything since the start, for counters; window: the newest part of it, for gauges.
+
+    labels: added to every sample, such as {"run": "first"}. What is unknown (NaN) is left out.
+    """
+    health = RouterHealth.of(window or total).layers
+    fixed = dict(labels or {})
+    lines: list[str] = []
+    for family, samples in _families(total, health):
+        found = [(own, value) for own, value in samples if not math.isnan(value)]
+        if found:
+            lines += [f"# HELP {family.name} {family.help}", f"# TYPE {family.name} {family.kind}"]
+            lines += [f"{family.name}{_labels({**fixed, **own})} {_number(value)}" for own, value in found]
+    return "".join(f"{line}\n" for line in lines)
+
+
+_Samples = list[tuple[dict[str, str], float]]
+
+
+def _families(total: StepLoad, health: tuple[LayerHealth, ...]) -> Iterator[tuple[_Family, _Samples]]:
+    layers = total.layers
+    yield (
+        _ROWS,
+        [
+            ({"layer": str(load.layer), "expert": str(expert)}, float(rows))
+            for load in layers
+            for expert, rows in enumerate(load.counts_E)
+        ],
+    )
+    yield _TOKENS, [({"layer": str(load.layer)}, float(load.num_tokens)) for load in layers]
+    yield _DROPPED, [({"layer": str(load.layer)}, float(load.dropped_rows)) for load in layers]
+    for name, text in _GAUGES.items():
+        family = _Family(f"moesaic_router_{name}", "gauge", text)
+        yield family, [({"layer": str(layer.layer)}, float(getattr(layer, name))) for layer in health]
+    for name, text in _LOGITS.items():
+        family = _Family(f"moesaic_router_logit_{name}", "gauge", text)
+        yield family, [({"layer": str(one.layer)}, getattr(one.logits, name)) for one in health if one.logits]
+    yield _DEAD, [({"layer": str(one.layer)}, float(len(one.dead))) for one in health if one.dead is not None]
+
+
+def _labels(labels: Mapping[str, str]) -> str:
+    if not labels:
+        return ""
+    return "{" + ",".join(f'{name}="{_escaped(value)}"' for name, value in labels.items()) + "}"
+
+
+def _escaped(value: str) -> str:
+    return value.replace("\\", "\\\\").replace("\n", "\\n").replace('"', '\\"')
+
+
+def _number(value: float) -> str:
+    return str(int(value)) if value.is_integer() else repr(value)
+
+
+class PrometheusFile:
+    """A file that always holds the newest text: counters since this object was made, gauges of the last window.
+
+    Readers see the old text or the new one, never half. Raises RunFolderError where it cannot be written.
+    """
+
+    def __init__(self, path: Path, labels: Mapping[str, str] | None = None) -> None:
+        self.path, self.labels = path, dict(labels or {})
+        self._total: StepLoad | None = None
+
+    def add(self, load: StepLoad) -> None:
+        """Count one more window, and write."""
+        if not load.layers:
+            return
+        self._total = load if self._total is None else sum_loads([self._total, load])
+        beside = self.path.with_name(f".{self.path.name}.partial")
+        try:
+            beside.write_text(exposition(self._total, load, self.labels), encoding="utf-8")
+            os.replace(beside, self.path)
+        except OSError as error:
+            raise RunFolderError(f"cannot write {self.path}: {error.strerror}; free space") from error

@@ -1,0 +1,129 @@
+"""Looks at a finished model on some text: the health of every layer, what is ill, and what training could do about it.
+
+Nothing is changed: the doctor acts only while a model is trained.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from moesaic.models.decoder import Decoder
+from moesaic.telemetry.health import RouterHealth
+from moesaic.telemetry.likeness import Duplicate
+from moesaic.telemetry.load import LayerLoad, StepLoad, sum_loads
+from moesaic.telemetry.probe import probe
+from moesaic.telemetry.recorder import LoadRecorder
+from moesaic.telemetry.states import ExpertState, clumping, states_of
+from moesaic.train.doctor.findings import Finding, findings_in
+from moesaic.train.doctor.remedies import LADDERS, WHAT
+
+
+class Question(NamedTuple):
+    """Text to look at, B x S; mask_BS is false for padding, None without any. domain: -1 is none."""
+
+    token_ids_BS: Tensor
+    mask_BS: Tensor | None = None
+    domain: int = -1
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerReport:
+    """One layer: its load over all the text, its experts one by one, and those that answer the same.
+
+    clumping: how many tokens of this text said as much as one drawn alone (see `telemetry.states`).
+    """
+
+    load: LayerLoad
+    states: tuple[ExpertState, ...]
+    duplicates: tuple[Duplicate, ...]
+    clumping: float
+
+    def number(self, state: str) -> int:
+        """How many experts are in a state."""
+        return sum(expert.state == state for expert in self.states)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Examination:
+    """Everything that was found."""
+
+    layers: tuple[LayerReport, ...]
+    findings: tuple[Finding, ...]
+    num_tokens: int
+
+    @property
+    def health(self) -> RouterHealth:
+        """The layers' loads in numbers."""
+        return RouterHealth.of(StepLoad(step=0, layers=tuple(layer.load for layer in self.layers)))
+
+    def advice(self) -> Iterator[tuple[Finding, str]]:
+        """Each finding, and what training with `--doctor act` could do, the gentlest first."""
+        for finding in self.findings:
+            yield finding, "; or ".join(WHAT[remedy] for remedy in LADDERS[finding.kind])
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON-ready dictionary."""
+        return {
+            "tokens": self.num_tokens,
+            "verdict": self.health.verdict,
+            "layers": [
+                {
+                    **layer.load.to_json(),
+                    "clumping": layer.clumping,
+                    "states": [expert.state for expert in layer.states],
+                    "duplicates": [[pair.first, pair.second, pair.similarity] for pair in layer.duplicates],
+                }
+                for layer in self.layers
+            ],
+            "findings": [
+                {
+                    "kind": finding.kind,
+                    "layer": finding.layer,
+                    "expert": finding.expert if finding.expert >= 0 else None,
+                    "other": finding.other if finding.other >= 0 else None,
+                    "sentence": finding.sentence,
+                    "remedies": list(LADDERS[finding.kind]),
+                    "advice": advice,
+                }
+                for finding, advice in self.advice()
+            ],
+        }
+
+
+def examine(model: Decoder, questions: Iterable[Question], *, num_domains: int = 0) -> Examination:
+    """Run a model over text, as in evaluation, and judge what its routers did.
+
+    Each question is a window of its own for the account of chance. Experts are compared on the first one.
+    """
+    recorder = LoadRecorder.for_model(model.config, num_domains=num_domains)
+    window: list[StepLoad] = []
+    duplicates: dict[int, tuple[Duplicate, ...]] = {}
+    model.eval()
+    for question in questions:
+        if not duplicates:
+            probed = probe(model, question.token_ids_BS, question.mask_BS)
+            duplicates = {layer: each.duplicates() for layer, each in probed.items()}
+        recorder.set_domains(question.domain if num_domains and question.domain >= 0 else None)
+        with torch.no_grad():
+            model.hidden(question.token_ids_BS, question.mask_BS, tape=recorder)
+        window.append(recorder.finish_step())
+    return Examination(
+        layers=tuple(_layer_reports(window, duplicates)),
+        findings=findings_in(window, duplicates),
+        num_tokens=sum(load.layers[0].num_tokens for load in window if load.layers),
+    )
+
+
+def _layer_reports(window: list[StepLoad], duplicates: dict[int, tuple[Duplicate, ...]]) -> Iterator[LayerReport]:
+    for index, load in enumerate(sum_loads(window).layers):
+        parts = [step.layers[index] for step in window]
+        clumped = clumping([part.counts_E for part in parts], [part.num_tokens for part in parts])
+        yield LayerReport(
+            load=load,
+            states=states_of(load, clumping=clumped),
+            duplicates=duplicates.get(load.layer, ()),
+            clumping=clumped,
+        )

@@ -1,0 +1,74 @@
+"""`moesaic doctor`, and `moesaic train --doctor`."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from moesaic import hub
+from moesaic.cli.text import open_tokenizer
+from tests.cli.conftest import TEXT
+from tests.cli.tiny_recipe import RECIPE
+
+
+@pytest.fixture
+def text_file(tmp_path) -> Path:
+    (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
+    return tmp_path / "text.txt"
+
+
+def test_a_copied_and_a_closed_expert_are_named(moesaic, moe_folder, text_file, tmp_path):
+    model = hub.load(moe_folder)
+    experts, router = model.layers[0].feed_forward.experts, model.layers[1].feed_forward.router
+    with torch.no_grad():
+        for part in experts.parameters():
+            part.normal_(0.0, 0.2)
+            part[4] = part[1]
+        router.weight[:] = 0  # ties go to the lower experts: 0 and 1 take all
+    hub.save(model, tmp_path / "ill", tokenizer=open_tokenizer(str(moe_folder)))
+    ran = moesaic("doctor", tmp_path / "ill", "--data", text_file, "--json")
+    assert ran.exit_code == 0, ran.err
+    found = {(each["kind"], each["layer"], each["expert"], each["other"]) for each in ran.json["findings"]}
+    assert ("duplicate", 0, 1, 4) in found
+    assert {("dead", 1, expert, None) for expert in (2, 3, 4)} | {("oversized", 1, 0, None)} <= found
+    assert ran.json["layers"][1]["states"] == ["oversized", "oversized", "dead", "dead", "dead"]
+    shown = moesaic("doctor", tmp_path / "ill", "--data", text_file)
+    assert "layer 1: expert 3 has 0.00 of its fair share" in shown.out and "Training could: " in shown.out
+    assert shown.err.splitlines()[-1].startswith("next: moesaic train --doctor act")
+
+
+@pytest.mark.parametrize("folder", ["dense_folder"])
+def test_a_model_without_experts_is_said_to_have_none(moesaic, folder, text_file, request):
+    ran = moesaic("doctor", request.getfixturevalue(folder), "--data", text_file)
+    assert ran.exit_code == 2 and "has no experts: every layer is dense" in ran.err
+
+
+@pytest.fixture
+def corpus(tmp_path) -> Path:
+    for domain, words in (("prose", "the cat sat on the mat and looked at the dog. "), ("code", "x = f(y) + 1\n")):
+        (tmp_path / "corpus" / domain).mkdir(parents=True)
+        for number in range(30):
+            (tmp_path / "corpus" / domain / f"{number:02}.txt").write_text(f"{domain} {number}: {words}" * 6)
+    return tmp_path / "corpus"
+
+
+def test_training_keeps_a_log_and_a_run_that_still_writes_can_be_looked_at(moesaic, tmp_path, text_file, corpus):
+    (tmp_path / "run.toml").write_text(RECIPE, encoding="utf-8")
+    out = tmp_path / "run"
+    arguments = ("--config", tmp_path / "run.toml", "--corpus", corpus, "--out", out, "--json")
+    ran = moesaic("train", *arguments, "--doctor", "advise", "--prometheus")
+    assert ran.exit_code == 0, ran.err
+    assert json.loads((out / "recipe.json").read_text())["recipe"]["train"]["doctor"] == "advise"
+    assert (out / "doctor.jsonl").exists() and "moesaic_expert_rows_total" in (out / "metrics.prom").read_text()
+    line = json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])
+    assert {"mean_scores", "logits", "dropped_rows"} <= line["load"]["layers"][0].keys()
+    (out / "model").rename(tmp_path / "elsewhere")  # as it is before the run is done
+    looked = moesaic("doctor", out, "--data", text_file, "--json")
+    assert looked.exit_code == 0, looked.err
+    assert looked.json["checkpoint"].endswith("checkpoints/step-000002") and "is a run; this is" in looked.err
+    for folder in (out / "checkpoints").iterdir():
+        folder.rename(tmp_path / folder.name)
+    assert "a run without a checkpoint yet" in moesaic("doctor", out, "--data", text_file).err
+    again = moesaic("train", "--out", out, "--resume", "--doctor", "act", "--json")
+    assert again.exit_code == 0, again.err  # the doctor may be called later

@@ -1,0 +1,96 @@
+import numpy as np
+import pytest
+import torch
+
+from moesaic.config import RouterConfig
+from moesaic.layers.router import RouterLayer
+from moesaic.routing import TokenFacts
+from moesaic.telemetry.load import LogitFacts
+from moesaic.telemetry.logits import SAMPLED, LogitSums
+from moesaic.telemetry.recorder import LoadRecorder, score_sums
+from tests.tiny import lively, tiny_config
+
+T, E, K, D = 40, 6, 2, 9
+
+
+def decide(mask_T: torch.Tensor | None = None, scale: float = 1.0, **settings):
+    torch.manual_seed(0)
+    router = RouterLayer(RouterConfig(**{"name": "softmax_topk", "num_experts": E, "top_k": K, **settings}), D).eval()
+    with torch.no_grad():
+        router.weight.normal_(0.0, scale)
+    with torch.no_grad():
+        return router(torch.randn(T, D), TokenFacts(mask_T=mask_T))
+
+
+def read(decision) -> LogitFacts:
+    sums = LogitSums()
+    sums.add(decision)
+    facts = sums.read()
+    assert facts is not None
+    return facts
+
+
+def test_facts_by_numpy():
+    decision = decide()
+    logits = decision.logits_TE.numpy().astype(np.float64)
+    ranked = np.sort(logits, axis=1)[:, ::-1]
+    facts = read(decision)
+    assert facts.num_sampled == T
+    assert facts.rms == pytest.approx(np.sqrt((logits**2).mean()), rel=1e-6)
+    assert facts.peak == pytest.approx(abs(logits).max(), rel=1e-6)
+    assert facts.margin == pytest.approx((ranked[:, K - 1] - ranked[:, K]).mean(), rel=1e-5)
+    assert facts.flips_bf16 <= 0.05 and 0 <= facts.flips_noise < 0.1
+
+
+def test_choices_that_hang_on_rounding_are_counted():
+    """Logits near 256 are 2 apart in bf16: whatever decides below that is lost, and ties go to the lower expert."""
+    decision = decide()
+    near = 256 + torch.linspace(0, 0.5, E).repeat(T, 1)  # the last two are chosen, then the first two
+    object.__setattr__(decision, "logits_TE", near)
+    facts = read(decision)
+    assert facts.flips_bf16 == 1 and facts.flips_noise > 0.3
+
+
+def test_masked_tokens_do_not_count_and_padding_alone_tells_nothing():
+    mask_T = torch.arange(T) % 4 == 0
+    assert read(decide(mask_T)).num_sampled == T // 4
+    sums = LogitSums()
+    sums.add(decide(torch.zeros(T, dtype=torch.bool)))
+    assert sums.read() is None
+
+
+def test_a_selection_bias_that_decides_shows_as_a_negative_margin():
+    decision = decide(name="sigmoid_topk", selection_bias=True)
+    before = read(decision).margin
+    router = decision.rechoose.__self__
+    router.selection_bias[0] = 10.0  # chosen by every token, whatever its logit
+    assert before > 0 > read(decision).margin
+
+
+@pytest.mark.parametrize("name", ["sigmoid_topk", "switch", "gshard_top2", "relu", "top_p", "sinkhorn", "sparsemixer"])
+def test_every_router_that_can_choose_again_is_read(name):
+    top_k = 1 if name == "switch" else K
+    facts = read(decide(name=name, top_k=top_k))
+    assert facts.num_sampled == T and 0 <= facts.flips_bf16 <= 1
+
+
+def test_mean_scores_and_their_entropy():
+    decision = decide()
+    entropy, scores_E = score_sums(decision.scores_TE)
+    scores = decision.scores_TE.double()
+    assert scores_E.numpy() == pytest.approx(scores.sum(0).numpy(), rel=1e-5)
+    assert float(entropy) == pytest.approx(float(-(scores * scores.log()).sum()), rel=1e-5)
+
+
+def test_a_recorder_samples_evenly_and_touches_no_random_number():
+    model, tokens = lively(tiny_config()), torch.randint(0, 61, (4, 40))
+    recorder = LoadRecorder.for_model(model.config)
+    plain = model(tokens)
+    state = torch.get_rng_state()
+    heard = model(tokens, tape=recorder)
+    assert torch.equal(plain, heard) and torch.equal(state, torch.get_rng_state())
+    load = recorder.finish_step().layers[0]
+    assert load.logits is not None and load.mean_scores_E is not None
+    assert SAMPLED * 0.8 <= load.logits.num_sampled <= SAMPLED
+    assert load.mean_scores_E.sum() == pytest.approx(1)
+    assert load.router_entropy <= load.average_entropy <= np.log(5)
