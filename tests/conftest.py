@@ -7,8 +7,8 @@ import signal
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import pytest  # noqa: E402
-import torch  # noqa: E402  it counts its threads as it is imported
+import pytest
+import torch
 
 # Tests press Ctrl-C in processes of their own. A shell has what it runs in the background ignore that, and so would
 # these processes, which inherit it.
