@@ -2,7 +2,6 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,7 +34,7 @@ def expert_loads(config: ModelConfig, source: str = "recorded", *, seed: int = 0
     layer; a file of counts, JSON {"loads": [[...], ...]}; or a routing trace of this model. Raises ConfigError or
     TraceError for a source that is none of these or of another model.
     """
-    moes = [part for part in (config.layers[index].feed_forward for index in config.moe_layers) if _is_moe(part)]
+    moes = [layer.feed_forward for layer in config.layers if isinstance(layer.feed_forward, MoeConfig)]
     require(bool(moes), f"this {config.family} model has no experts to place; take one that has")
     num_experts, top_k = moes[0].num_experts, moes[0].router.top_k
     shape = (len(moes), num_experts)
@@ -52,10 +51,6 @@ def expert_loads(config: ModelConfig, source: str = "recorded", *, seed: int = 0
         raise unknown_name("routing", source, [*NAMED, "FILE.json", "a trace"])
     require(counts.shape == shape, f"loads of shape {counts.shape} for {shape[0]} MoE layers of {num_experts} experts")
     return _capped(counts, top_k)
-
-
-def _is_moe(part: Any) -> bool:
-    return isinstance(part, MoeConfig)
 
 
 def _drawn(shape: tuple[int, int], seed: int) -> Floats:

@@ -100,6 +100,8 @@ class Table:
     rest: seconds of all but experts, by texts of a rank and context. experts, sending: by tokens of a rank.
     """
 
+    kind: Kind
+
     def __init__(self, unit: Unit, kind: Kind, most_texts: float, longest: float) -> None:
         self.unit, self.kind = unit, kind
         self.texts = np.unique(np.geomspace(1, max(2.0, most_texts), 8))
