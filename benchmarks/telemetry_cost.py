@@ -54,8 +54,8 @@ DECODING_MODEL: dict[str, Any] = {
     "num_hidden_layers": 16,
     "num_attention_heads": 8,
     "num_key_value_heads": 4,
-    "num_experts": 64,
-    "num_experts_per_tok": 8,
+    "num_experts": 32,
+    "num_experts_per_tok": 4,
     "moe_intermediate_size": 256,
 }
 DECODED = 32  # tokens a sample

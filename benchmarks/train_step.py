@@ -191,7 +191,7 @@ def main() -> None:
         step = make_step(args.memory_of, args.precision[0])
         for _ in range(3):
             step()
-        print(peak_memory_bytes())
+        print(peak_memory_bytes(torch.device("cpu")))
         return
     if not args.json:
         print(f"torch {torch.__version__}, transformers {transformers.__version__}, {args.threads} threads")

@@ -7,7 +7,27 @@ import signal
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import pytest
+import torch
+
 # Tests press Ctrl-C in processes of their own. A shell has what it runs in the background ignore that, and so would
 # these processes, which inherit it.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# Tests compare bits, which a CPU repeats; those that are for a GPU name it.
+os.environ["MOESAIC_DEVICE"] = "cpu"
+
+GPU = pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU that torch finds"))
+
+
+@pytest.fixture(params=["cpu", GPU])
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """The CPU, and a GPU where there is one."""
+    return torch.device(request.param)
+
+
+@pytest.fixture(params=[GPU])
+def gpu(request: pytest.FixtureRequest) -> torch.device:
+    """A GPU; without one the test is skipped."""
+    return torch.device(request.param)

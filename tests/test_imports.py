@@ -36,6 +36,8 @@ TORCH_FREE = [
     "tensor_spec.py",
     "config",
     "trace",
+    "placement",
+    "plan",
     "models/weight_map.py",
     "families",
 ]
@@ -118,6 +120,15 @@ def test_the_package_starts_without_torch() -> None:
     assert loaded_by(code) == "loaded:"
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["count", "qwen3-30b-a3b"]], ids=" ".join)
+QUICK = [
+    ["--help"],
+    ["count", "qwen3-30b-a3b"],
+    ["plan", "qwen3-30b-a3b", "--machine", "h100"],
+    ["plan", "compare", "mixtral-8x7b", "llama-2-70b", "--machine", "2xh100", "--context", "4k"],
+    ["plan", "claims"],
+]
+
+
+@pytest.mark.parametrize("arguments", QUICK, ids=" ".join)
 def test_quick_verbs_start_without_torch(arguments: list[str]) -> None:
     assert loaded_by(RUN.format(arguments=arguments, module="moesaic.cli.main", heavy=HEAVY)) == "loaded:"

@@ -17,6 +17,7 @@ SIGNATURES = {
     ),
     "lint": "(build, *, ranks=2)",
     "load": "(path_or_preset, *, dtype=None, device='cpu', allow_extra=False)",
+    "place_experts": "(load_LE, *, num_slots, num_ranks, num_nodes=1, num_groups=1, method='refined')",
     "save": "(model, folder, *, tokenizer=None, max_shard_bytes=5000000000)",
     "route": "(model, token_ids_BS, mask_BS=None)",
 }
@@ -28,7 +29,19 @@ def bare(signature: inspect.Signature) -> str:
 
 
 def test_the_names() -> None:
-    names = ["Engine", "ModelConfig", "MoesaicError", "__version__", "generate", "lint", "load", "route", "save"]
+    names = [
+        "Engine",
+        "ModelConfig",
+        "MoesaicError",
+        "__version__",
+        "generate",
+        "lint",
+        "load",
+        "make_plan",
+        "place_experts",
+        "route",
+        "save",
+    ]
     assert moesaic.__all__ == names
     assert dir(moesaic) == sorted(moesaic.__all__)
     assert all(getattr(moesaic, name) is not None for name in moesaic.__all__)

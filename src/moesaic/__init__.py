@@ -11,9 +11,23 @@ if TYPE_CHECKING:
     from moesaic.hub.loading import load
     from moesaic.hub.saving import save
     from moesaic.models.decoder import route
+    from moesaic.placement import place_experts
+    from moesaic.plan.plan import make_plan
     from moesaic.train.lint.suite import lint
 
-__all__ = ["Engine", "ModelConfig", "MoesaicError", "__version__", "generate", "lint", "load", "route", "save"]
+__all__ = [
+    "Engine",
+    "ModelConfig",
+    "MoesaicError",
+    "__version__",
+    "generate",
+    "lint",
+    "load",
+    "make_plan",
+    "place_experts",
+    "route",
+    "save",
+]
 
 __version__ = "0.1.0"
 
@@ -24,6 +38,8 @@ _HOMES = {
     "generate": "moesaic.engine.generate",
     "lint": "moesaic.train.lint.suite",
     "load": "moesaic.hub.loading",
+    "make_plan": "moesaic.plan.plan",
+    "place_experts": "moesaic.placement",
     "route": "moesaic.models.decoder",
     "save": "moesaic.hub.saving",
 }

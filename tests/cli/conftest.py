@@ -31,6 +31,12 @@ class Ran(NamedTuple):
         return json.loads(self.out)
 
 
+@pytest.fixture(autouse=True)
+def own_state(monkeypatch, tmp_path_factory) -> None:
+    """What moesaic keeps of this machine, such as predictions, is kept elsewhere while it is tested."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path_factory.mktemp("state")))
+
+
 @pytest.fixture
 def moesaic(capsys, monkeypatch) -> Callable[..., Ran]:
     """Run `moesaic <arguments>` with `stdin` as piped input."""

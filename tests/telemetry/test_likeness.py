@@ -50,3 +50,10 @@ def test_pairs_beyond_chance_and_no_others():
     even[:400] = (2, 5)
     (pair,) = co_activation(even, 8).pairs
     assert (pair.first, pair.second) == (2, 5) and pair.lift > 2 and pair.together >= 400
+
+
+def test_a_layer_grown_from_copies_has_no_duplicates():
+    """Three of five: they are not one mistake but how the layer was made."""
+    grown = OUTPUTS.copy()
+    grown[1:3] = grown[0]
+    assert duplicates(grown) == ()

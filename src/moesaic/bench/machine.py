@@ -53,9 +53,15 @@ class ReadProbe:
         self._memory = memory.fill_(1)  # pages that were never written are all one and the same page
         self._native = _native.ReadProbe(threads)
 
-    def bandwidth(self) -> float:
-        """Bytes a second, of one pass."""
-        return self._memory.nbytes / self._native.seconds(self._memory)
+    @property
+    def num_bytes(self) -> int:
+        """That a pass reads at most."""
+        return self._memory.nbytes
+
+    def bandwidth(self, num_bytes: int | None = None) -> float:
+        """Bytes a second, of one pass over all, or over the first so many (a multiple of 64)."""
+        memory = self._memory if num_bytes is None else self._memory[:num_bytes]
+        return memory.nbytes / self._native.seconds(memory)
 
 
 def measure_machine(threads: int) -> Machine:
@@ -107,12 +113,12 @@ def _torch_threads(threads: int):
 
 
 def _probe_bytes() -> int:
-    wanted = max(_LEAST_PROBE_BYTES, _CACHES_OF_PROBE * _last_cache_bytes())
+    wanted = max(_LEAST_PROBE_BYTES, _CACHES_OF_PROBE * last_cache_bytes())
     free = available_bytes()
     return (wanted if free is None else min(wanted, free // 4)) // 64 * 64
 
 
-def _last_cache_bytes() -> int:
+def last_cache_bytes() -> int:
     """Of the largest cache that the first processor sees; 0 where the system does not say."""
     sizes = [0]
     for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):

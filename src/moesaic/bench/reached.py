@@ -17,7 +17,7 @@ import torch
 from moesaic.bench.bound import Held, Number, Work, decode_work, prefill_work
 from moesaic.bench.machine import ReadProbe
 from moesaic.engine.cache import Text
-from moesaic.engine.engine import Engine, Piece
+from moesaic.engine.engine import Engine, Piece, in_steps
 from moesaic.engine.sampling import Sampling, sample
 from moesaic.errors import ConfigError
 from moesaic.kernels.blocks import Format
@@ -75,22 +75,25 @@ def held(engine: Engine, dtype: torch.dtype) -> Held:
     )
 
 
-def decode_case(engine: Engine, kept: Held, batch: int) -> Case:
+def decode_case(engine: Engine, kept: Held, batch: int, context: int | None = None) -> Case:
     """One more token for each of `batch` texts; which one is drawn beforehand, so that texts stay different.
 
-    What the engine would have chosen is computed all the same. Raises ConfigError where texts may not be long enough.
+    context: tokens that texts have before; None: a few. What the engine would have chosen is computed all the same.
+    Raises ConfigError where texts may not be long enough.
     """
-    prompt = min(PROMPT_TOKENS, engine.max_length // 4)
+    prompt = context or min(PROMPT_TOKENS, engine.max_length // 4)
     most = min(MOST_STEPS, engine.max_length - prompt)
     if prompt < 1 or most < 2:
         raise ConfigError(f"texts of {engine.max_length} tokens are too short to time steps; give a longer model")
     texts = [Text() for _ in range(batch)]
     for text, ids in zip(texts, _draw(engine, batch, prompt), strict=True):
-        engine.step([Piece(text, ids)])
+        for pieces in in_steps([(text, ids)]):
+            engine.step(pieces)
     ids_NB = list(zip(*_draw(engine, batch, most), strict=True))
     steps = _enough(lambda: _decode(engine, texts, ids_NB[:1]), most)
     work = decode_work(kept, batch, prompt + (steps + 1) / 2)
-    return Case(f"decode {batch}", batch, work, partial(_decode, engine, texts, ids_NB[:steps]), steps)
+    name = f"decode {batch}" if context is None else f"decode {batch} at {context}"
+    return Case(name, batch, work, partial(_decode, engine, texts, ids_NB[:steps]), steps)
 
 
 def prefill_case(engine: Engine, kept: Held, num_tokens: int) -> Case:

@@ -5,7 +5,7 @@ import importlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moesaic.cli import bench_plot, output
+from moesaic.cli import bench_plot, foretelling, output
 from moesaic.errors import ConfigError
 
 if TYPE_CHECKING:  # at run time torch comes in only once the options make sense
@@ -92,6 +92,7 @@ def _measure(args: argparse.Namespace, batches: list[int]) -> dict[str, Any]:
         cases.append(reached.prefill_case(engine, kept, prefill))
     with output.progress("sampling", total=args.samples * len(cases)) as advance:
         reached.take_samples(engine, probe, cases, args.samples, lambda name: advance(1, note=name))
+    foretelling.keep_bench(args.model, kept, [(case, _context(case)) for case in cases])
     settings = {
         "model": args.model,
         "random_weights": drawn,
@@ -99,6 +100,13 @@ def _measure(args: argparse.Namespace, batches: list[int]) -> dict[str, Any]:
         "experts_bits": args.experts_bits or args.bits,
     }
     return settings | report(machine, kept, cases)
+
+
+def _context(case: "Case") -> float:
+    """Tokens that its texts have in the middle of a sample."""
+    from moesaic.bench import reached
+
+    return case.tokens if case.name.startswith("prefill") else reached.PROMPT_TOKENS + case.steps / 2
 
 
 def _prefill(args: argparse.Namespace) -> int:

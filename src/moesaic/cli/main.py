@@ -29,8 +29,10 @@ VERBS = {
     "doctor": "say what is ill about a model's routers and experts, and what would help",
     "trace": "record which expert serves which token, or show such a recording",
     "count": "count a model's parameters, bytes and FLOPs without loading it",
+    "plan": "say what a model needs of a machine, how fast it is there, and what it costs",
     "convert": "turn a checkpoint into a Hugging Face safetensors folder",
     "quantize": "round a checkpoint's weights to 8 or 4 bits",
+    "lint": "find out by experiment what a training set-up does to its experts",
     "bench": "measure this machine, and how near to its limits a model runs",
 }
 EXAMPLE = "example: moesaic count mixtral-8x7b"

@@ -85,6 +85,12 @@ def add_text_arguments(parser: argparse.ArgumentParser, *, max_new_tokens: int, 
     parser.add_argument("--top-p", type=float, metavar="P", help="choose among the likeliest that add up to P")
     parser.add_argument("--seed", type=int, metavar="N", help="the same seed gives the same text")
     parser.add_argument("--dtype", choices=list(DTYPES), help="compute in this format (the checkpoint's if not given)")
+    parser.add_argument(
+        "--device",
+        metavar="DEVICE",
+        default="cpu",
+        help="cpu: the engine (the default); auto, cuda or cuda:1: the plain decoder, on a GPU",
+    )
     parser.add_argument("--bits", type=int, choices=(4, 8), help="round the weights to 4 or 8 bits once they are read")
     parser.add_argument("--experts-bits", type=int, choices=(4, 8), help="those of routed experts (as --bits)")
     parser.add_argument("--json", action="store_true", help="print one JSON document instead of the text as it comes")
@@ -97,10 +103,17 @@ def open_writer(path_or_preset: str, args: argparse.Namespace, *, decoder_for: s
     """
     from moesaic.cli import output
     from moesaic.kernels import backend
+    from moesaic.kernels.devices import described, device_of
 
     if args.bits is None and args.experts_bits is not None:
         raise ConfigError("--experts-bits without --bits, which says how many the other weights get; give both")
     config = _read_config(path_or_preset, decoder_for)
+    device = device_of(args.device, "--device")
+    if device.type != "cpu":
+        if args.bits is not None:
+            raise ConfigError(f"--bits {args.bits} with --device {device}: packed weights are for CPUs; leave one out")
+        output.talk(f"the engine is for CPUs; the plain decoder writes on {described(device)}")
+        return Writer(*open_model(path_or_preset, args.dtype, device=device))
     if backend.name != "native":
         return _without_engine(path_or_preset, args)
     from moesaic.engine.lower.refusal import refusal
@@ -158,14 +171,16 @@ def _read_config(path_or_preset: str, decoder_for: str | None) -> "ModelConfig":
     return config
 
 
-def open_model(path_or_preset: str, dtype: str | None, *, decoder_for: str | None = None) -> Opened:
+def open_model(
+    path_or_preset: str, dtype: str | None, *, decoder_for: str | None = None, device: "torch.device | str" = "cpu"
+) -> Opened:
     """The model and the tokenizer of a checkpoint. decoder_for: what has no use for a model with an encoder."""
     from moesaic import hub
 
     _read_config(path_or_preset, decoder_for)
     importlib.import_module("moesaic.tune.upcycle")  # makes known the preset whose weights it makes
     tokenizer = open_tokenizer(path_or_preset)
-    return Opened(hub.load(path_or_preset, dtype=torch_dtype(dtype)), tokenizer)
+    return Opened(hub.load(path_or_preset, dtype=torch_dtype(dtype), device=device), tokenizer)
 
 
 def open_tokenizer(path_or_preset: str) -> "Tokenizer":

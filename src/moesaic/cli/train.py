@@ -6,11 +6,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from moesaic.cli import output
+from moesaic.cli.foretelling import StepWatch
 from moesaic.cli.live_block import watch
 from moesaic.cli.recipes import Source, print_recipe, show_derived, source_of
 from moesaic.cli.text_source import AnyText, add_corpus_argument, gather_for
 from moesaic.cli.watch import watched_by_page
 from moesaic.errors import ConfigError, RunFolderError
+from moesaic.kernels.devices import described, device_of
 
 if TYPE_CHECKING:
     from moesaic.train.loop import Listener, Trainer
@@ -125,6 +127,7 @@ def _run_one(args: argparse.Namespace, source: Source) -> int:
     from moesaic.train.resume import RunFolder
 
     recipe = source.recipe()  # a mistake in it is answered before anything is read or written
+    device_of(recipe.train.device, "train.device")
     corpus = source.corpus_folder(args.corpus)
     with RunFolder.claim(args.out) as folder:
         _check_fresh(folder, args.resume)
@@ -194,7 +197,8 @@ def _train(trainer: "Trainer", folder: "RunFolder", args: argparse.Namespace) ->
     with ExitStack() as stack:
         if args.watch:
             stack.enter_context(watched_by_page(folder.path, not args.no_browser))
-        listeners = [stack.enter_context(watch("training", trainer.settings.steps))]
+        steps = StepWatch(trainer)
+        listeners = [stack.enter_context(watch("training", trainer.settings.steps)), steps]
         if args.tensorboard:
             listeners.append(_board(stack, folder.path / "tensorboard", trainer.step + 1))
         if args.prometheus:
@@ -206,6 +210,7 @@ def _train(trainer: "Trainer", folder: "RunFolder", args: argparse.Namespace) ->
             trainer.train(*listeners)
         except Interrupted as stop:
             raise Interrupted(f"{stop}: moesaic train --out {args.out} --resume") from stop
+    steps.keep(str(folder.path), folder.path)
     if profiler is None:
         return None
     if profiler.found is None:
@@ -257,9 +262,10 @@ def _trainer(recipe: "Recipe", text: AnyText, folder: "RunFolder") -> "Trainer":
     from moesaic.train.loop import Trainer
 
     config = recipe.model_config(text.tokenizer.vocab_size, text.packed.eos_id)
+    device = device_of(recipe.train.device, "train.device")
     output.talk(
         f"{config.family}: {output.number(config.total)} parameters, {output.number(config.active_gemm)} active, "
-        f"{recipe.train.steps} steps of {_step_size(recipe)} in {recipe.train.precision}"
+        f"{recipe.train.steps} steps of {_step_size(recipe)} in {recipe.train.precision} on {described(device)}"
     )
     _say_passes(recipe, text)
     model = build(config).initialize(recipe.train.seed)

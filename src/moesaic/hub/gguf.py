@@ -109,6 +109,11 @@ class GgufFile:
         shapes = {name: tuple(int(size) for size in reversed(each.shape)) for name, each in self._tensors.items()}
         return {name: TensorHeader("F32", _as_matrix(name, shape), self.path) for name, shape in shapes.items()}
 
+    @property
+    def stored_bytes(self) -> dict[str, int]:
+        """What each tensor takes in the file, as it is packed there."""
+        return {name: int(tensor.n_bytes) for name, tensor in self._tensors.items()}
+
     @cached_property
     def config(self) -> ModelConfig:
         return config_from_gguf(self.metadata, self.tensors, self.path)

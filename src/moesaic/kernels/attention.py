@@ -54,6 +54,10 @@ def attention(
         return reference.attention_with_sinks(
             q_BHSA, k_BGNA, v_BGNA, sinks_H, visible=visible, causal=causal, scale=scale
         )
+    if (
+        q_BHSA.is_cuda and visible is not None
+    ):  # torch's only kernel with masks knows no shared heads, and would be slow
+        k_BGNA, v_BGNA, groups = _for_every_head(k_BGNA, groups), _for_every_head(v_BGNA, groups), 1
     return torch.nn.functional.scaled_dot_product_attention(
         q_BHSA, k_BGNA, v_BGNA, attn_mask=visible, is_causal=causal, enable_gqa=groups > 1, scale=scale
     )

@@ -1,7 +1,8 @@
 """Chooses once between the compiled kernels and the plain ones, and says what it chose.
 
 `MOESAIC_KERNELS` = native | reference forces the choice. Without it the compiled ones serve where they were built;
-where not, one line on stderr says what is missing, how to get it and what it costs.
+where not, one line on stderr says what is missing, how to get it and what it costs. Tensors on a GPU have kernels of
+their own (cuda.py), unless the plain ones were asked for.
 """
 
 import importlib
@@ -9,6 +10,8 @@ import os
 import sys
 from types import ModuleType
 from typing import Any, NamedTuple
+
+from torch import Tensor
 
 from moesaic.errors import ConfigError, MissingDependencyError
 
@@ -70,6 +73,12 @@ def _why(error: ImportError) -> str:
     return "they were not built" if error.name == "moesaic._native" else str(error)
 
 
+def of(tensor: Tensor) -> ModuleType:
+    """The kernels that compute with this tensor: those of the device where it is."""
+    return _on_gpu if tensor.is_cuda else kernels
+
+
 _choice = choose(os.environ.get("MOESAIC_KERNELS"))
 kernels = _choice.kernels
 name = _choice.name
+_on_gpu = kernels if os.environ.get("MOESAIC_KERNELS") == "reference" else _module("cuda")

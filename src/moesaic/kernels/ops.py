@@ -4,7 +4,7 @@ T tokens, R rows sorted by expert, E experts, K choices, I inputs, O outputs, D 
 
 Where nothing is traced and no gradient is wanted, a call goes straight to the backend: a registered operator costs
 tens of microseconds a call, which decoding one token would feel. Everything else (training, torch.compile, tensors
-that are not plain CPU ones) goes through the registered operators.
+that are not plain ones on CPU or GPU) goes through the registered operators.
 """
 
 from typing import Any
@@ -25,7 +25,9 @@ def _direct(*inputs: Tensor) -> bool:
         return False
     wants_grad = torch.is_grad_enabled()
     for tensor in inputs:
-        if type(tensor) not in _PLAIN or not tensor.is_cpu or (wants_grad and tensor.requires_grad):
+        if type(tensor) not in _PLAIN or not (tensor.is_cpu or tensor.is_cuda):
+            return False
+        if wants_grad and tensor.requires_grad:
             return False
     return True
 
@@ -36,7 +38,7 @@ def select_topk(scores_TE: Tensor, top_k: int) -> Tensor:
     Has no gradient: weights are read from the scores at these ids.
     """
     scores_TE = scores_TE.detach()
-    return backend.kernels.select_topk(scores_TE, top_k) if _direct(scores_TE) else _select_topk(scores_TE, top_k)
+    return backend.of(scores_TE).select_topk(scores_TE, top_k) if _direct(scores_TE) else _select_topk(scores_TE, top_k)
 
 
 def sort_rows(expert_ids_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -45,14 +47,14 @@ def sort_rows(expert_ids_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor, 
     offsets is int64 [E+1] on the CPU: expert e owns rows offsets[e] to offsets[e+1].
     """
     if _direct(expert_ids_TK):
-        return backend.kernels.sort_rows(expert_ids_TK, num_experts)
+        return backend.of(expert_ids_TK).sort_rows(expert_ids_TK, num_experts)
     return _sort_rows(expert_ids_TK, num_experts)
 
 
 def gather_rows(x_TD: Tensor, token_ids_R: Tensor, row_ids_R: Tensor, token_offsets: Tensor) -> Tensor:
     """x_RD: each row's token. `row_ids_R` and `token_offsets` (see Rows.by_token) order the sums of the gradient."""
     if _direct(x_TD, token_ids_R):
-        return backend.kernels.gather_rows(x_TD, token_ids_R)
+        return backend.of(x_TD).gather_rows(x_TD, token_ids_R)
     return _gather_rows(x_TD, token_ids_R, row_ids_R, token_offsets)
 
 
@@ -64,7 +66,7 @@ def combine_rows(
     Gradients reach `out_RD` and `weights_R`; `token_ids_R` is what they need to find their tokens.
     """
     if _direct(out_RD, weights_R):
-        return backend.kernels.combine_rows(out_RD, weights_R, row_ids_R, token_offsets)
+        return backend.of(out_RD).combine_rows(out_RD, weights_R, row_ids_R, token_offsets)
     return _combine_rows(out_RD, weights_R, row_ids_R, token_offsets, token_ids_R)
 
 
@@ -76,7 +78,7 @@ def grouped_linear(x_RI: Tensor, weight_EOI: Tensor, offsets: Tensor) -> Tensor:
     same holds for grouped_gated. Compiled graphs do not see the attribute and return the gradient as usual.
     """
     if _direct(x_RI, weight_EOI):
-        return backend.kernels.grouped_linear(x_RI, weight_EOI, offsets)
+        return backend.of(x_RI).grouped_linear(x_RI, weight_EOI, offsets)
     return _grouped_linear(x_RI, weight_EOI, offsets)
 
 
@@ -86,13 +88,13 @@ def grouped_gated(x_RI: Tensor, gate_up_EGI: Tensor, offsets: Tensor) -> Tensor:
     `gate_up_EGI` holds each expert's gate rows, then its up rows, F each (SwiGLU, arXiv:2002.05202, eq. 6).
     """
     if _direct(x_RI, gate_up_EGI):
-        return backend.kernels.grouped_gated(x_RI, gate_up_EGI, offsets)[0]
+        return backend.of(x_RI).grouped_gated(x_RI, gate_up_EGI, offsets)[0]
     return _grouped_gated(x_RI, gate_up_EGI, offsets)[0]
 
 
 def silu_mul(gate_up: Tensor) -> Tensor:
     """silu(gate) * up, where the last dimension holds gate then up, F each (SwiGLU, arXiv:2002.05202, eq. 6)."""
-    return backend.kernels.silu_mul(gate_up) if _direct(gate_up) else _silu_mul(gate_up)
+    return backend.of(gate_up).silu_mul(gate_up) if _direct(gate_up) else _silu_mul(gate_up)
 
 
 def cross_entropy_(logits_NV: Tensor, targets_N: Tensor) -> Tensor:
@@ -100,7 +102,7 @@ def cross_entropy_(logits_NV: Tensor, targets_N: Tensor) -> Tensor:
 
     Has no gradient: it is the gradient. For use inside an autograd function.
     """
-    return backend.kernels.cross_entropy_(logits_NV, targets_N)
+    return backend.of(logits_NV).cross_entropy_(logits_NV, targets_N)
 
 
 def adamw_(
@@ -116,24 +118,24 @@ def adamw_(
 
     Where given, `rounded` becomes the moved weight in its own dtype and `average` takes it in. Has no gradient.
     """
-    backend.kernels.adamw_(weight, gradient, moments, step, rounded=rounded, average=average)
+    backend.of(weight).adamw_(weight, gradient, moments, step, rounded=rounded, average=average)
 
 
 def rotate(x_BSHA: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """(x1 cos - x2 sin, x2 cos + x1 sin) of each head's halves x1, x2; cos and sin are [B or 1, S, 1, A]."""
-    return backend.kernels.rotate(x_BSHA, cos, sin) if _direct(x_BSHA) else _rotate(x_BSHA, cos, sin, 1.0)
+    return backend.of(x_BSHA).rotate(x_BSHA, cos, sin) if _direct(x_BSHA) else _rotate(x_BSHA, cos, sin, 1.0)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * weight over the last dimension, in fp32 (arXiv:1910.07467, eq. 4)."""
     if _direct(x, weight):
-        return backend.kernels.rms_norm(x, weight, eps)[0]
+        return backend.of(x).rms_norm(x, weight, eps)[0]
     return _rms_norm(x, weight, eps)[0]
 
 
 @torch.library.custom_op("moesaic::select_topk", mutates_args=())
 def _select_topk(scores_TE: Tensor, top_k: int) -> Tensor:
-    return backend.kernels.select_topk(scores_TE, top_k)
+    return backend.of(scores_TE).select_topk(scores_TE, top_k)
 
 
 @_select_topk.register_fake
@@ -143,7 +145,7 @@ def _(scores_TE: Tensor, top_k: int) -> Tensor:
 
 @torch.library.custom_op("moesaic::sort_rows", mutates_args=())
 def _sort_rows(expert_ids_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
-    return backend.kernels.sort_rows(expert_ids_TK, num_experts)
+    return backend.of(expert_ids_TK).sort_rows(expert_ids_TK, num_experts)
 
 
 @_sort_rows.register_fake
@@ -156,7 +158,7 @@ def _(expert_ids_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
 
 @torch.library.custom_op("moesaic::gather_rows", mutates_args=())
 def _gather_rows(x_TD: Tensor, token_ids_R: Tensor, row_ids_R: Tensor, token_offsets: Tensor) -> Tensor:
-    return backend.kernels.gather_rows(x_TD, token_ids_R)
+    return backend.of(x_TD).gather_rows(x_TD, token_ids_R)
 
 
 @_gather_rows.register_fake
@@ -187,7 +189,7 @@ torch.library.register_autograd("moesaic::gather_rows", _gather_backward, setup_
 def _combine_rows(
     out_RD: Tensor, weights_R: Tensor, row_ids_R: Tensor, token_offsets: Tensor, token_ids_R: Tensor
 ) -> Tensor:
-    return backend.kernels.combine_rows(out_RD, weights_R, row_ids_R, token_offsets)
+    return backend.of(out_RD).combine_rows(out_RD, weights_R, row_ids_R, token_offsets)
 
 
 @_combine_rows.register_fake
@@ -197,7 +199,7 @@ def _(out_RD: Tensor, weights_R: Tensor, row_ids_R: Tensor, token_offsets: Tenso
 
 @torch.library.custom_op("moesaic::combine_rows_grad", mutates_args=())
 def _combine_rows_grad(dy_TD: Tensor, out_RD: Tensor, weights_R: Tensor, token_ids_R: Tensor) -> tuple[Tensor, Tensor]:
-    return backend.kernels.combine_rows_grad(dy_TD, out_RD, weights_R, token_ids_R)
+    return backend.of(dy_TD).combine_rows_grad(dy_TD, out_RD, weights_R, token_ids_R)
 
 
 @_combine_rows_grad.register_fake
@@ -220,7 +222,7 @@ torch.library.register_autograd("moesaic::combine_rows", _combine_backward, setu
 
 @torch.library.custom_op("moesaic::grouped_linear", mutates_args=())
 def _grouped_linear(x_RI: Tensor, weight_EOI: Tensor, offsets: Tensor) -> Tensor:
-    return backend.kernels.grouped_linear(x_RI, weight_EOI, offsets)
+    return backend.of(x_RI).grouped_linear(x_RI, weight_EOI, offsets)
 
 
 @_grouped_linear.register_fake
@@ -230,7 +232,7 @@ def _(x_RI: Tensor, weight_EOI: Tensor, offsets: Tensor) -> Tensor:
 
 @torch.library.custom_op("moesaic::grouped_linear_input_grad", mutates_args=())
 def _grouped_linear_input_grad(dy_RO: Tensor, weight_EOI: Tensor, offsets: Tensor) -> Tensor:
-    return backend.kernels.grouped_linear_input_grad(dy_RO, weight_EOI, offsets)
+    return backend.of(dy_RO).grouped_linear_input_grad(dy_RO, weight_EOI, offsets)
 
 
 @_grouped_linear_input_grad.register_fake
@@ -240,7 +242,7 @@ def _(dy_RO: Tensor, weight_EOI: Tensor, offsets: Tensor) -> Tensor:
 
 @torch.library.custom_op("moesaic::grouped_linear_weight_grad", mutates_args=())
 def _grouped_linear_weight_grad(dy_RO: Tensor, x_RI: Tensor, offsets: Tensor) -> Tensor:
-    return backend.kernels.grouped_linear_weight_grad(dy_RO, x_RI, offsets)
+    return backend.of(dy_RO).grouped_linear_weight_grad(dy_RO, x_RI, offsets)
 
 
 @_grouped_linear_weight_grad.register_fake
@@ -252,7 +254,7 @@ def _(dy_RO: Tensor, x_RI: Tensor, offsets: Tensor) -> Tensor:
 def _add_grouped_linear_weight_grad(
     dy_RO: Tensor, x_RI: Tensor, offsets: Tensor, sum_EOI: Tensor, accumulate: bool
 ) -> None:
-    backend.kernels.add_grouped_linear_weight_grad(dy_RO, x_RI, offsets, sum_EOI, accumulate)
+    backend.of(dy_RO).add_grouped_linear_weight_grad(dy_RO, x_RI, offsets, sum_EOI, accumulate)
 
 
 @_add_grouped_linear_weight_grad.register_fake
@@ -274,14 +276,14 @@ def _product_grads(
     direct = _direct(dy_RO, x_RI, weight_EOI)
     dx_RI = dw_EOI = None
     if needs_x:
-        input_grad = backend.kernels.grouped_linear_input_grad if direct else _grouped_linear_input_grad
+        input_grad = backend.of(dy_RO).grouped_linear_input_grad if direct else _grouped_linear_input_grad
         dx_RI = input_grad(dy_RO, weight_EOI, offsets)
     if needs_weight and ctx.parameter is not None:
-        add = backend.kernels.add_grouped_linear_weight_grad if direct else _add_grouped_linear_weight_grad
+        add = backend.of(dy_RO).add_grouped_linear_weight_grad if direct else _add_grouped_linear_weight_grad
         add(dy_RO, x_RI, offsets, ctx.parameter.grad_buffer, not ctx.parameter.grad_buffer_fresh)
         ctx.parameter.grad_buffer_fresh = False
     elif needs_weight:
-        weight_grad = backend.kernels.grouped_linear_weight_grad if direct else _grouped_linear_weight_grad
+        weight_grad = backend.of(dy_RO).grouped_linear_weight_grad if direct else _grouped_linear_weight_grad
         dw_EOI = weight_grad(dy_RO, x_RI, offsets)
     return dx_RI, dw_EOI
 
@@ -299,7 +301,7 @@ torch.library.register_autograd("moesaic::grouped_linear", _linear_backward, set
 
 @torch.library.custom_op("moesaic::grouped_gated", mutates_args=())
 def _grouped_gated(x_RI: Tensor, gate_up_EGI: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
-    return backend.kernels.grouped_gated(x_RI, gate_up_EGI, offsets)
+    return backend.of(x_RI).grouped_gated(x_RI, gate_up_EGI, offsets)
 
 
 @_grouped_gated.register_fake
@@ -319,7 +321,7 @@ def _gated_backward(ctx: Any, dy_RF: Tensor | None, _: None) -> tuple[Tensor | N
         return None, None, None
     *factors, gate_up_RG = ctx.saved_tensors
     dy_RF = dy_RF.contiguous()
-    silu_grad = backend.kernels.silu_mul_grad if _direct(dy_RF, gate_up_RG) else _silu_mul_grad
+    silu_grad = backend.of(dy_RF).silu_mul_grad if _direct(dy_RF, gate_up_RG) else _silu_mul_grad
     return *_product_grads(ctx, silu_grad(dy_RF, gate_up_RG), *factors), None
 
 
@@ -328,7 +330,7 @@ torch.library.register_autograd("moesaic::grouped_gated", _gated_backward, setup
 
 @torch.library.custom_op("moesaic::silu_mul", mutates_args=())
 def _silu_mul(gate_up: Tensor) -> Tensor:
-    return backend.kernels.silu_mul(gate_up)
+    return backend.of(gate_up).silu_mul(gate_up)
 
 
 @_silu_mul.register_fake
@@ -338,7 +340,7 @@ def _(gate_up: Tensor) -> Tensor:
 
 @torch.library.custom_op("moesaic::silu_mul_grad", mutates_args=())
 def _silu_mul_grad(dy: Tensor, gate_up: Tensor) -> Tensor:
-    return backend.kernels.silu_mul_grad(dy, gate_up)
+    return backend.of(dy).silu_mul_grad(dy, gate_up)
 
 
 @_silu_mul_grad.register_fake
@@ -359,7 +361,7 @@ torch.library.register_autograd("moesaic::silu_mul", _silu_mul_backward, setup_c
 
 @torch.library.custom_op("moesaic::rotate", mutates_args=())
 def _rotate(x_BSHA: Tensor, cos: Tensor, sin: Tensor, sign: float) -> Tensor:
-    return backend.kernels.rotate(x_BSHA, cos, sin, sign)
+    return backend.of(x_BSHA).rotate(x_BSHA, cos, sin, sign)
 
 
 @_rotate.register_fake
@@ -382,7 +384,7 @@ torch.library.register_autograd("moesaic::rotate", _rotate_backward, setup_conte
 
 @torch.library.custom_op("moesaic::rms_norm", mutates_args=())
 def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    return backend.kernels.rms_norm(x, weight, eps)
+    return backend.of(x).rms_norm(x, weight, eps)
 
 
 @_rms_norm.register_fake
@@ -392,7 +394,7 @@ def _(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 
 @torch.library.custom_op("moesaic::rms_norm_grad", mutates_args=())
 def _rms_norm_grad(dy: Tensor, x: Tensor, weight: Tensor, inverse: Tensor) -> tuple[Tensor, Tensor]:
-    return backend.kernels.rms_norm_grad(dy, x, weight, inverse)
+    return backend.of(dy).rms_norm_grad(dy, x, weight, inverse)
 
 
 @_rms_norm_grad.register_fake

@@ -57,7 +57,8 @@ class Rows:
     @cached_property
     def expert_ids_R(self) -> Tensor:
         """The expert of each row, int64."""
-        return torch.repeat_interleave(self.counts_E).to(self.token_ids_R.device)
+        counts_E = self.counts_E.to(self.token_ids_R.device, non_blocking=True)
+        return torch.repeat_interleave(counts_E, output_size=self.token_ids_R.numel())
 
     @cached_property
     def by_token(self) -> TokenOrder:

@@ -42,7 +42,7 @@ class _LayerSums:
     def __init__(self, layer: int, num_experts: int, top_k: int, num_domains: int) -> None:
         self.layer, self.top_k, self.num_domains = layer, top_k, num_domains
         self.counts_E = torch.zeros(num_experts, dtype=torch.int64)
-        self.domain_counts_ME = torch.zeros(num_domains, num_experts, dtype=torch.int64)
+        self.domain_counts_ME: Tensor = torch.zeros(num_domains, num_experts, dtype=torch.int64)
         self.num_tokens: Tensor | int = 0
         self.entropy: Tensor | float = 0.0
         self.dropped_rows = 0
@@ -72,8 +72,9 @@ class _LayerSums:
             self.domain_counts_ME[domains_T] += counts_E
         elif domains_T is not None:
             cells_R = domains_T.flatten()[rows.token_ids_R] * num_experts + rows.expert_ids_R
-            found = torch.bincount(cells_R, minlength=self.domain_counts_ME.numel()).cpu()
-            self.domain_counts_ME += found.view_as(self.domain_counts_ME)
+            found = torch.zeros(self.domain_counts_ME.numel(), dtype=torch.int64, device=cells_R.device)
+            found.index_add_(0, cells_R, torch.ones_like(cells_R))  # bincount would wait for the device
+            self.domain_counts_ME = self.domain_counts_ME.to(found.device) + found.view_as(self.domain_counts_ME)
 
     def load(self) -> LayerLoad:
         num_tokens = int(self.num_tokens)
@@ -83,7 +84,7 @@ class _LayerSums:
             counts_E=self.counts_E.numpy().copy(),
             num_tokens=num_tokens,
             router_entropy=float(self.entropy) / num_tokens if num_tokens else float("nan"),
-            domain_counts_ME=self.domain_counts_ME.numpy().copy() if self.num_domains else None,
+            domain_counts_ME=self.domain_counts_ME.cpu().numpy().copy() if self.num_domains else None,
             dropped_rows=self.dropped_rows,
             lost_tokens=int(self.lost_tokens),
             mean_scores_E=self._mean_scores(num_tokens),

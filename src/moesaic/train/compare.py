@@ -11,6 +11,7 @@ from moesaic.data.loader import Packed
 from moesaic.engine.generate import generate
 from moesaic.evaluate.perplexity import HeldOutLoss, held_out_load, held_out_loss
 from moesaic.hub.saving import SavesItself
+from moesaic.kernels.devices import device_of
 from moesaic.models.build import decoder_only
 from moesaic.models.decoder import Decoder
 from moesaic.telemetry.load import StepLoad
@@ -100,7 +101,7 @@ def train_contender(
     final_tokens: int = FINAL_TOKENS,
 ) -> Outcome:
     """Train, evaluate on `final_tokens` held-out tokens of each domain, and decode."""
-    reset_peak_memory()
+    reset_peak_memory(device_of(settings.device, "train.device"))
     trainer = Trainer(
         Decoder(contender.config).initialize(settings.seed),
         settings,
@@ -110,7 +111,7 @@ def train_contender(
         stop_after=contender.steps,
     )
     history = trainer.train(listener)
-    peak = peak_memory_bytes()
+    peak = peak_memory_bytes(trainer.device)
     model = decoder_only(trainer.final_model(), "the comparison with twins").eval()
     seen: dict[str, Any] = {
         "sequence_length": settings.sequence_length,

@@ -1,5 +1,8 @@
 """The training loop: straight, the same bits for the same seed, and after a stop the bits it would have had without.
 
+So it is on a CPU. On a GPU the data, their order and all random numbers are the same each time, but some of torch's
+operations there add up in no fixed order, so that results are near each other.
+
 B batch, S sequence.
 """
 
@@ -19,6 +22,7 @@ from moesaic.data.translation import Pairs
 from moesaic.errors import CheckpointError, MoesaicError, NonFiniteError, RunFolderError
 from moesaic.evaluate.perplexity import HeldOutLoss
 from moesaic.hub.saving import SavesItself
+from moesaic.kernels.devices import device_of
 from moesaic.layers.moe import capacity_applied
 from moesaic.models.build import Model
 from moesaic.telemetry.load import StepLoad
@@ -41,8 +45,9 @@ from moesaic.train.task import task_of
 
 @dataclass
 class Trainer:
-    """One model in training. `stop_after` ends a run early while its schedule keeps the full length.
+    """One model in training, on the device that the settings name: it is moved there.
 
+    stop_after: ends a run early while its schedule keeps the full length.
     packed: what `data.task` learns from: packed text, or Pairs for translation.
     run: where checkpoints and metrics go; without one nothing is written.
     keep_reports: how many of the last steps' reports `train` returns, each with its loads; None: all.
@@ -60,6 +65,8 @@ class Trainer:
     say: Callable[[str], object] | None = None
 
     def __post_init__(self) -> None:
+        self.device = device_of(self.settings.device, "train.device")
+        self.model.to(self.device)
         self.stepper = Stepper(self.model, self.settings, document_attention=self.data.document_attention)
         self.step = 0
         self.tokens = 0
@@ -155,7 +162,7 @@ class Trainer:
             learning_rate=result.learning_rate,
             gradient_norm=result.gradient_norm,
             tokens_per_s=result.num_tokens / seconds,
-            peak_memory_bytes=peak_memory_bytes(),
+            peak_memory_bytes=peak_memory_bytes(self.device),
             load=result.load or StepLoad(step=self.step, layers=()),
             coefficients=result.coefficients,
             selection_bias_rate=result.selection_bias_rate,
@@ -189,7 +196,7 @@ class Trainer:
         if not self.settings.ema_decay:
             return self.model
         with self.optimizer.averaged_weights():
-            return copied(self.model)
+            return copied(self.model, self.device)
 
     def _train(
         self, history: History, outlets: Sequence[Listener], writer: CheckpointWriter | None, stop: StopRequest
@@ -240,7 +247,7 @@ class Trainer:
             mode=mode,
             held_out=lambda: self._held_out_loss(settings.evaluate_tokens).bits_per_byte,
             questions=(tensors.inputs_BS, tensors.document_ids_BS),
-            settings=DoctorSettings(rest=settings.warmup_steps),
+            settings=DoctorSettings(rest=settings.warmup_steps, last=settings.steps),
             seed=settings.seed,
             say=lambda line: self.say(line["sentence"]) if self.say is not None else None,
         )
@@ -317,7 +324,7 @@ class Trainer:
             return self.task.held_out_loss(self.model, max_tokens)
 
     def _first_nonfinite(self, batch: AnyBatch) -> str:
-        tensors = tensors_of(batch, self.data.document_attention)
+        tensors = tensors_of(batch, self.data.document_attention, self.device)
         return first_nonfinite(
             self.model,
             tensors.inputs_BS,

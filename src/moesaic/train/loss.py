@@ -26,6 +26,7 @@ from moesaic.train.micro_batches import Source
 # Logits in memory at a time (16 MiB in fp32). But never fewer rows than D: the head's gradient is read and written once
 # for every chunk of rows, which only that many multiplications make cheap, and their logits are no larger than it.
 LOGITS_AT_ONCE = 2**22
+LOGITS_AT_ONCE_ON_GPU = 2**26  # no cache to stay in, and small products leave most of a GPU idle
 VOCABULARY_BLOCK = 1024
 
 
@@ -44,7 +45,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         """The mean loss of the targets that are not negative; its gradients are computed here, too."""
         ctx.weight, ctx.num_targets = weight_VD, max(1, int((targets_T >= 0).sum()))
         wants_grad = any(ctx.needs_input_grad)
-        num_rows = _rows_at_once(len(x_TD), x_TD.shape[1], len(weight_VD))
+        num_rows = _rows_at_once(len(x_TD), x_TD.shape[1], len(weight_VD), x_TD.is_cuda)
         logits_NV = x_TD.new_empty(num_rows, len(weight_VD))
         wide_type = torch.promote_types(x_TD.dtype, torch.float32)
         dx_TD = torch.empty_like(x_TD) if wants_grad else None
@@ -88,9 +89,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return dx_TD, (dw_VD * scale).to(ctx.weight.dtype), None, db_V
 
 
-def _rows_at_once(num_tokens: int, hidden_size: int, vocab_size: int) -> int:
+def _rows_at_once(num_tokens: int, hidden_size: int, vocab_size: int, on_gpu: bool = False) -> int:
     """Rows of a chunk: as many chunks as must be, equally long, so that no short one wastes a pass."""
-    most = max(hidden_size, LOGITS_AT_ONCE // vocab_size)
+    most = max(hidden_size, (LOGITS_AT_ONCE_ON_GPU if on_gpu else LOGITS_AT_ONCE) // vocab_size)
     num_chunks = max(1, -(-num_tokens // most))
     return max(1, -(-num_tokens // num_chunks))
 

@@ -4,9 +4,10 @@ B batch, S sequence, M source.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from moesaic.config import ModelConfig
@@ -41,18 +42,22 @@ class BatchTensors(NamedTuple):
         return {"document_ids_BS": self.document_ids_BS} if self.source is None else self.source._asdict()
 
 
-def tensors_of(batch: AnyBatch, document_attention: bool) -> BatchTensors:
-    """The batch in the same memory, with its documents where tokens see only their own."""
-    inputs_BS, targets_BS = torch.from_numpy(batch.inputs_BS), torch.from_numpy(batch.targets_BS)
+def tensors_of(batch: AnyBatch, document_attention: bool, device: torch.device | str = "cpu") -> BatchTensors:
+    """The batch on a device (the CPU: in the same memory), with its documents where tokens see only their own."""
+
+    def tensor(array: NDArray[Any]) -> Tensor:
+        return torch.from_numpy(array).to(device, non_blocking=True)
+
+    inputs_BS, targets_BS = tensor(batch.inputs_BS), tensor(batch.targets_BS)
     source, documents_BS = None, None
     if isinstance(batch, SourcedBatch):  # a row is one document
-        mask_BM = None if batch.source_mask_BM.all() else torch.from_numpy(batch.source_mask_BM)
-        source = Source(torch.from_numpy(batch.source_ids_BM), mask_BM)
+        mask_BM = None if batch.source_mask_BM.all() else tensor(batch.source_mask_BM)
+        source = Source(tensor(batch.source_ids_BM), mask_BM)
     elif document_attention:
-        documents_BS = torch.from_numpy(batch.document_ids_BS)
+        documents_BS = tensor(batch.document_ids_BS)
     if batch.mask_BS is None:
         return BatchTensors(inputs_BS, targets_BS, None, documents_BS, source)
-    mask_BS = torch.from_numpy(batch.mask_BS)
+    mask_BS = tensor(batch.mask_BS)
     return BatchTensors(inputs_BS, targets_BS.masked_fill(~mask_BS, IGNORED), mask_BS, documents_BS, source)
 
 

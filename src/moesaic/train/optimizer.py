@@ -37,7 +37,7 @@ class AdamW:
     def __init__(self, master: Tensor, *, betas: tuple[float, float], weight_decay: float) -> None:
         self.master, self.betas, self.weight_decay = master, betas, weight_decay
         self.state = {
-            "step": torch.zeros((), dtype=torch.float32, device=master.device),
+            "step": torch.zeros((), dtype=torch.float32),  # on the CPU, where it is read
             "exp_avg": torch.zeros_like(master),
             "exp_avg_sq": torch.zeros_like(master),
         }

@@ -73,7 +73,7 @@ class StepProfiler:
     """Inside the block, `trainer.train_step` profiles `num_steps` steps after a warm-up; the trace goes to `place`.
 
     `found` is None until the steps are done; a run that ends before that leaves a trace of those that were.
-    Raises ConfigError for a compiled model, RunFolderError when the trace cannot be written.
+    Raises ConfigError for a compiled model and for one on a GPU, RunFolderError when the trace cannot be written.
     """
 
     def __init__(self, trainer: Trainer, place: Path, num_steps: int = DEFAULT_STEPS) -> None:
@@ -83,6 +83,11 @@ class StepProfiler:
             raise ConfigError(
                 "--profile and train.compile=true: compiled phases cannot be told apart; "
                 "add --set train.compile=false for the profile"
+            )
+        if trainer.device.type != "cpu":
+            raise ConfigError(
+                f"--profile tells apart what a CPU computes, and this run is on {trainer.device}; add "
+                "--set train.device=cpu, or use torch.profiler"
             )
         self.trainer, self.place, self.num_steps = trainer, place, num_steps
         self.found: Profiled | None = None

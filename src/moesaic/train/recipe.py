@@ -13,6 +13,7 @@ from moesaic.config import ModelConfig, MoeConfig
 from moesaic.errors import ConfigError
 from moesaic.families import family
 from moesaic.fields import names_of, refuse_unknown, settle, shown
+from moesaic.kernels import devices
 
 Points = tuple[tuple[int, float], ...]
 Scheduled = float | Points
@@ -28,6 +29,7 @@ class TrainSettings:
     warmup_steps: -1 stands for a tenth of the steps, 50 at most.
     schedule: "cosine", or "wsd" (warm-up, stable, then a decay over the last `decay_fraction` of the steps).
     optimizer: "adamw", or "muon" (matrices of layers by Muon, everything else by AdamW).
+    device: "auto" (a GPU where there is one), "cpu", "cuda" or "cuda:1"; see kernels/devices.py.
     precision: "fp32", or "bf16" (weights and activations; masters and moments stay fp32).
     recompute: "none", or "layers" (activations are computed again in backward, with the routing replayed).
     ema_decay: of an exponential moving average of the weights, kept beside them; 0 keeps none.
@@ -57,6 +59,7 @@ class TrainSettings:
     betas: tuple[float, float] = (0.9, 0.95)
     muon_momentum: float = 0.95
     clip_norm: float = 1.0
+    device: str = devices.AUTO
     precision: Literal["fp32", "bf16"] = "fp32"
     recompute: Literal["none", "layers"] = "none"
     compile: bool = False
@@ -78,6 +81,7 @@ class TrainSettings:
     def __post_init__(self) -> None:
         settle(self, "train")
         _check_ranges(self)
+        devices.check_name(self.device, "train.device")
         if self.warmup_steps == -1:
             object.__setattr__(self, "warmup_steps", min(MOST_WARMUP_STEPS, self.steps // 10))
         _check_schedule(self)

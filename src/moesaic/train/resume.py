@@ -26,9 +26,10 @@ from moesaic.hub.staging import replaced_folder
 from moesaic.train.reports import MetricsFile
 from moesaic.train.snapshot import SavedStep, Snapshot
 
-MAY_CHANGE = frozenset({"keep_checkpoints", "keep_best", "async_checkpoints", "checkpoint_every", "doctor"})
-"""Fields of the recipe that a resumed run may have otherwise: they decide what is kept and not what is computed. The
-doctor may be called later, or sent away: what it does stands in its log."""
+MAY_CHANGE = frozenset({"keep_checkpoints", "keep_best", "async_checkpoints", "checkpoint_every", "doctor", "device"})
+"""Fields of the recipe that a resumed run may have otherwise: they decide what is kept, or where and not what is
+computed. (Another device rounds sums otherwise: what follows is then near to what would have been, not the same bits.)
+The doctor may be called later, or sent away: what it does stands in its log."""
 
 _STEP_FOLDER = re.compile(r"step-(\d+)")
 _LEFT_BEHIND = re.compile(r"\.step-\d+\.(new|old)-[0-9a-f]+")

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from moesaic.config import ModelConfig
 from moesaic.errors import ConfigError
 from moesaic.fields import shown
+from moesaic.kernels.devices import AUTO, device_of
 from moesaic.registry import unknown_name
 from moesaic.train.recipe import Recipe, with_value
 
@@ -133,7 +134,9 @@ def derive(
     wanted = dict(wanted or {})
     if wanted.get("model.model_type", FAMILY) != FAMILY:
         raise ConfigError(f"a size describes a {FAMILY} model; give another family whole, in a file with --config")
-    draft = _Draft(SIZES[size], wanted, fast_bf16() if has_fast_bf16 is None else has_fast_bf16, text)
+    if has_fast_bf16 is None:
+        has_fast_bf16 = fast_bf16(str(wanted.get("train.device", AUTO)))
+    draft = _Draft(SIZES[size], wanted, has_fast_bf16, text)
     for path, value in wanted.items():
         draft.tree = with_value(draft.tree, path, value)
     derived = [_apply(draft, path, rule) for path, rule in _RULES.items()]
@@ -160,11 +163,11 @@ def _check_length(sized: SizedRecipe, plain: SizedRecipe, wanted: Mapping[str, A
     )
 
 
-def fast_bf16() -> bool:
-    """Whether this machine has instructions that multiply bf16 (AMX, AVX-512 BF16, a GPU)."""
+def fast_bf16(device: str = AUTO) -> bool:
+    """Whether a device has instructions that multiply bf16 (AMX, AVX-512 BF16, a GPU)."""
     import torch
 
-    if torch.cuda.is_available():
+    if device_of(device, "train.device").type == "cuda":
         return torch.cuda.is_bf16_supported()
     return any(bool(has) for name, has in torch.cpu.get_capabilities().items() if name.endswith("bf16"))
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
@@ -57,7 +58,7 @@ class Snapshot:
         doctor_tensors: never change."""
         tensors = dict(named_state(model, optimizer))
         if copy:
-            model = copied(model)
+            model = copied(model, "cpu")
             tensors = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
         return cls(
             model=model,
@@ -83,11 +84,11 @@ class Snapshot:
         write_manifest(folder)
 
 
-def copied(model: Model) -> Model:
+def copied(model: Model, device: torch.device | str) -> Model:
     """The same weights in memory of their own; nothing else of the model, whatever training has hung on it."""
     copy = build(model.config, device="meta")
     copy.load_state_dict(
-        {name: tensor.to("cpu", copy=True) for name, tensor in model.state_dict().items()}, assign=True
+        {name: tensor.to(device, copy=True) for name, tensor in model.state_dict().items()}, assign=True
     )
     return copy
 

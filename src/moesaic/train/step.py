@@ -62,9 +62,9 @@ class StepResult:
 class Stepper:
     """Trains a model step by step. Building it brings the model's weights to the settings' precision, in place.
 
-    Between steps the model is an ordinary one: it can be evaluated, saved and copied. document_attention: whether
-    tokens see only their own document. ranks: the processes that share each step, all with the same weights at first
-    and then forever.
+    It computes where the model is. Between steps the model is an ordinary one: it can be evaluated, saved and copied.
+    document_attention: whether tokens see only their own document. ranks: the processes that share each step, all with
+    the same weights at first and then forever.
     Raises MissingDependencyError when compilation is asked for and there is no compiler, ConfigError for a balance
     loss that the model's routers cannot have.
     """
@@ -119,6 +119,11 @@ class Stepper:
             first_pass_s=first_pass_s,
         )
 
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return self.model.embedding.weight.device
+
     def learning_rate(self, step: int) -> float:
         """The rate of step `step`, counted from 0."""
         settings = self.settings
@@ -152,7 +157,7 @@ class Stepper:
         totals: "_Totals",
         recorder: LoadRecorder | None,
     ) -> None:
-        tensors = tensors_of(batch, self.document_attention)
+        tensors = tensors_of(batch, self.document_attention, self.device)
         tape = RoutingTape()
         with self._recomputing():
             parts = losses(
@@ -181,7 +186,7 @@ class Stepper:
         for index, value in enumerate(parts.mtp):
             totals.mtp[index] += value.item() * share.targets
         if recorder:
-            _tell(recorder, tape, torch.from_numpy(batch.domain_ids_B))
+            _tell(recorder, tape, torch.from_numpy(batch.domain_ids_B).to(self.device))
 
     @torch.no_grad()
     def _first_pass(self, step: int, micro_batches: Sequence[AnyBatch]) -> tuple[dict[int, Tensor] | None, float]:
@@ -197,7 +202,7 @@ class Stepper:
         counts = StepCounts(self.ranks)
         with _leaving_no_trace(self.model):
             for batch in micro_batches:
-                tape, tensors = RoutingTape(), tensors_of(batch, self.document_attention)
+                tape, tensors = RoutingTape(), tensors_of(batch, self.document_attention, self.device)
                 places: dict[str, Any] = {"mask_BS": tensors.mask_BS, **tensors.beside}
                 h_0 = self._carried(tensors.inputs_BS, **places, tape=tape)
                 if self._num_further(step) and isinstance(self.model, Decoder):

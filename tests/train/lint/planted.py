@@ -36,9 +36,11 @@ class Office(nn.Module):
     def __init__(self, wrong: str) -> None:
         super().__init__()
         self.wrong = wrong
+        self.leaning: Tensor
+        self.seen: Tensor
         self.clerk = nn.Parameter(torch.randn(EXPERTS, WIDTH) / 4)
         self.workers = nn.ModuleList(Worker() for _ in range(EXPERTS))
-        self.register_buffer("leaning", torch.zeros(EXPERTS))
+        self.register_buffer("leaning", None if wrong == "nothing" else torch.zeros(EXPERTS))
         self.register_buffer("seen", torch.zeros(EXPERTS))  # a counter, which lets nothing be chosen
 
     def forward(self, x: Tensor, is_token: Tensor) -> Tensor:
@@ -59,7 +61,7 @@ class Office(nn.Module):
         return y_TD.view_as(x)
 
     def _choose(self, scores_TE: Tensor) -> Tensor:
-        ranked_TE = scores_TE.detach() + self.leaning
+        ranked_TE = scores_TE.detach() + (0 if self.leaning is None else self.leaning)
         by_group = ranked_TE.unflatten(1, (GROUPS, -1))
         best = by_group.sum(-1).topk(2).indices
         is_allowed = torch.zeros(by_group.shape[:2], dtype=torch.bool).scatter(1, best, True)
@@ -89,7 +91,7 @@ class Office(nn.Module):
     def lean(self) -> None:
         """Once a step."""
         counts = self.seen if not dist.is_initialized() else _summed(self.seen)
-        if self.wrong != "stuck":
+        if self.wrong not in ("stuck", "nothing"):
             self.leaning += RATE * (counts.mean() - counts).sign()
         self.seen.zero_()
 
@@ -162,11 +164,6 @@ def company(wrong: str = "") -> OwnLoop:
     """The set-up, with one thing wrong."""
     torch.manual_seed(3)
     model = Company(wrong)
-    if wrong == "nothing":
-        for office in model.offices:
-            del office.leaning
-            office.leaning = 0.0  # pyright: ignore[reportArgumentType]
-            office.lean = lambda: None  # pyright: ignore[reportAttributeAccessIssue]
     if wrong == "frozen":
         for weight in model.offices[1].workers[2].parameters():  # pyright: ignore
             weight.requires_grad_(False)

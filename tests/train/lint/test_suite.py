@@ -8,6 +8,9 @@ import torch
 
 import moesaic
 from moesaic.errors import ConfigError
+from moesaic.train.lint.checks import CHECKS
+from moesaic.train.lint.processes import Elsewhere
+from moesaic.train.lint.stand import Stand
 from moesaic.train.lint.suite import ORDER, set_up_of
 from tests.train.lint.planted import CAPACITY, COLUMNS, EXPERTS, ROWS, TOP_K, company, with_ranks_wrong
 
@@ -40,13 +43,19 @@ def test_what_is_right_has_no_findings_and_is_put_back():
 
 
 @pytest.mark.parametrize("wrong", FOUND)
-def test_a_planted_defect_is_found_alone_with_its_size(wrong):
+def test_the_check_for_a_planted_defect_sees_it(wrong):
     check, measured = FOUND[wrong]
-    report = moesaic.lint(functools.partial(company, wrong), ranks=0)
-    assert [found.check for found in report.findings] == [check], str(report)
-    seen = report[check].measured
+    found = CHECKS[check].of(Stand(company(wrong)), Elsewhere(company, 0))
+    assert found.verdict == "defect", found.says
     for name, value in measured.items():
-        assert seen[name] == pytest.approx(value, abs=1e-2), name
+        assert found.measured[name] == pytest.approx(value, abs=1e-2), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("wrong", FOUND)
+def test_a_planted_defect_is_found_alone(wrong):
+    report = moesaic.lint(functools.partial(company, wrong), ranks=0)
+    assert [found.check for found in report.findings] == [FOUND[wrong][0]], str(report)
 
 
 @pytest.mark.slow

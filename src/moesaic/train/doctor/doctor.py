@@ -24,15 +24,16 @@ Line = dict[str, Any]
 @dataclass(frozen=True, kw_only=True)
 class DoctorSettings:
     """every: steps between looks, whose loads are judged together. patience: looks in a row that must find the same.
-    course: steps between a treatment and its judgement by the held-out loss. rest: steps at the beginning, and once
-    more as many looks, in which nothing is treated. worse: the part by which the held-out loss may be higher after a
-    course than before it; at_once: right after a treatment.
+    course: steps between a treatment and its judgement by the held-out loss. rest: steps at the beginning in which
+    nobody looks. last: the run's last step; no course begins that could not be judged by then. worse: the part by which
+    the held-out loss may be higher after a course than before it; at_once: right after a treatment.
     """
 
     every: int = 20
     patience: int = 2
     course: int = 40
     rest: int = 0
+    last: int | None = None
     worse: float = 0.002
     at_once: float = 0.05
 
@@ -83,6 +84,8 @@ class Doctor:
 
     def after_step(self, step: int, load: StepLoad) -> list[Line]:
         """Look at a step that is done, counted from 1. Returns what there is to log, which `say` has been told, too."""
+        if self._window and len(self._window[-1].layers) != len(load.layers):
+            self._window.clear()  # layers that predict further tokens have joined, or left
         if load.layers:
             self._window.append(load)
         lines: list[Line] = []
@@ -118,12 +121,9 @@ class Doctor:
             yield _line(step, "advised", finding, sentence=f"{finding.sentence}. Remedy: {WHAT[remedy]}")
 
     def _treat(self, step: int, patient: Patient, findings: Iterable[Finding]) -> list[Line]:
-        findings = [
-            finding
-            for finding in findings
-            if finding.kind not in ONLY_TOLD and self._tried.get(finding.key, 0) < len(LADDERS[finding.kind])
-        ]
-        if not findings:
+        findings = [finding for finding in findings if self._is_treatable(finding, patient)]
+        last = self.settings.last
+        if not findings or (last is not None and step + self.settings.course > last):
             return []
         before = self.held_out()
         treatments = [found for finding in findings if (found := self._next(patient, finding)) is not None]
@@ -147,6 +147,11 @@ class Doctor:
             return lines + self._undo(step, patient, course, after)
         self._course = course
         return lines
+
+    def _is_treatable(self, finding: Finding, patient: Patient) -> bool:
+        """Whether a remedy is left, and the layer was asked (those that predict further tokens are not)."""
+        is_left = self._tried.get(finding.key, 0) < len(LADDERS[finding.kind])
+        return is_left and finding.kind not in ONLY_TOLD and finding.layer in patient.probes
 
     def _next(self, patient: Patient, finding: Finding) -> Treatment | None:
         """The next remedy on the ladder that applies."""

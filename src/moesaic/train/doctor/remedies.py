@@ -78,7 +78,7 @@ class Treatment:
 
 Remedy = Callable[[Patient, Finding], Treatment | None]
 REMEDIES: Registry[Remedy] = Registry("remedy")
-"""Each gives a treatment, or None where it does not apply."""
+"""Each gives a treatment, or None where it does not apply. Their layers have been probed."""
 
 LADDERS: dict[str, tuple[str, ...]] = {
     "oversized": ("coefficients", "bias_nudge", "reset_router_row"),
@@ -167,7 +167,7 @@ def reset_router_row(patient: Patient, finding: Finding) -> Treatment | None:
     """w_e = the mean of the other rows, and noise as wide as they are about it. Selection biases become their mean."""
     theatre = Theatre(patient.model, patient.optimizer, finding.layer)
     weight, expert = theatre.router_weight("weight"), finding.expert
-    if weight is None:
+    if weight is None or not _can_choose_again(patient, finding):
         return None
     before, others = (
         float(weight.master[expert].norm()),
@@ -207,12 +207,9 @@ def merge(patient: Patient, finding: Finding) -> Treatment | None:
     pair = (finding.expert, finding.other)
     stays, goes = pair if counts_E[pair[0]] >= counts_E[pair[1]] else pair[::-1]
     weight, busy = theatre.router_weight("weight"), _busiest(patient, finding.layer, {goes})
-    if (
-        weight is None
-        or busy is None
-        or (finding.layer, stays) in patient.taken
-        or (finding.layer, goes) in patient.taken
-    ):
+    if weight is None or busy is None or not _can_choose_again(patient, finding):
+        return None
+    if any((finding.layer, expert) in patient.taken for expert in pair):
         return None
     row_D, constant = raised_row(probe.module.router, probe.x_TD, stays, goes)
     theatre.write(weight, stays, row_D, state_of=stays)
@@ -257,6 +254,8 @@ def _seed_from_busiest(
     busy = _busiest(patient, finding.layer, {expert})
     if weight is None or busy is None or (finding.layer, expert) in patient.taken:
         return None
+    if not _can_choose_again(patient, finding):
+        return None
     rows = split_rows(probe.module.router, probe.x_TD, busy, expert, given_away=given_away)
     for part in theatre.expert_weights:
         theatre.write(part, expert, part.master[busy], state_of=busy)
@@ -279,6 +278,11 @@ def _busiest(patient: Patient, layer: int, without: set[int]) -> int | None:
     counts_E = patient.load[layer].counts_E
     free = [e for e in range(len(counts_E)) if e not in without and (layer, e) not in patient.taken and counts_E[e]]
     return max(free, key=lambda e: (counts_E[e], -e)) if free else None
+
+
+def _can_choose_again(patient: Patient, finding: Finding) -> bool:
+    """Whether the router's rows decide who is chosen: a table or an assignment does not listen to them."""
+    return patient.probes[finding.layer].decision.rechoose is not None
 
 
 def _num_experts(patient: Patient, finding: Finding) -> int:

@@ -31,7 +31,8 @@ class Block(NamedTuple):
     def expert_weights(self, model: nn.Module) -> dict[str, Tensor]:
         """The experts' weights, by their names in the model."""
         found = model.get_submodule(self.experts).named_parameters(prefix=self.experts)
-        return {name: weight for name, weight in found if not self.is_stacked or len(weight) == self.num_experts}
+        own = {name: weight for name, weight in found if name != self.router and name not in self.per_expert}
+        return {name: weight for name, weight in own.items() if not self.is_stacked or len(weight) == self.num_experts}
 
     def expert_of(self, name: str) -> int:
         """Whose weight this is, where each expert is a module of its own."""
@@ -69,34 +70,29 @@ def _experts_in(module: nn.Module) -> tuple[int, bool]:
 
 
 def _block_around(model: nn.Module, experts: str, num_experts: int, is_stacked: bool) -> Block | None:
-    """The nearest module around the experts that also has a router's weight."""
-    for name in _upward(experts):
+    """The nearest module around the experts, or the experts' own, that also has a router's weight."""
+    for name in _around(experts, is_stacked):
         module = model.get_submodule(name)
-        weights = {f"{name}.{key}" if name else key: value for key, value in module.named_parameters()}
-        outside = {key: value for key, value in weights.items() if _is_outside(key, experts, is_stacked and name == experts)}
-        routers = [(key, w.shape[0] != num_experts) for key, w in outside.items() if w.dim() == 2 and num_experts in w.shape]
+        is_outside = (lambda key: True) if name == experts else (lambda key: not key.startswith(f"{experts}."))
+        weights = [(key, weight) for key, weight in module.named_parameters(prefix=name) if is_outside(key)]
+        matrices = ((key, weight.shape) for key, weight in weights if weight.dim() == 2)
+        routers = [(key, shape[0] != num_experts) for key, shape in matrices if num_experts in shape]
+        # Around a list of layers stand matrices of many sizes, tables among them; none with a row for each layer.
+        routers = [each for each in routers if is_stacked or not each[1]]
         if routers:
             router, is_transposed = min(routers, key=lambda each: each[1])
-            per_expert = _per_expert(module, name, experts, num_experts)
-            return Block(name, module, num_experts, router, is_transposed, experts, is_stacked, per_expert)
+            tensors = (
+                *weights,
+                *((key, tensor) for key, tensor in module.named_buffers(prefix=name) if is_outside(key)),
+            )
+            numbers = (key for key, each in tensors if each.shape == (num_experts,) and each.is_floating_point())
+            return Block(name, module, num_experts, router, is_transposed, experts, is_stacked, tuple(numbers))
     return None
 
 
-def _upward(name: str) -> Iterator[str]:
-    """The module itself and two around it."""
+def _around(name: str, is_stacked: bool) -> Iterator[str]:
+    """The module around, that of stacked experts itself (whose matrices may be their biases), the next one around."""
     parts = name.split(".")
-    for up in range(min(3, len(parts) + 1)):
-        yield ".".join(parts[: len(parts) - up])
-
-
-def _is_outside(name: str, experts: str, is_same: bool) -> bool:
-    return is_same or not name.startswith(f"{experts}.")
-
-
-def _per_expert(module: nn.Module, prefix: str, experts: str, num_experts: int) -> tuple[str, ...]:
-    tensors = [*module.named_parameters(prefix=prefix), *module.named_buffers(prefix=prefix)]
-    return tuple(
-        name
-        for name, tensor in tensors
-        if tensor.shape == (num_experts,) and tensor.is_floating_point() and not name.startswith(f"{experts}.")
-    )
+    for up in (1, 0, 2) if is_stacked else (1, 2):
+        if up <= len(parts):
+            yield ".".join(parts[: len(parts) - up])

@@ -30,13 +30,20 @@ class Check:
 
     def of(self, stand: Stand, elsewhere: Elsewhere) -> Finding:
         """The outcome for a set-up."""
-        told = {"why": self.why, "source": self.source, "remedy": self.remedy}
         try:
             seen = self.ask(stand, elsewhere)
+            verdict = "defect" if seen.is_defect else "sound"
         except NotMeasured as reason:
-            return Finding(check=self.name, verdict="not measured", says=str(reason), **told)
-        verdict = "defect" if seen.is_defect else "sound"
-        return Finding(check=self.name, verdict=verdict, says=seen.says, measured=seen.measured, **told)
+            seen, verdict = Seen(False, str(reason), {}), "not measured"
+        return Finding(
+            check=self.name,
+            verdict=verdict,
+            says=seen.says,
+            measured=seen.measured,
+            why=self.why,
+            source=self.source,
+            remedy=self.remedy,
+        )
 
 
 CHECKS: Registry[Check] = Registry("lint check")

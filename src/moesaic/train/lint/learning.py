@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from moesaic.train.lint.checks import Seen, check
-from moesaic.train.lint.patterns import in_turn, num_tokens
+from moesaic.train.lint.patterns import in_turn
 from moesaic.train.lint.processes import Elsewhere
 from moesaic.train.lint.stand import Stand, reached
 
@@ -16,9 +16,9 @@ from moesaic.train.lint.stand import Stand, reached
     remedy="see whether these weights require gradients, are detached, or are read as copies; an adapter that leaves "
     "them frozen on purpose is no mistake",
 )
-def experts_without_gradient(stand: Stand, _: Elsewhere) -> Seen:
+def experts_without_gradient(stand: Stand, elsewhere: Elsewhere) -> Seen:
     """Routing that gives every expert tokens, in as many steps as that takes."""
-    total = num_tokens(stand)
+    total = stand.num_tokens
     found: list[set[int]] = [set() for _ in stand.blocks]
     for start in range(0, stand.num_experts, total):
         gradients = stand.run(in_turn(stand.num_experts, start), silent=False).gradients

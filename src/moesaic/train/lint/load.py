@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from moesaic.train.lint.checks import Seen, check
-from moesaic.train.lint.patterns import collapsed, dealt, graded, loads, num_tokens
+from moesaic.train.lint.patterns import collapsed, dealt, graded, loads
 from moesaic.train.lint.processes import Elsewhere
 from moesaic.train.lint.report import NotMeasured
 from moesaic.train.lint.scale import pull
@@ -28,7 +28,7 @@ def value(stand: Stand, logits: Logits) -> float:
 
 
 def _even(stand: Stand) -> list[int]:
-    total, experts = num_tokens(stand), stand.num_experts
+    total, experts = stand.num_tokens, stand.num_experts
     return [total // experts + (first < total % experts) for first in range(experts)]
 
 
@@ -40,12 +40,12 @@ def _even(stand: Stand) -> list[int]:
     remedy="compute the loss of each layer and average these; for a transformers model: "
     "moesaic.hub.transformers.correct_balance_loss(model)",
 )
-def layers_pooled(stand: Stand, _: Elsewhere) -> Seen:
+def layers_pooled(stand: Stand, elsewhere: Elsewhere) -> Seen:
     """All layers collapsed onto the same experts, and each onto others."""
     num_layers, experts, top_k = len(stand.blocks), stand.num_experts, stand.top_k
     if num_layers < 2:
         raise NotMeasured("one layer with experts, which has none to be pooled with")
-    pull(stand)
+    stand.once(pull)
     even = value(stand, dealt(stand, _even(stand)))
     same = value(stand, collapsed(stand, [0] * num_layers))
     apart = value(stand, collapsed(stand, [layer * top_k % experts for layer in range(num_layers)]))
@@ -75,16 +75,16 @@ class Form(NamedTuple):
 
 @check(
     "balance loss counted after dropping",
-    why="Counts taken after a capacity has dropped rows cannot exceed it: the more an expert is overloaded, the less of "
-    "it the loss sees.",
+    why="Counts taken after a capacity has dropped rows cannot exceed it: the more an expert is overloaded, the less "
+    "of it the loss sees.",
     source="Switch (arXiv:2101.03961) counts before dropping; Megatron-LM d98e8a6, router.py 746-836",
     remedy="count what the router chose, before the capacity",
 )
-def loss_after_dropping(stand: Stand, _: Elsewhere) -> Seen:
+def loss_after_dropping(stand: Stand, elsewhere: Elsewhere) -> Seen:
     """Values of the loss for loads from even to one expert alone, against those of every capacity."""
-    pull(stand)
+    stand.once(pull)
     dealings = [_even(stand), *(graded(stand, heavy) for heavy in HEAVY)]
-    alone = [num_tokens(stand), *[0] * (stand.num_experts - 1)]
+    alone = [stand.num_tokens, *[0] * (stand.num_experts - 1)]
     load_NE = [loads(stand, counts) for counts in (*dealings, alone)]
     values = [value(stand, dealt(stand, counts)) for counts in (*dealings, alone)]
     _refuse_faint(max(values) - min(values), max(map(abs, values)))

@@ -67,25 +67,13 @@ def loads(stand: Stand, counts: Sequence[int]) -> Tensor:
     return load_E
 
 
-def num_tokens(stand: Stand) -> int:
-    """T of the set-up's own micro-batch."""
-    seen: list[int] = []
-
-    def logits(_: int, rows: int, columns: int) -> Tensor:
-        seen.append(rows * columns)
-        return torch.zeros(rows, columns, stand.num_experts)
-
-    stand.run(logits)
-    return seen[0]
-
-
 def graded(stand: Stand, heavy: float) -> list[int]:
     """Tokens by kind: one kind whose experts are a little under-loaded; of the others `heavy` are of one kind.
 
     Counted before any dropping the second kind's experts have less than the mean; counted after it they have more,
     since what the first ones lost lowers the mean. Raises NotMeasured for a batch too small for that.
     """
-    total, top_k, experts = num_tokens(stand), stand.top_k, stand.num_experts
+    total, top_k, experts = stand.num_tokens, stand.top_k, stand.num_experts
     second = int(0.9 * total * top_k / experts)
     first = int(heavy * (total - second))
     if second < 2 or first <= second:

@@ -5,8 +5,11 @@ import os
 import pickle
 import socket
 import tempfile
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from datetime import timedelta
+from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -56,13 +59,21 @@ class Elsewhere(NamedTuple):
         ]
         for process in processes:
             process.start()
-        for process in processes:
-            process.join(TIMEOUT_S)
+        _wait(processes)
         for process in processes:
             process.terminate()
         if not (job / "gradients").exists():
             said = [path.read_text(encoding="utf-8") for path in sorted(job.glob("error-*"))]
             raise NotMeasured(f"{self.size} ranks did not finish: {said[0] if said else 'they took too long'}")
+
+
+def _wait(processes: Sequence[BaseProcess]) -> None:
+    """Until all are done, or one has failed, for which the others would wait."""
+    deadline = time.monotonic() + TIMEOUT_S
+    while running := [process for process in processes if process.is_alive()]:
+        if time.monotonic() > deadline or any(process.exitcode for process in processes):
+            return
+        wait([process.sentinel for process in running], timeout=1.0)
 
 
 def _rank(rank: int, size: int, port: int, job: Path) -> None:
@@ -88,3 +99,6 @@ def _rank(rank: int, size: int, port: int, job: Path) -> None:
     except Exception as error:
         (job / f"error-{rank}").write_text(f"{type(error).__name__}: {error}", encoding="utf-8")
         raise
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()

@@ -61,7 +61,8 @@ class Report:
     def advice(self) -> Iterator[str]:
         """A paragraph for each defect."""
         for number, found in enumerate(self.findings, 1):
-            yield f"{number}. {found.check}: {found.says}\n   {found.why} ({found.source})\n   What to do: {found.remedy}"
+            parts = (f"{number}. {found.check}: {found.says}", f"{found.why} ({found.source})")
+            yield "\n   ".join((*parts, f"What to do: {found.remedy}"))
 
     def __str__(self) -> str:
         width = max(len(outcome.check) for outcome in self.outcomes)

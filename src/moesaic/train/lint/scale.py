@@ -46,15 +46,17 @@ def times(found: Tensor, wanted: Tensor) -> float:
     remedy="divide each micro-batch's balance loss by their number (better: weigh it by its share of the step's "
     "targets); for a transformers model: moesaic.hub.transformers.correct_balance_loss(model)",
 )
-def over_micro_batches(stand: Stand, _: Elsewhere) -> Seen:
+def over_micro_batches(stand: Stand, elsewhere: Elsewhere) -> Seen:
     """The same micro-batch once, twice and four times in a step."""
-    _, routers, others = pull(stand)
+    _, routers, others = stand.once(pull)
     factors: dict[str, Any] = {}
     for number in ACCUMULATED:
         gradients = stand.run(lopsided(stand.num_experts), [stand.set_up.batch] * number).gradients
         factors[str(number)] = times(stand.routers(gradients), routers) / times(stand.others(gradients), others)
     said = ", ".join(f"x{factor:.2f} with {number}" for number, factor in factors.items())
-    return Seen(_is_off(factors.values()), f"the balance gradient beside the prediction's: {said}", {"factors": factors})
+    return Seen(
+        _is_off(factors.values()), f"the balance gradient beside the prediction's: {said}", {"factors": factors}
+    )
 
 
 @check(
@@ -67,7 +69,7 @@ def over_micro_batches(stand: Stand, _: Elsewhere) -> Seen:
 )
 def over_ranks(stand: Stand, elsewhere: Elsewhere) -> Seen:
     """The same micro-batch on one rank and on several."""
-    _, routers, others = pull(stand)
+    _, routers, others = stand.once(pull)
     their_routers, their_others = elsewhere.lopsided_step(stand)
     factor = times(their_routers, routers) / times(their_others, others)
     says = f"the balance gradient beside the prediction's: x{factor:.2f} on {elsewhere.size} ranks"
@@ -82,9 +84,9 @@ def over_ranks(stand: Stand, elsewhere: Elsewhere) -> Seen:
     remedy="leave padding out of counts and probabilities (pass the attention_mask to the balance loss; collate with "
     "one)",
 )
-def padding(stand: Stand, _: Elsewhere) -> Seen:
+def padding(stand: Stand, elsewhere: Elsewhere) -> Seen:
     """The same micro-batch with half as many columns of padding after it."""
-    set_up, (_, routers, _) = stand.set_up, pull(stand)
+    set_up, (_, routers, _) = stand.set_up, stand.once(pull)
     columns = set_up.columns(set_up.batch)
     extra = max(1, columns // 2)
     padded = set_up.padded(set_up.batch, extra)

@@ -51,15 +51,15 @@ def _selects(probe: Probe, name: str, num_experts: int) -> bool:
     source="transformers 44243; Automodel 1232, 1408",
     remedy="add a balance loss (transformers: config.output_router_logits = True) or move a selection bias",
 )
-def anything_balances(stand: Stand, _: Elsewhere) -> Seen:
+def anything_balances(stand: Stand, elsewhere: Elsewhere) -> Seen:
     """Lopsided routing, which must move something."""
     try:
-        _, routers, _ = pull(stand)
+        _, routers, _ = stand.once(pull)
         return Seen(False, "a balance loss pulls at the routers", {"gradient_norm": float(routers.norm())})
     except NotMeasured:
         pass
     try:
-        name = selection_bias(stand)
+        name = stand.once(selection_bias)
     except NotMeasured:
         return Seen(True, "lopsided routing pulls at no router, and there is no selection bias", {"gradient_norm": 0.0})
     return Seen(False, f"by the selection bias {name}, without a balance loss", {"gradient_norm": 0.0})
@@ -67,7 +67,7 @@ def anything_balances(stand: Stand, _: Elsewhere) -> Seen:
 
 def _moves(stand: Stand) -> tuple[str, Tensor, Tensor]:
     """The bias, how it moved in a few steps of a graded load, and that load."""
-    name = selection_bias(stand)
+    name = stand.once(selection_bias)
     counts = graded(stand, HEAVY)
     after = stand.run(dealt(stand, counts), steps=STEPS).after
     return name, after[name].double().cpu(), loads(stand, counts)
@@ -81,9 +81,9 @@ def _moves(stand: Stand) -> tuple[str, Tensor, Tensor]:
     remedy="after each optimizer step move it by the step's counts over all micro-batches and ranks "
     "(moesaic.routing.balancers.update_selection_bias), or say that it is frozen on purpose",
 )
-def bias_never_moves(stand: Stand, _: Elsewhere) -> Seen:
+def bias_never_moves(stand: Stand, elsewhere: Elsewhere) -> Seen:
     """Steps in which one expert gets most tokens."""
-    name, moved_E, load_E = _moves(stand)
+    name, moved_E, load_E = stand.once(_moves)
     largest = float(moved_E.abs().max())
     heaviest = float(load_E.max() / load_E.mean())
     says = f"{name} moved by {largest:.2g} in {STEPS} steps in which one expert had {heaviest:.1f} times the mean load"
@@ -92,14 +92,14 @@ def bias_never_moves(stand: Stand, _: Elsewhere) -> Seen:
 
 @check(
     "selection bias counted after dropping",
-    why="After a capacity has dropped rows no expert has more than it: experts that are under-loaded by what was chosen "
-    "look over-loaded, and with padding to the capacity all look alike.",
+    why="After a capacity has dropped rows no expert has more than it: experts that are under-loaded by what was "
+    "chosen look over-loaded, and with padding to the capacity all look alike.",
     source="Megatron-LM d98e8a6, router.py 746-836: with moe_pad_expert_input_to_capacity no bias moves",
     remedy="count what the router chose, before the capacity",
 )
-def bias_after_dropping(stand: Stand, _: Elsewhere) -> Seen:
+def bias_after_dropping(stand: Stand, elsewhere: Elsewhere) -> Seen:
     """An expert with a little less than the mean of what was chosen, and more than the mean of what was kept."""
-    _, moved_E, load_E = _moves(stand)
+    _, moved_E, load_E = stand.once(_moves)
     if not moved_E.abs().max() > 0:
         raise NotMeasured("the selection bias does not move")
     chosen = _likeness(moved_E, load_E)
@@ -128,9 +128,9 @@ def _likeness(moved_E: Tensor, load_E: Tensor) -> float:
     source="DeepSeek-V3 (arXiv:2412.19437), sec. 2.1.2; transformers 45440, sglang 3705",
     remedy="mask with -inf before the choice",
 )
-def groups_masked(stand: Stand, _: Elsewhere) -> Seen:
+def groups_masked(stand: Stand, elsewhere: Elsewhere) -> Seen:
     """The same number on every bias, which must change no choice: once up, once down."""
-    name, experts = selection_bias(stand), stand.num_experts
+    name, experts = stand.once(selection_bias), stand.num_experts
     generator = torch.Generator().manual_seed(0)
     z_TE = torch.randn(TOKENS, experts, generator=generator)
     with stand.probing() as probe, torch.no_grad():
@@ -145,7 +145,9 @@ def groups_masked(stand: Stand, _: Elsewhere) -> Seen:
     up, down = (_changed(outputs[0], other) for other in outputs[1:])
     if up > 0.01:
         raise NotMeasured(f"{up:.0%} of tokens change experts when all biases rise alike: they are not added to scores")
-    says = f"{down:.1%} of tokens change experts when {SHIFT:.0f} is taken from every bias alike, which must change none"
+    says = (
+        f"{down:.1%} of tokens change experts when {SHIFT:.0f} is taken from every bias alike, which must change none"
+    )
     return Seen(down > 0.01, says, {"changed_down": down, "changed_up": up})
 
 

@@ -7,7 +7,7 @@ whatever the model's weights. B batch, S sequence, T tokens, E experts, K choice
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from moesaic.train.lint.setups import SetUp
 Logits = Callable[[int, int, int], Tensor]
 """Z [B, S, E] of the block of this number, for B rows of S columns."""
 
+Known = TypeVar("Known")
 SEED = 0
 STEEP = 30.0  # all of a softmax, or of sigmoids
 CLEAR = 5.0  # every expert apart from the next, also in a sigmoid
@@ -43,9 +44,18 @@ class Stand:
             _refuse_narrow(block, self.model.get_parameter(block.router))
         if len({block.num_experts for block in self.blocks}) > 1:
             numbers = sorted({block.num_experts for block in self.blocks})
-            raise ConfigError(f"blocks with {numbers} experts; lint checks models whose blocks all have the same number")
+            raise ConfigError(
+                f"blocks with {numbers} experts; lint checks models whose blocks all have the same number"
+            )
         self._state = {name: tensor.detach().clone() for name, tensor in _tensors(self.model)}
         self._chosen: dict[int, tuple[int, ...]] = {}
+        self._known: dict[Any, Any] = {}
+
+    def once(self, experiment: "Callable[[Stand], Known]") -> "Known":
+        """What an experiment gives, which several checks look at; made the first time."""
+        if experiment not in self._known:
+            self._known[experiment] = experiment(self)
+        return self._known[experiment]
 
     @property
     def first(self) -> Block:
@@ -105,6 +115,13 @@ class Stand:
         if 0 not in chosen or len(chosen) == self.num_experts:
             raise NotMeasured("the router's weight does not decide which experts a token gets")
         return len(chosen)
+
+    @cached_property
+    def num_tokens(self) -> int:
+        """T of the set-up's own micro-batch."""
+        seen: list[int] = []
+        _with_input(*self._arguments, lambda x: (seen.append(x.numel() // x.shape[-1]), x)[1])
+        return seen[0]
 
     def steep(self, experts: Sequence[int]) -> Tensor:
         """z [E] that chooses these experts, all alike, and no others."""

@@ -1,0 +1,97 @@
+"""Models that nobody trained, small and of sizes that no released model has, for timing kernels one by one."""
+
+import torch
+from torch import Tensor
+
+from moesaic.config import (
+    AttentionConfig,
+    LayerConfig,
+    MlaConfig,
+    MlpConfig,
+    ModelConfig,
+    MoeConfig,
+    RouterConfig,
+    StackConfig,
+)
+from moesaic.engine.engine import Engine
+from moesaic.hub.codes import CodedTensor, Codes, CodesFormat
+from moesaic.kernels.rounding import Bits
+from moesaic.tensor_spec import TensorSpec
+
+HIDDEN, INNER, EXPERTS, TOP_K, VOCABULARY, LAYERS = 896, 448, 16, 4, 8192, 6
+LONGEST = 2048
+ATTENTIONS: dict[str, AttentionConfig | MlaConfig] = {
+    "1": AttentionConfig(num_heads=8, num_key_value_heads=8, head_dim=64),
+    "4": AttentionConfig(num_heads=8, num_key_value_heads=2, head_dim=64),
+    "latent": MlaConfig(num_heads=8, latent_rank=256, nope_dim=64, rope_dim=32, value_dim=64, query_rank=192),
+}
+"""By how many query heads share a key."""
+
+
+def made_up_config(attention: str = "4", layers: int = LAYERS, *, dense: bool = False) -> ModelConfig:
+    """Every layer the same: an attention of ATTENTIONS, and experts, or a narrow dense block."""
+    moe = MoeConfig(router=RouterConfig(name="softmax_topk", num_experts=EXPERTS, top_k=TOP_K), intermediate_size=INNER)
+    layer = LayerConfig(attention=ATTENTIONS[attention], feed_forward=MlpConfig(intermediate_size=64) if dense else moe)
+    return ModelConfig(
+        family="qwen3_moe",
+        vocab_size=VOCABULARY,
+        hidden_size=HIDDEN,
+        context_length=LONGEST,
+        decoder=StackConfig(layers=(layer,) * layers),
+    )
+
+
+class MadeUpWeights:
+    """See engine.weights.Weights. Tensors of one shape are one and the same, so that drawing them takes no time;
+    packed, each has memory of its own. codes: the format of experts, and for "fp8" of all projections, too."""
+
+    dtype = torch.bfloat16
+
+    def __init__(self, config: ModelConfig, codes: CodesFormat | None = None) -> None:
+        self.config = config
+        self.codes: CodesFormat | None = codes
+        self._specs = {spec.name: spec for spec in config.tensors()}
+        self._drawn: dict[tuple[int, ...], Tensor] = {}
+
+    def coded(self, name: str) -> CodedTensor | None:
+        spec = self._specs[name]
+        roles = {"mxfp4": ("experts",), "fp8": ("experts", "attention")}.get(self.codes or "", ())
+        if self.codes is None or spec.role not in roles or len(spec.shape) < 2:
+            return None
+        format_ = self.codes
+        return CodedTensor(format_, lambda expert: _codes(format_, spec, expert))
+
+    def read(self, name: str, expert: int | None = None) -> Tensor:
+        spec = self._specs[name]
+        shape = spec.shape if expert is None else spec.shape[1:]
+        if len(shape) == 1:
+            return torch.full(shape, float(spec.role == "norm"), dtype=self.dtype)
+        if shape not in self._drawn:
+            std = shape[-1] ** -0.5
+            self._drawn[shape] = torch.empty(shape, dtype=self.dtype).normal_(0.0, std, generator=_generator())
+        return self._drawn[shape]
+
+
+def _codes(format_: CodesFormat, spec: TensorSpec, expert: int | None) -> Codes:
+    shape = spec.shape if expert is None else spec.shape[1:]
+    group, largest = (128, 0x50) if format_ == "fp8" else (32, 16)
+    values = torch.randint(0, largest, shape, dtype=torch.uint8, generator=_generator())
+    grouped = (*shape[:-1], -(-shape[-1] // group))
+    scales = torch.full(grouped, 1e-3) if format_ == "fp8" else torch.full(grouped, 118, dtype=torch.uint8)
+    return Codes(values, scales)
+
+
+def _generator() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
+
+
+def made_up_engine(
+    config: ModelConfig, *, bits: Bits | None = None, codes: CodesFormat | None = None, threads: int | None = None
+) -> Engine:
+    """An engine of such a model."""
+    return Engine(MadeUpWeights(config, codes), bits=bits, threads=threads, max_length=LONGEST)
+
+
+def in_turn(num_tokens: int) -> Tensor:
+    """Experts [T, K] for tokens such that each expert gets as many rows as any other."""
+    return (torch.arange(num_tokens)[:, None] * TOP_K + torch.arange(TOP_K)) % EXPERTS

@@ -1,0 +1,102 @@
+"""`moesaic plan`."""
+
+import json
+from xml.etree import ElementTree
+
+import pytest
+
+
+@pytest.fixture(autouse=True)
+def own_folders(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+
+
+def test_the_verdict_comes_first(moesaic):
+    ran = moesaic("plan", "mixtral-8x7b", "--machine", "8xh100", "--users", "50", "--context", "4k")
+    assert ran.exit_code == 0
+    assert ran.out.startswith("bandwidth binds: ")
+    for seen in ("fits?", "how fast?", "experts", "equal active size", "$ a million output tokens"):
+        assert seen in ran.out
+
+
+def test_a_config_file_and_json(moesaic, moe_folder):
+    ran = moesaic("plan", moe_folder / "config.json", "--machine", "rtx4090", "--context", "16", "--json")
+    assert ran.exit_code == 0
+    assert ran.json["fits"] and ran.json["context"] == 16
+    assert moesaic("plan", moe_folder, "--machine", "rtx4090", "--context", "16", "--json").json == {
+        **ran.json,
+        "model": str(moe_folder),
+    }
+
+
+def test_the_page_stands_alone(moesaic, tmp_path):
+    page = tmp_path / "plan.html"
+    options = ("--machine", "8xh200", "--users", "16", "--report", page)
+    assert moesaic("plan", "deepseek-v3", *options).exit_code == 0
+    text = page.read_text(encoding="utf-8")
+    assert text.count("<svg") == 5  # memory, two roofs, batches, dense models
+    assert "http://" not in text.replace("http://www.w3.org/2000/svg", "")
+    for picture in text.split("<svg")[1:]:
+        ElementTree.fromstring("<svg" + picture.split("</svg>")[0] + "</svg>")
+
+
+def test_two_models_side_by_side(moesaic, tmp_path):
+    plot = tmp_path / "both.svg"
+    words = ("plan", "compare", "mixtral-8x7b", "llama-2-70b", "--machine", "2xh100", "--context", "4k")
+    ran = moesaic(*words, "--plot", plot)
+    assert ran.exit_code == 0 and ran.out.startswith("mixtral-8x7b is faster at every batch")
+    ElementTree.fromstring(plot.read_text(encoding="utf-8"))
+    both = moesaic(*words, "--json").json
+    assert [model["model"] for model in both["models"]] == ["mixtral-8x7b", "llama-2-70b"]
+
+
+def test_which_models_a_machine_serves(moesaic):
+    ran = moesaic("plan", "--machine", "rtx4090", "--users", "2", "--context", "4k", "--format", "int4", "--json")
+    names = [choice["model"] for choice in ran.json["models"]]
+    assert "qwen3-30b-a3b" in names and "deepseek-v3" not in names
+
+
+def test_training_and_its_budget(moesaic):
+    ran = moesaic("plan", "mixtral-8x7b", "--task", "train", "--machine", "256xh100", "--tokens", "1T", "--json")
+    assert ran.json["cost"]["tokens"] == 1e12 and ran.json["cost"]["dollars"] > 1e5
+
+
+def test_predictions_so_far(moesaic, tmp_path):
+    assert "nothing was predicted" in moesaic("plan", "verify").err
+    kept = tmp_path / "state" / "moesaic" / "predictions.jsonl"
+    kept.parent.mkdir(parents=True)
+    one = {"source": "bench", "model": "m", "quantity": "decode_s", "predicted": 1.1, "measured": 1.0, "setting": {}}
+    kept.write_text(json.dumps(one) + "\n")
+    assert "10.0%" in moesaic("plan", "verify").out
+    assert moesaic("plan", "verify", "--json").json["errors"][0]["number"] == 1
+
+
+def test_prices_are_listed_and_compared_with(moesaic):
+    assert "deepseek-v3-2025-02" in moesaic("plan", "--against", "all").out
+    options = ("--machine", "8xh200", "--against", "deepseek-v3-2025-02", "--workload", "output=500,requests=1M")
+    ran = moesaic("plan", "deepseek-v3", *options, "--json")
+    assert ran.json["prices"][0]["month"] == pytest.approx(2000 * 0.27 + 500 * 1.10)
+
+
+@pytest.mark.parametrize(
+    ("words", "seen"),
+    [
+        (["mixtral-8x7b", "--machine", "8xh1"], "unknown machine 'h1'"),
+        (["mixtral-8x7c"], "nearest presets: mixtral-8x7b"),
+        (["mixtral-8x7b", "--machine", "8xh100", "--layout", "ep=3"], "does not divide over ep=3"),
+        (["mixtral-8x7b", "--context", "1M"], "takes 1 to 32,768"),
+        (["mixtral-8x7b", "--machine", "h100", "--price", "2 $/Mtok"], "unit of $/Mtok, and this is in $/h"),
+        (["mixtral-8x7b", "--price", "2 $/h"], "without --machine"),
+        (["mixtral-8x7b", "--users", "many"], "give a whole number above 0"),
+        (["mixtral-8x7b", "--set", "overlop=1"], "did you mean 'overlap'"),
+        (["mixtral-8x7b", "--workload", "input=1,input=2"], "write input=VALUE once"),
+        (["mixtral-8x7b", "--tokens", "1T"], "add --task train"),
+        (["compare", "mixtral-8x7b"], "takes two models"),
+        ([], "plan takes a MODEL"),
+    ],
+)
+def test_what_makes_no_sense(moesaic, words, seen):
+    ran = moesaic("plan", *words)
+    assert ran.exit_code == 2
+    assert seen in ran.err
