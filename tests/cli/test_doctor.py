@@ -8,6 +8,7 @@ import torch
 
 from moesaic import hub
 from moesaic.cli.text import open_tokenizer
+from moesaic.telemetry.probe import routed_layers
 from tests.cli.conftest import TEXT
 from tests.cli.tiny_recipe import RECIPE
 
@@ -20,7 +21,9 @@ def text_file(tmp_path) -> Path:
 
 def test_a_copied_and_a_closed_expert_are_named(moesaic, moe_folder, text_file, tmp_path):
     model = hub.load(moe_folder)
-    experts, router = model.layers[0].feed_forward.experts, model.layers[1].feed_forward.router
+    layers = routed_layers(model)
+    experts, router = layers[0].experts, layers[1].router
+    assert router.weight is not None
     with torch.no_grad():
         for part in experts.parameters():
             part.normal_(0.0, 0.2)

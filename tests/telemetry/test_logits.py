@@ -16,6 +16,7 @@ T, E, K, D = 40, 6, 2, 9
 def decide(mask_T: torch.Tensor | None = None, scale: float = 1.0, **settings):
     torch.manual_seed(0)
     router = RouterLayer(RouterConfig(**{"name": "softmax_topk", "num_experts": E, "top_k": K, **settings}), D).eval()
+    assert router.weight is not None
     with torch.no_grad():
         router.weight.normal_(0.0, scale)
     with torch.no_grad():

@@ -93,12 +93,15 @@ def _examine(place: str, args: argparse.Namespace) -> "Examination":
             "give it a mixture-of-experts model"
         )
     length = window_length(args.sequence_length, config)
-    text = args.data.read_bytes() if args.data is not None and not args.data.is_dir() else None
+    data: Path | None = args.data
+    is_file = data is not None and not data.is_dir()
+    # Before the model: a wrong path should be answered at once.
+    text = data.read_bytes() if data is not None and is_file else b""
     opened = open_model(place, args.dtype)
-    if text is not None:
-        found = read_text(opened, text, args.data, args.max_tokens, length)
+    if data is not None and is_file:
+        found = read_text(opened, text, data, args.max_tokens, length)
     else:
-        found = read_corpus(place, args.data, args.max_tokens, length)
+        found = read_corpus(place, data, args.max_tokens, length)
     with output.progress("examining", found.num_tokens) as advance:
         return examine(
             decoder_only(opened.model, "the doctor"), _questions(found, advance), num_domains=len(found.domains)
