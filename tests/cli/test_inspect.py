@@ -99,6 +99,7 @@ def test_a_run_and_how_its_router_came_there(moesaic, models, corpus, tmp_path):
     assert ran.json["subjects"][0]["name"] == "run"
 
 
+@pytest.mark.slow
 def test_a_family_that_only_transformers_reads(moesaic, tmp_path):
     transformers = pytest.importorskip("transformers")
     words = Tokenizer.train([TEXT], vocab_size=300)

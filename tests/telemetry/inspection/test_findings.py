@@ -45,6 +45,7 @@ def test_each_layer_is_found_to_go_by_what_it_goes_by(trace, texts):
 
 def test_counts_by_class_add_up_to_the_load(trace, texts):
     for layer in inspect_trace(trace, texts).layers:
+        assert layer.class_counts is not None
         assert np.sum(layer.class_counts, 0).tolist() == layer.counts
         assert sum(layer.counts) == 2 * trace.num_tokens
         assert layer.mean_weights == [0.5] * 4

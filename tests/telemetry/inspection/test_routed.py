@@ -68,7 +68,7 @@ def test_a_file_is_read_all_over_and_no_further_than_asked(folder, tmp_path):
     path.write_text("".join(f"line {number}\n" for number in range(5000)))
     found = file_windows(path, tokenizer, length=16, max_tokens=64)
     assert (found.domains, found.num_tokens) == (("long",), 64)
-    starts = [tokenizer.decode(window.token_ids_T) for window in found.windows]
+    starts = [tokenizer.decode(window.token_ids_T.tolist()) for window in found.windows]
     assert len(set(starts)) == 4 and "line 0\n" in starts[0] and "line 9\n" not in starts[1]
     (tmp_path / "empty.txt").write_text("")
     with pytest.raises(DataError, match="holds no text"):

@@ -82,7 +82,8 @@ def test_long_runs_keep_few_points_and_lose_no_rows(monkeypatch):
     assert 20 <= len(steps) <= 41 and steps[-1] == 1000 and steps == sorted(steps)
     weights = np.diff([0, *steps])
     assert np.average(tree["loss"], weights=weights) == pytest.approx(500.5)
-    kept = sum(each.load.layers[0].counts_E for each in [*followed._stretches, followed._open] if each)
+    loads = [each.load for each in [*followed._stretches, followed._open] if each is not None]
+    kept = np.sum([load.layers[0].counts_E for load in loads if load is not None], axis=0)
     assert kept.tolist() == counts.tolist()
 
 
