@@ -3,12 +3,13 @@
 import os
 import signal
 
-# Processes that share the tests share the processors, too: torch's threads would wait in each other's way.
+# Processes that share the tests share the processors, too: torch's threads would wait in each other's way. Torch
+# counts them as it is imported.
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import pytest  # noqa: E402
-import torch  # noqa: E402  it counts its threads as it is imported
+import pytest
+import torch
 
 # Tests press Ctrl-C in processes of their own. A shell has what it runs in the background ignore that, and so would
 # these processes, which inherit it.
