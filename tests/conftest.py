@@ -3,7 +3,8 @@
 import os
 import signal
 
-# Processes that share the tests share the processors, too: torch's threads would wait in each other's way.
+# Processes that share the tests share the processors, too: torch's threads would wait in each other's way. Torch
+# counts them as it is imported.
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 

@@ -71,7 +71,8 @@ def test_the_same_as_on_the_cpu(name: str, mode: str | None, gpu: torch.device) 
             total, gpu_total = total + value, gpu_total + gpu_value
     total.backward()
     gpu_total.backward()
-    torch.testing.assert_close(gpu_x.grad.cpu(), x.grad)
-    for parameter, gpu_parameter in zip(here.parameters(), there.parameters(), strict=True):
-        if parameter.grad is not None:
-            torch.testing.assert_close(gpu_parameter.grad.cpu(), parameter.grad)
+    pairs = [(x, gpu_x), *zip(here.parameters(), there.parameters(), strict=True)]
+    for one, other in pairs:
+        assert (one.grad is None) == (other.grad is None)
+        if one.grad is not None and other.grad is not None:
+            torch.testing.assert_close(other.grad.cpu(), one.grad)

@@ -181,7 +181,7 @@ def adamw_(
     # and what `step` has for it goes into the rate and the small number instead.
     rate = step.rate * step.second_root
     decay = (1 - step.kept) / rate if rate else 0.0
-    torch._fused_adamw_(  # pyright: ignore[reportPrivateUsage]  what torch.optim.AdamW(fused=True) calls
+    torch._fused_adamw_(  # pyright: ignore[reportPrivateImportUsage]  AdamW(fused=True) calls it
         [weight],
         [gradient],
         [first],

@@ -6,6 +6,9 @@ fails where Triton is not installed, and `works` tells whether it can build anyt
 T tokens, R rows, D hidden, F expert inner, V vocab, N rows of logits, H heads, A head dim.
 """
 
+# Triton comes with torch for GPUs only, and a kernel of it is launched by a subscript.
+# pyright: reportMissingImports=false, reportIndexIssue=false
+
 from functools import cache
 
 import torch
