@@ -56,8 +56,9 @@ def duplicates(
     """Pairs of experts whose outputs for the same tokens point the same way (mean cosine above `alike`) and are as
     large, the most alike first.
 
-    None where the median pair is that alike, too: then the whole layer was copied from one (upcycled), or does nothing
-    yet. router_ED: the router's rows, which tell whether two experts are also chosen alike.
+    None where the median pair is that alike, too, or more than half of the experts (of three or more) are so: then the
+    layer was grown from copies, or does nothing yet. router_ED: the router's rows, which tell whether two experts are
+    also chosen alike.
     """
     outputs = np.asarray(outputs_EPD, dtype=np.float64)
     if len(outputs) < 2 or not outputs.shape[1]:
@@ -80,7 +81,8 @@ def duplicates(
         found.append(
             Duplicate(first=one, second=other, similarity=similarity, usual=usual, has_same_router=same_router)
         )
-    return tuple(found)
+    alike_experts = {expert for pair in found for expert in (pair.first, pair.second)}
+    return () if len(alike_experts) > max(2, len(outputs) / 2) else tuple(found)
 
 
 def _cosine(rows_2D: NDArray[np.floating]) -> float:
