@@ -108,10 +108,13 @@ class CoActivation:
 
     share_EE[i, j] = N_ij / N_i: of the tokens that choose i, the part that also chooses j (OLMoE, arXiv:2409.02060,
     sec. 5.2); the diagonal is 1, rows of experts that nobody chose are 0. chance: (K-1)/(E-1), what an even router
-    without preferences has. pairs: those together more often than independent choices would be, strongest first.
+    without preferences has. lift_EE: tokens that choose both over what independent choices with the same loads would
+    give; NaN on the diagonal and for experts that nobody chose. pairs: those together more often than independent
+    choices would be, strongest first.
     """
 
     share_EE: Floats
+    lift_EE: Floats
     chance: float
     pairs: tuple[Pair, ...]
 
@@ -141,8 +144,13 @@ def co_activation(choices_TM: ArrayLike, num_experts: int, *, most_pairs: int = 
         )
         for i, j in zip(rows[order], columns[order], strict=True)
     ]
+    lift_EE = np.divide(together_EE, expected_EE, out=np.full(share_EE.shape, np.nan), where=expected_EE > 0)
+    np.fill_diagonal(lift_EE, np.nan)
     return CoActivation(
-        share_EE=share_EE, chance=max(0.0, chance), pairs=tuple(pair for pair in pairs if pair.deviations > SURE)
+        share_EE=share_EE,
+        lift_EE=lift_EE,
+        chance=max(0.0, chance),
+        pairs=tuple(pair for pair in pairs if pair.deviations > SURE),
     )
 
 
