@@ -41,6 +41,8 @@ class Row(NamedTuple):
 
 def work(folder: Path, bits: int | None, samples: int) -> dict[str, Any]:
     """One model in one format: its peak memory and its cells. Runs in a process of its own."""
+    import torch
+
     from moesaic.bench import reached
     from moesaic.bench.foretold import held_formats, predictions
     from moesaic.bench.machine import ReadProbe
@@ -60,7 +62,7 @@ def work(folder: Path, bits: int | None, samples: int) -> dict[str, Any]:
     assert rates is not None, "the parent has measured"
     cases = [(reached.decode_case(engine, kept, batch, context), context) for batch, context in DECODE]
     cases += [(reached.prefill_case(engine, kept, tokens), tokens) for tokens in PREFILL]
-    peak = peak_memory_bytes()
+    peak = peak_memory_bytes(torch.device("cpu"))
     probe = ReadProbe(engine.program.native.threads)
     reached.take_samples(engine, probe, [case for case, _ in cases], samples, lambda _: None)
     middles = [

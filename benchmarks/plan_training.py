@@ -55,11 +55,13 @@ def cell_of(name: str) -> TrainingCell:
 
 def work(name: str, steps: int) -> dict[str, float]:
     """One cell, in a process of its own: seconds of a step and the process's peak."""
+    import torch
+
     from moesaic.bench.training_here import take
     from moesaic.train.memory import peak_memory_bytes
 
     taken = take(cell_of(name), steps)
-    return {"seconds": taken.seconds, "peak": float(peak_memory_bytes())}
+    return {"seconds": taken.seconds, "peak": float(peak_memory_bytes(torch.device("cpu")))}
 
 
 def line(title: str, errors: list[float]) -> str:

@@ -132,7 +132,7 @@ def ill(window: list[StepLoad], trainer: Trainer) -> Ill:
 def go_on(moment: dict[str, Any], recipe: Recipe, text: Text, illness: str, doctor: str, steps: int) -> dict[str, Any]:
     """One continuation: seed the illness, train, and read the end."""
     settings = dataclasses.replace(recipe.train, doctor=doctor)
-    trainer = Trainer(copied(moment["model"]), settings, text.packed, data=recipe.data)
+    trainer = Trainer(copied(moment["model"], "cpu"), settings, text.packed, data=recipe.data)
     for name, tensor in named_state(trainer.model, trainer.optimizer):
         tensor.copy_(moment["state"][name])
     trainer.step = moment["step"]

@@ -89,16 +89,15 @@ void go_in(const PackedExperts &experts, const Unit &unit, const PackedRows &row
                        unit.row + r);
 }
 
-// A strip of the way down for every row [R, 32], its bias added.
-void go_down(const PackedExperts &experts, const Units &units, const PackedRows &inner_rows, int64_t strip, float *y) {
+// A strip of the way down for a unit's rows, its bias added; y [R, 32].
+void go_down(const PackedExperts &experts, const Unit &unit, const PackedRows &inner_rows, int64_t strip, float *y) {
     const PackedShape &shape = experts.down_shape;
     const int64_t size = at_most(shape.outputs - strip * strip_outputs, strip_outputs);
-    for (int64_t u = 0; u < units.count; ++u) {  // rows rise: what is written past a unit's last is the next one's
-        const Unit &unit = units.list[u];
+    {
         float *sums = y + unit.row * strip_outputs;
         multiply_strip(experts.down + unit.expert * shape.bytes() + strip * shape.strip_bytes(), shape,
                        rows_from(inner_rows, unit.row, unit.rows, shape), sums);
-        if (!experts.down_bias) continue;
+        if (!experts.down_bias) return;
         const float *bias = experts.down_bias + unit.expert * shape.outputs + strip * strip_outputs;
         for (int64_t r = 0; r < unit.rows; ++r, sums += strip_outputs)
             along(
@@ -164,14 +163,20 @@ void packed_experts(const PackedExperts &experts, const ExpertRows &given, const
 
     // A thread takes a strip through all experts, and then has all that its outputs of every token are the sum of.
     useful = threads_for(work(down), 1 << 15, threads);
-    parallel_for(down.strips(), 1, useful, [&](int64_t strip) {
-        float *y = static_cast<float *>(scratch(outputs_slot, (num_rows + spare_rows) * strip_outputs * 4));
-        go_down(experts, units, inner_rows, strip, y);
-        const int64_t at = strip * strip_outputs, size = at_most(down.outputs - at, strip_outputs);
-        for (int64_t token = 0; token < tokens.count; ++token) {
-            int64_t self;
-            combine(chosen, choices_of(token, self), y, tokens.multiplier, tokens.out + token * tokens.out_stride + at,
-                    size);
+    const int64_t together = num_rows <= 32 ? 4 : 1, apart = (num_rows + spare_rows) * strip_outputs;
+    parallel_for((down.strips() + together - 1) / together, 1, useful, [&](int64_t item) {
+        float *y = static_cast<float *>(scratch(outputs_slot, together * apart * 4));
+        const int64_t begin = item * together, end = at_most(begin + together, down.strips());
+        for (int64_t u = 0; u < units.count; ++u)  // rows rise: what is written past a unit's last is the next one's
+            for (int64_t strip = begin; strip < end; ++strip)
+                go_down(experts, units.list[u], inner_rows, strip, y + (strip - begin) * apart);
+        for (int64_t strip = begin; strip < end; ++strip) {
+            const int64_t at = strip * strip_outputs, size = at_most(down.outputs - at, strip_outputs);
+            for (int64_t token = 0; token < tokens.count; ++token) {
+                int64_t self;
+                combine(chosen, choices_of(token, self), y + (strip - begin) * apart, tokens.multiplier,
+                        tokens.out + token * tokens.out_stride + at, size);
+            }
         }
     });
 }

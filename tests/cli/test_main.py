@@ -36,7 +36,7 @@ def test_help_has_a_line_for_every_verb_and_an_example(capsys):
 @pytest.mark.parametrize("verb", main.VERBS)
 def test_each_help_ends_with_an_example(verb, capsys):
     assert main.main([verb, "--help"]) == 0
-    assert capsys.readouterr().out.rstrip().splitlines()[-1].startswith(f"example: moesaic {verb}")
+    assert capsys.readouterr().out.rstrip().split("\n\n")[-1].startswith(f"example: moesaic {verb}")
 
 
 def test_version(capsys):

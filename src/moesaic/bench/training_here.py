@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
+import torch
 
 from moesaic.config import AttentionConfig, LayerConfig, MlpConfig, ModelConfig, MoeConfig, RouterConfig, StackConfig
 from moesaic.data.loader import Batch
@@ -18,6 +19,7 @@ from moesaic.train.recipe import TrainSettings
 from moesaic.train.step import Stepper
 
 STEPS = 4
+_CPU = torch.device("cpu")
 
 
 class Shape(NamedTuple):
@@ -76,15 +78,15 @@ def made_up(shape: Shape) -> ModelConfig:
 def take(cell: TrainingCell, steps: int = STEPS) -> Taken:
     """A few steps of a cell on random tokens, after one that warms up: the quickest, and what memory they took."""
     gc.collect()
-    reset_peak_memory()
-    before = peak_memory_bytes()
+    reset_peak_memory(_CPU)
+    before = peak_memory_bytes(_CPU)
     stepper = Stepper(Decoder(cell.config).initialize(0), _settings(cell))
     times = []
     for number, batches in enumerate(_batches(cell, steps + 1)):
         start = time.perf_counter()
         stepper.run(number, batches)
         times.append(time.perf_counter() - start)
-    return Taken(min(times[1:]), peak_memory_bytes() - before)
+    return Taken(min(times[1:]), peak_memory_bytes(_CPU) - before)
 
 
 def measure_training(*, keep: bool = True) -> TrainingRates:
@@ -92,8 +94,8 @@ def measure_training(*, keep: bool = True) -> TrainingRates:
     seconds: dict[str, list[float]] = {}
     num_bytes: dict[str, list[float]] = {}
     take(_cell(SHAPES[0], "fp32"), 1)  # what libraries allocate once
-    reset_peak_memory()
-    base = peak_memory_bytes()
+    reset_peak_memory(_CPU)
+    base = peak_memory_bytes(_CPU)
     precisions: tuple[Precision, ...] = ("fp32", "bf16")
     for precision in precisions:
         cells = [_cell(shape, precision) for shape in SHAPES]

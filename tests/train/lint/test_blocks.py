@@ -31,7 +31,8 @@ class Layer(nn.Module):
         self.mix = nn.Linear(WIDTH, WIDTH)
         self.feed = nn.Module()
         self.feed.inside = inner
-        self.feed.pick = nn.Linear(WIDTH, EXPERTS) if with_router else None
+        if with_router:
+            self.feed.pick = nn.Linear(WIDTH, EXPERTS)
 
 
 def model_of(inner: Callable[[], nn.Module], with_router: bool) -> nn.Module:
