@@ -20,9 +20,9 @@ FOUND = 2
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `moesaic lint`."""
     parser.epilog = (
-        "exit code 2: something was found\n"
         "example: moesaic lint small.toml\n"
-        "example: moesaic lint my_training.py:build  # a function that returns a transformers Trainer, or an OwnLoop"
+        "example: moesaic lint my_training.py:build  # a function that returns a transformers Trainer, or an OwnLoop\n"
+        "exit code 2: something was found"
     )
     parser.add_argument("setup", metavar="SETUP", help="a recipe in TOML, or FILE.py:FUNCTION, a builder of your own")
     parser.add_argument(
