@@ -115,7 +115,8 @@ def _probes(trainer: Trainer):
 
 
 class Ill(NamedTuple):
-    """Over all layers: experts that are dead, that do the work of several, and pairs that answer the same."""
+    """Over all layers: experts that no token reaches or that have no weights, that do the work of several, and pairs
+    that answer the same."""
 
     dead: int
     oversized: int
@@ -124,9 +125,16 @@ class Ill(NamedTuple):
 
 def ill(window: list[StepLoad], trainer: Trainer) -> Ill:
     """What is ill now, by the loads of the last steps."""
-    states = [state.state for load in sum_loads(window).layers for state in states_of(load)]
+    judged = [(load, state) for load in sum_loads(window).layers for state in states_of(load)]
     twins = sum(len(probed.duplicates()) for probed in _probes(trainer).values())
-    return Ill(states.count("dead"), states.count("oversized"), twins)
+    dead = {(layer.layer, state.expert) for layer, state in judged if state.state == "dead"}
+    dead |= {(layer, expert) for layer in routed_layers(trainer.model) for expert in _mute(trainer, layer)}
+    return Ill(len(dead), sum(state.state == "oversized" for _, state in judged), twins)
+
+
+def _mute(trainer: Trainer, layer: int) -> list[int]:
+    weights = [part.master for part in Theatre(trainer.model, trainer.optimizer, layer).expert_weights]
+    return [expert for expert in range(len(weights[0])) if not all(bool(part[expert].any()) for part in weights)]
 
 
 def go_on(moment: dict[str, Any], recipe: Recipe, text: Text, illness: str, doctor: str, steps: int) -> dict[str, Any]:

@@ -65,7 +65,7 @@ def test_advice_is_given_once_and_changes_nothing():
     lines = [line for line in train(told, 12) if line["finding"] == "dead"]
     train(untold, 12)
     assert [line["doctor"] for line in lines] == ["advised"]
-    assert "expert 3 has 0.00 of its fair share" in lines[0]["sentence"] and "Remedy: give it" in lines[0]["sentence"]
+    assert "all weights of expert 3 are 0" in lines[0]["sentence"] and "Remedy: give it" in lines[0]["sentence"]
     assert state_of(told) == state_of(untold)
 
 

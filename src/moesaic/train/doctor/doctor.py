@@ -12,7 +12,7 @@ from moesaic.models.decoder import Decoder
 from moesaic.telemetry.load import StepLoad, sum_loads
 from moesaic.telemetry.probe import LayerProbe, probe
 from moesaic.train.doctor.findings import Finding, Key, findings_in
-from moesaic.train.doctor.remedies import LADDERS, ONLY_TOLD, REMEDIES, WHAT, Patient, Treatment
+from moesaic.train.doctor.remedies import LADDERS, ONLY_TOLD, REMEDIES, WHAT, Patient, Treatment, mute_experts
 from moesaic.train.doctor.surgery import Kept
 from moesaic.train.optimizer import Optimizer
 from moesaic.train.random_state import undisturbed
@@ -103,7 +103,7 @@ class Doctor:
     def _look(self, step: int) -> list[Line]:
         patient = self._patient(step)
         duplicates = {layer: probed.duplicates() for layer, probed in patient.probes.items()}
-        found = findings_in(tuple(self._window), duplicates)
+        found = findings_in(tuple(self._window), duplicates, mute_experts(patient))
         self._seen = {finding.key: self._seen.get(finding.key, 0) + 1 for finding in found}
         lasting = [finding for finding in found if self._seen[finding.key] >= self.settings.patience]
         chosen = _first_things_first(lasting)
@@ -255,9 +255,15 @@ def _limited(model: torch.nn.Module) -> Iterable[tuple[int, Any]]:
 
 
 def _first_things_first(findings: list[Finding]) -> list[Finding]:
-    """What follows from another finding waits until that has been treated: where one takes all, others starve."""
-    taken_over = {finding.layer for finding in findings if finding.kind == "oversized"}
-    return [finding for finding in findings if finding.kind not in ("dead", "cold") or finding.layer not in taken_over]
+    """What follows from another finding waits until that has been treated: where one takes all, others starve, and
+    the rows of either have the logits that look unstable."""
+    layers = {kind: {finding.layer for finding in findings if finding.kind == kind} for kind in ("oversized", "dead")}
+    waits = {
+        "dead": layers["oversized"],
+        "cold": layers["oversized"],
+        "unstable": layers["oversized"] | layers["dead"],
+    }
+    return [finding for finding in findings if finding.layer not in waits.get(finding.kind, ())]
 
 
 def _line(step: int, what: str, finding: Finding, **more: Any) -> Line:

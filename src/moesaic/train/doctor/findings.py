@@ -18,7 +18,7 @@ PARTS = 5  # of a window, between which loads are compared
 
 MEANING: dict[Kind, str] = {
     "oversized": "one expert does the work of several, so the others learn less than they could",
-    "dead": "no token reaches it, so it gets no gradient and stays as it is",
+    "dead": "it takes no part, so it gets no gradient and stays as it is",
     "duplicate": "two experts that answer the same are one expert at the price of two",
     "cold": "few tokens reach it, so it learns slowly",
     "unstable": "choices that hang on the last bit change from machine to machine, and hard logits leave no gradient",
@@ -55,18 +55,26 @@ class Finding:
 
 
 def findings_in(
-    window: Sequence[StepLoad], duplicates: Mapping[int, Sequence[Duplicate]] | None = None
+    window: Sequence[StepLoad],
+    duplicates: Mapping[int, Sequence[Duplicate]] | None = None,
+    mute: Mapping[int, Sequence[int]] | None = None,
 ) -> tuple[Finding, ...]:
-    """Everything that is ill in a window of steps, worst first. duplicates: by layer, where experts were asked."""
+    """Everything that is ill in a window of steps, worst first. duplicates: by layer, where experts were asked. mute:
+    by layer, experts whose weights are zero, which tokens may well reach."""
     if not window:
         return ()
     together = sum_loads(window)
-    found = []
+    found = [
+        Finding(kind="dead", layer=layer, expert=expert, measured=f"all weights of expert {expert} are 0")
+        for layer, experts in (mute or {}).items()
+        for expert in experts
+    ]
     for index, load in enumerate(together.layers):
         steps = [step.layers[index] for step in window]
         found += _layer_findings(load, steps, (duplicates or {}).get(load.layer, ()))
     order = list(MEANING)
-    return tuple(sorted(found, key=lambda finding: (order.index(finding.kind), finding.layer, finding.expert)))
+    once = {finding.key: finding for finding in reversed(found)}.values()  # what has no weights has no tokens, either
+    return tuple(sorted(once, key=lambda finding: (order.index(finding.kind), finding.layer, finding.expert)))
 
 
 def _layer_findings(load: LayerLoad, steps: list[LayerLoad], duplicates: Sequence[Duplicate]) -> list[Finding]:

@@ -28,6 +28,7 @@ EVENING = 10.0  # times the recipe's coefficient, while a schedule lasts
 EVENING_ALONE = 0.01  # the coefficient where the recipe evens nothing out (Switch, arXiv:2101.03961)
 Z_LOSS = 0.001  # ST-MoE, arXiv:2202.08906
 WIDER = 1.25  # times the capacity
+OUT_OF_ALL = 4.0  # times the median length of router rows, beyond which one row alone is what is unstable
 
 
 @dataclass(kw_only=True)
@@ -85,7 +86,7 @@ LADDERS: dict[str, tuple[str, ...]] = {
     "dead": ("bias_nudge", "reseed"),
     "duplicate": ("merge",),
     "cold": ("bias_nudge", "coefficients"),
-    "unstable": ("z_loss",),
+    "unstable": ("reset_router_row", "z_loss"),
     "dropping": ("capacity",),
 }
 """The remedies of each finding, the gentlest first; those that do not apply are skipped."""
@@ -164,10 +165,15 @@ def bias_nudge(patient: Patient, finding: Finding) -> Treatment | None:
 
 @REMEDIES.register("reset_router_row")
 def reset_router_row(patient: Patient, finding: Finding) -> Treatment | None:
-    """w_e = the mean of the other rows, and noise as wide as they are about it. Selection biases become their mean."""
+    """w_e = the mean of the other rows, and noise as wide as they are about it. Selection biases become their mean.
+    Of an unstable router: the row that is far longer than all others, if there is one."""
     theatre = Theatre(patient.model, patient.optimizer, finding.layer)
     weight, expert = theatre.router_weight("weight"), finding.expert
     if weight is None or not _can_choose_again(patient, finding):
+        return None
+    if finding.kind == "unstable" and (expert := _far_longer(weight.master)) is None:
+        return None
+    if (finding.layer, expert) in patient.taken:
         return None
     before, others = (
         float(weight.master[expert].norm()),
@@ -183,7 +189,7 @@ def reset_router_row(patient: Patient, finding: Finding) -> Treatment | None:
         if (buffer := theatre.router_buffer(part)) is not None:
             theatre.write_buffer(part, expert, buffer[others].mean())
     patient.taken.add((finding.layer, expert))
-    facts = {"row_norm": [before, float(weight.master[expert].norm())]}
+    facts = {"begins_anew": expert, "row_norm": [before, float(weight.master[expert].norm())]}
     return Treatment(
         remedy="reset_router_row", finding=finding, sentence=WHAT["reset_router_row"], facts=facts, kept=theatre.kept
     )
@@ -297,6 +303,22 @@ def _is_saturated(load: LayerLoad, expert: int) -> bool:
 def _is_alive(theatre: Theatre, expert: int) -> bool:
     """Whether an expert's weights do anything: one of zeros has no gradient however many tokens it is sent."""
     return all(bool(part.master[expert].any()) for part in theatre.expert_weights if part.master.dim() > 2)
+
+
+def _far_longer(rows_ED: Tensor) -> int | None:
+    lengths_E = rows_ED.norm(dim=-1)
+    longest = int(lengths_E.argmax())
+    return longest if lengths_E[longest] > OUT_OF_ALL * lengths_E.median() else None
+
+
+def mute_experts(patient: Patient) -> dict[int, list[int]]:
+    """By layer: experts whose weights are all 0."""
+    mute = {}
+    for layer in patient.probes:
+        theatre = Theatre(patient.model, patient.optimizer, layer)
+        num_experts = len(theatre.expert_weights[0].master)
+        mute[layer] = [expert for expert in range(num_experts) if not _is_alive(theatre, expert)]
+    return mute
 
 
 def _logits(probe: LayerProbe) -> Tensor:
