@@ -41,6 +41,20 @@ def test_a_killed_expert_gets_weights_and_half_of_the_busiest_ones_tokens():
     assert min(shares[3], shares[busy]) > 0.25 * (shares[3] + shares[busy])
 
 
+def test_ill_experts_have_no_part_in_what_others_get():
+    run = doctored(learning_rate=1e-4)
+    kill(run, 3)
+    cut = theatre(run)
+    for part in cut.expert_weights:  # of 0, though tokens reach it
+        cut.write(part, 2, torch.zeros_like(part.master[2]))
+    lines = train(run, 4)
+    assert {line["expert"] for line in lines} == {2, 3} and not {line["from"] for line in lines} & {2, 3}
+    weight = cut.router_weight("weight")
+    assert weight is not None
+    lengths_E = weight.master.norm(dim=-1)
+    assert lengths_E.max() < 4 * lengths_E.median()
+
+
 def test_without_a_doctor_it_stays_dead():
     run = doctored("off")
     kill(run, 3)

@@ -97,7 +97,7 @@ ONLY_TOLD = frozenset({"cold"})
 WHAT: dict[str, str] = {
     "coefficients": "weigh the loss that evens the load ten times as much for a while",
     "bias_nudge": "shift the expert's selection bias until it gets its fair share; its weights stay",
-    "reset_router_row": "give the expert an ordinary router row, the mean of the others' and noise; its weights stay",
+    "reset_router_row": "give the expert an ordinary router row, the median of the others' and noise; its weights stay",
     "reseed": "give it the weights of the busiest expert and half of its tokens, both with the probability they had",
     "merge": "let one of the two serve both's tokens, and re-seed the other from the busiest expert",
     "z_loss": "penalise large router logits for a while (z-loss)",
@@ -165,7 +165,7 @@ def bias_nudge(patient: Patient, finding: Finding) -> Treatment | None:
 
 @REMEDIES.register("reset_router_row")
 def reset_router_row(patient: Patient, finding: Finding) -> Treatment | None:
-    """w_e = the mean of the other rows, and noise as wide as they are about it. Selection biases become their mean.
+    """w_e = the median of the other rows, and noise as wide as they are about it. Selection biases become their mean.
     Of an unstable router: the row that is far longer than all others, if there is one."""
     theatre = Theatre(patient.model, patient.optimizer, finding.layer)
     weight, expert = theatre.router_weight("weight"), finding.expert
@@ -180,8 +180,10 @@ def reset_router_row(patient: Patient, finding: Finding) -> Treatment | None:
         [e for e in range(_num_experts(patient, finding)) if e != expert],
     )
     rows_ED = weight.master[others]
-    noise_D = torch.from_numpy(_generator(patient, finding).standard_normal(rows_ED.shape[1])).to(rows_ED)
-    theatre.write(weight, expert, rows_ED.mean(0) + rows_ED.std(0, correction=0) * noise_D)
+    noise_D = torch.from_numpy(_generator(patient, finding.layer, expert).standard_normal(rows_ED.shape[1])).to(rows_ED)
+    middle_D = rows_ED.quantile(0.5, dim=0)
+    width_D = (rows_ED - middle_D).abs().quantile(0.5, dim=0) / 0.6745  # other ill rows have no part in either
+    theatre.write(weight, expert, middle_D + width_D * noise_D)
     for part in ROUTER_PARTS[1:]:
         if (other := theatre.router_weight(part)) is not None:
             theatre.write(other, expert, other.master[others].mean(0))
@@ -280,9 +282,10 @@ def _seed_from_busiest(
 
 
 def _busiest(patient: Patient, layer: int, without: set[int]) -> int | None:
-    """The expert with the most rows whose own row has not changed in this round."""
-    counts_E = patient.load[layer].counts_E
-    free = [e for e in range(len(counts_E)) if e not in without and (layer, e) not in patient.taken and counts_E[e]]
+    """The expert with the most rows that has weights, and whose own row has not changed in this round."""
+    counts_E, theatre = patient.load[layer].counts_E, Theatre(patient.model, patient.optimizer, layer)
+    taken = without | {e for at, e in patient.taken if at == layer}
+    free = [e for e in range(len(counts_E)) if e not in taken and counts_E[e] and _is_alive(theatre, e)]
     return max(free, key=lambda e: (counts_E[e], -e)) if free else None
 
 
@@ -326,6 +329,6 @@ def _logits(probe: LayerProbe) -> Tensor:
     return logits_TE if mask_T is None else logits_TE[mask_T]
 
 
-def _generator(patient: Patient, finding: Finding) -> np.random.Generator:
+def _generator(patient: Patient, layer: int, expert: int) -> np.random.Generator:
     """Noise that depends on the run, the layer and the expert alone: the same on every rank and after a stop."""
-    return np.random.default_rng([patient.seed, finding.layer, finding.expert])
+    return np.random.default_rng([patient.seed, layer, expert])

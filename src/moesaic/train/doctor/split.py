@@ -51,7 +51,7 @@ def split_rows(router: RouterLayer, x_TD: Tensor, busy: int, other: int, *, give
     before = _mass(router, logits_TE, (busy, other))
     chosen_T = (_choices(router, logits_TE) == busy).any(-1)
     some_TD = x_TD[chosen_T] if int(chosen_T.sum()) > 2 else x_TD
-    spread = max(LEAST_SPREAD, float(logits_TE.std(dim=1).mean()) if logits_TE.shape[1] > 1 else 0.0)
+    spread = max(LEAST_SPREAD, _spread(logits_TE))
     direction_D, mean = _principal(some_TD)
     one_D = constant_row(x_TD)
     along_D = spread * (direction_D - mean * one_D)
@@ -102,6 +102,12 @@ def constant_row(x_TD: Tensor) -> Tensor:
     row_D = torch.linalg.solve(moment_DD, mean_D)
     level = float(row_D @ mean_D)  # R² of the fit
     return (row_D / level if level > 0.1 else torch.zeros_like(row_D)).float()
+
+
+def _spread(logits_TE: Tensor) -> float:
+    """The deviation of a token's logits, read off their upper half: ill rows, whose logits lie far off, have no part."""
+    middle_T, upper_T = (logits_TE.quantile(share, dim=1) for share in (0.5, 0.75))
+    return float((upper_T - middle_T).median()) / 0.6745  # the upper quarter of a normal distribution
 
 
 def _principal(x_TD: Tensor) -> tuple[Tensor, float]:
