@@ -105,7 +105,7 @@ def constant_row(x_TD: Tensor) -> Tensor:
 
 
 def _spread(logits_TE: Tensor) -> float:
-    """The deviation of a token's logits, read off their upper half: ill rows, whose logits lie far off, are in neither."""
+    """The deviation of a token's logits, read off their upper half: the logits of ill rows, far off, are not in it."""
     middle_T, upper_T = (logits_TE.quantile(share, dim=1) for share in (0.5, 0.75))
     return float((upper_T - middle_T).median()) / 0.6745  # the upper quarter of a normal distribution
 
