@@ -104,6 +104,7 @@ def measure(config: ModelConfig, sequences: int, micro_batches: int, device: tor
 
 
 def main() -> None:
+    """Train each kind, print its speed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--sequences", type=int, default=64, help="of a micro-batch")

@@ -111,6 +111,7 @@ def show(title: str, errors: list[float]) -> None:
 
 
 def main() -> None:
+    """Measure every cell, print it beside its plan."""
     parser = argparse.ArgumentParser(description="Plans of this machine beside what it measures.")
     parser.add_argument("folder", type=Path)
     parser.add_argument("--models", default=MODELS)

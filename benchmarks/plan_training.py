@@ -70,6 +70,7 @@ def line(title: str, errors: list[float]) -> str:
 
 
 def main() -> None:
+    """Train every cell, print it beside its plan."""
     parser = argparse.ArgumentParser(description="Plans of training on this machine beside what it measures.")
     parser.add_argument("--measure", action="store_true")
     parser.add_argument("--steps", type=int, default=4)

@@ -153,6 +153,7 @@ def measure(subject: Training | Decoding, steps: int, rounds: int) -> dict[str, 
 
 
 def main() -> None:
+    """Time each kind with and without a recorder, print the difference."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--threads", type=int, default=2)

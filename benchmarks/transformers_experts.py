@@ -149,6 +149,7 @@ def error_of(model: Any, ids: Tensor, names: Sequence[str]) -> float:
 
 @torch.no_grad()
 def measure(args: argparse.Namespace, name: str, dtype: str) -> dict[str, Any]:
+    """One shape in one precision: what `show` prints."""
     torch.manual_seed(0)
     model = use_moesaic_experts(model_of(SHAPES[name], args.layers, DTYPES[dtype]))
     ids = torch.randint(2, model.config.vocab_size, (args.batch, args.prompt))
@@ -178,6 +179,7 @@ def show(result: dict[str, Any]) -> None:
 
 
 def main() -> None:
+    """Time every implementation in turn, print the ratios."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", nargs="+", choices=SHAPES, default=["olmoe"])
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES))

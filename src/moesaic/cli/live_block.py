@@ -29,6 +29,7 @@ class _Watched:
         self.first_step: int | None = None
 
     def status(self, report: "StepReport", evaluation: "Evaluation | None") -> "TrainingStatus":
+        """What to draw after a step, over the window of the last ones."""
         from moesaic.telemetry.live import TrainingStatus
         from moesaic.telemetry.load import sum_loads
 

@@ -125,6 +125,7 @@ def _explained(one: Predicted) -> str:
 
 
 def accounting_row(row: Row) -> list[str]:
+    """A row of the page; one that disagrees says so."""
     sign = "" if row.agrees else " **no**"
     return [
         row.what,
@@ -138,6 +139,7 @@ def accounting_row(row: Row) -> list[str]:
 
 
 def speed_row(one: Predicted, other: Predicted) -> list[str]:
+    """A row of the page. one: with the row itself left out of the fit; other: with all of its source left out."""
     case = one.case
     digits = 0 if case.disclosed >= 100 else 2
     constants = " ".join(f"{each:g}" for each in one.constants)

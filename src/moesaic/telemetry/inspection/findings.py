@@ -197,6 +197,7 @@ class _Finder:
         self.shows_company = num_cells <= MOST_CELLS
 
     def layer(self, layer: LayerFingerprint) -> LayerFindings:
+        """Everything that is found about one layer."""
         rows = self.choices.rows(layer.layer)
         tokens_R, experts_R = rows
         counts_E = np.bincount(experts_R, minlength=layer.num_experts)

@@ -31,6 +31,7 @@ class Routed(Protocol):
     context_length: int
 
     def route(self, windows: Sequence[Window]) -> list[dict[int, TokenRows]]:
+        """Who serves each window's tokens, by layer: all windows in one step of the engine."""
         """The rows of each window's tokens, by layer."""
         ...
 

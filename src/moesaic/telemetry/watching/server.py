@@ -54,6 +54,7 @@ class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
     def do_GET(self) -> None:
+        """The page, or the newest state of the run as JSON."""
         # Another site's name that was made to point here would let that site read the answers.
         host = (self.headers.get("Host") or "").rpartition(":")[0]
         assert isinstance(self.server, WatchServer)

@@ -37,25 +37,24 @@ class Elsewhere(NamedTuple):
         if self.size < 2:
             raise NotMeasured("asked for less than 2 ranks")
         try:
-            code = pickle.dumps(self.build)
+            pickle.dumps(self.build)  # as starting a process will
         except (pickle.PicklingError, AttributeError, TypeError) as error:
             raise NotMeasured(
                 f"the builder cannot be sent to other processes ({error}); define it at the top of a module"
             ) from error
         with tempfile.TemporaryDirectory() as folder:
             job = Path(folder)
-            (job / "build").write_bytes(code)
-            torch.save((dict(stand.model.state_dict()), stand.set_up.batch), job / "start")
-            self._run(job)
-            return torch.load(job / "gradients")
+            self._run(job, dict(stand.model.state_dict()), stand.set_up.batch)
+            return torch.load(job / "gradients", weights_only=True)
 
-    def _run(self, job: Path) -> None:
+    def _run(self, job: Path, *start: Any) -> None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         context = multiprocessing.get_context("spawn")
         processes = [
-            context.Process(target=_rank, args=(rank, self.size, port, job), daemon=True) for rank in range(self.size)
+            context.Process(target=_rank, args=(rank, self.size, port, job, self.build, *start), daemon=True)
+            for rank in range(self.size)
         ]
         for process in processes:
             process.start()
@@ -76,7 +75,9 @@ def _wait(processes: Sequence[BaseProcess]) -> None:
         wait([process.sentinel for process in running], timeout=1.0)
 
 
-def _rank(rank: int, size: int, port: int, job: Path) -> None:
+def _rank(
+    rank: int, size: int, port: int, job: Path, build: Callable[[], Any], state: dict[str, Tensor], batch: Any
+) -> None:
     """One process. What a rank of torchrun finds in its environment is there before the builder runs."""
     import torch.distributed as dist
 
@@ -88,8 +89,7 @@ def _rank(rank: int, size: int, port: int, job: Path) -> None:
     torch.set_num_threads(1)
     try:
         dist.init_process_group("gloo", timeout=timedelta(seconds=TIMEOUT_S))
-        set_up = set_up_of(pickle.loads((job / "build").read_bytes())())
-        state, batch = torch.load(job / "start", weights_only=False)
+        set_up = set_up_of(build())
         set_up.model.load_state_dict(state)
         stand = Stand(set_up)
         gradients = stand.run(lopsided(stand.num_experts), [batch]).gradients
