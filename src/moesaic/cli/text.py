@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
-from moesaic.cli.stream import TextStream
+from moesaic.data.text_stream import TextStream
 from moesaic.errors import ConfigError, DataError
 
 if TYPE_CHECKING:  # at run time torch comes in only once a model is opened

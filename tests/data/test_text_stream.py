@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moesaic.cli.stream import TextStream
+from moesaic.data.text_stream import TextStream
 
 
 def decode_bytes(token_ids: list[int]) -> str:

@@ -1,0 +1,1 @@
+"""Serving: many requests through one engine, and the protocols they come by."""
