@@ -75,7 +75,7 @@ class PromptScored(NamedTuple):
 
 
 class Progress(NamedTuple):
-    """New tokens of a request, and the text that is now certain (some may be held back, for a character or a stop text).
+    """New tokens of a request, and the text that is now certain; some is held back, for a character or a stop text.
 
     experts: by layer, those that each of these tokens was made by, [tokens, M], -1 where there is none.
     """
