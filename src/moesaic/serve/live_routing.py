@@ -102,7 +102,7 @@ class LiveRouting:
             return now.less(before[-1] if before else self._marks[0][1])
 
     def as_load(self, tally: Tally) -> StepLoad:
-        """A tally as the loads that reports and metrics are made of; router_entropy is NaN: scores stay in the engine."""
+        """A tally as the loads that reports and metrics are made of; no router_entropy: scores stay in the engine."""
         layers = tuple(
             LayerLoad(
                 layer=layer,
