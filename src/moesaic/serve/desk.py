@@ -11,10 +11,12 @@ from moesaic.serve.request import Event, Finished, Heard, Request
 class Desk:
     """Takes requests inside a running event loop. All events of a step cross into it together."""
 
-    def __init__(self, engine: Engine, decode: Callable[[list[int]], str]) -> None:
+    def __init__(
+        self, engine: Engine, decode: Callable[[list[int]], str], on_step: Callable[[], None] | None = None
+    ) -> None:
         self._asyncio = asyncio.get_running_loop()
         self._waiting: dict[int, asyncio.Queue[Event]] = {}
-        self.loop = Loop(engine, decode, self._hear)
+        self.loop = Loop(engine, decode, self._hear, on_step)
 
     async def run(self, request: Request) -> AsyncGenerator[Event, None]:
         """The events of a request; leaving early cancels it. Raises GenerationError before the first."""

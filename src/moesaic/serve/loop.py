@@ -41,8 +41,9 @@ class Loop:
         engine: Engine,
         decode: Callable[[list[int]], str],
         hear: Callable[[Sequence[Heard]], None],
+        on_step: Callable[[], None] | None = None,
     ) -> None:
-        self.engine, self.decode, self.hear = engine, decode, hear
+        self.engine, self.decode, self.hear, self.on_step = engine, decode, hear, on_step
         self._numbers = itertools.count(1)
         self._inbox: queue.SimpleQueue[tuple[int, Request | None] | None] = queue.SimpleQueue()
         self._running: dict[int, _Running] = {}
@@ -103,7 +104,10 @@ class Loop:
             pieces.append(piece)
             if piece.wants == "last":
                 wanted.append(each)
-        chosen = choose(self.engine.step(pieces), [Row(each.writing) for each in wanted])
+        logits_NV = self.engine.step(pieces)
+        if self.on_step is not None:
+            self.on_step()
+        chosen = choose(logits_NV, [Row(each.writing) for each in wanted])
         heard: list[Heard] = []
         for each, info in zip(wanted, chosen, strict=True):
             events: list[Event] = [each.writing.add([info])]
