@@ -45,6 +45,7 @@ class PrefixMap:
     def __init__(self, slack: float = 1.5, remembered: int = _REMEMBERED) -> None:
         self.slack, self.remembered = slack, remembered
         self._seen: OrderedDict[bytes, str] = OrderedDict()
+        self._turn = 0  # of those that have no beginning, which go to all in turn
 
     def choose(self, prefix: Sequence[bytes], running: Mapping[str, int]) -> list[str]:
         """All replicas, the best first. running: the requests that each has now.
@@ -55,7 +56,8 @@ class PrefixMap:
         share = (sum(running.values()) + 1) / max(1, len(running))
         most = max(1.0, share * self.slack)
         depth = self._depths(prefix)
-        first = prefix[0] if prefix else b""
+        self._turn += not prefix
+        first = prefix[0] if prefix else str(self._turn).encode()
 
         def rank(replica: str) -> tuple[bool, int, int, bytes]:
             tie = hashlib.blake2b(first + replica.encode(), digest_size=8).digest()
