@@ -55,3 +55,55 @@ def test_a_cache_that_may_not_grow_says_so_and_changes_nothing():
 def test_bytes_of_a_token():
     in_bf16, in_fp32 = (BlockCache(SHAPES, in_bf16=narrow).bytes_per_token for narrow in (True, False))
     assert in_fp32 == 2 * in_bf16 >= 2 * 2 * (2 * (8 + 8) + 12)
+
+
+def test_blocks_are_free_when_the_last_holder_lets_go():
+    cache, text = BlockCache(SHAPES, in_bf16=True, max_blocks=5), Text()
+    cache.make_room(text, 3 * BLOCK_TOKENS)
+    other = Text(length=2 * BLOCK_TOKENS, blocks=text.blocks[:2])
+    cache.hold(other.blocks)
+    cache.cut(text, 0)
+    assert cache.num_free == 3
+    cache.cut(other, 0)
+    assert cache.num_free == 5
+
+
+def test_who_writes_to_a_block_that_others_hold_gets_a_copy():
+    cache, text = BlockCache(SHAPES, in_bf16=False), Text()
+    cache.make_room(text, BLOCK_TOKENS + 1)
+    for number, (keys, values) in enumerate(cache.layers):
+        keys[text.blocks[1]] = 3 + number
+        values[text.blocks[1]] = 5 + number
+    other = Text(length=BLOCK_TOKENS + 1, blocks=list(text.blocks))
+    cache.hold(other.blocks)
+    assert not cache.make_room(other, BLOCK_TOKENS + 2)
+    assert other.blocks[0] == text.blocks[0] and other.blocks[1] != text.blocks[1]
+    assert [cache.holders(block) for block in (*text.blocks, *other.blocks)] == [2, 1, 2, 1]
+    for number, (keys, values) in enumerate(cache.layers):
+        assert (keys[other.blocks[1]] == 3 + number).all() and (values[other.blocks[1]] == 5 + number).all()
+
+
+def test_room_is_reclaimed_before_it_is_refused():
+    cache, kept, text = BlockCache(SHAPES, in_bf16=True, max_blocks=4), Text(), Text()
+    cache.make_room(kept, 3 * BLOCK_TOKENS)
+    asked = []
+
+    def reclaim(count: int) -> None:
+        asked.append(count)
+        cache.cut(kept, len(kept.blocks) * BLOCK_TOKENS - count * BLOCK_TOKENS)
+
+    cache.reclaim = reclaim
+    cache.make_room(text, 3 * BLOCK_TOKENS)
+    assert (asked, len(kept.blocks), cache.num_free) == ([2], 1, 0)
+
+
+def test_reserved_blocks_are_there_at_once_and_no_more_are_made():
+    cache = BlockCache(SHAPES, in_bf16=True)
+    cache.reserve(40)
+    layers = cache.layers
+    assert not cache.make_room(Text(), 40 * BLOCK_TOKENS)
+    assert cache.layers is layers
+    with pytest.raises(GenerationError, match="may not grow"):
+        cache.make_room(Text(), 1)
+    with pytest.raises(GenerationError, match="30 blocks for a cache that has 40"):
+        cache.reserve(30)
