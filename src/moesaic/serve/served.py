@@ -60,12 +60,18 @@ class Served:
     def of_engine(cls, name: str, engine: Engine, tokenizer: Tokenizer, created: int | None = None) -> "Served":
         """A model that this process runs itself."""
         routing = LiveRouting(engine)
+
+        def open_desk() -> Desk:
+            desk = Desk(engine, KeptText(tokenizer))
+            desk.loop.listen(lambda _: routing.hear())
+            return desk
+
         return cls(
             name,
             tokenizer=tokenizer,
             config=engine.config,
             max_length=engine.max_length,
-            open_desk=lambda: Desk(engine, KeptText(tokenizer), routing.hear),
+            open_desk=open_desk,
             routing=routing,
             created=created,
         )
