@@ -122,6 +122,15 @@ class Models(Mapping[str, Served]):
         for each in self._served.values():
             await each.close()
 
+    async def add(self, served: Served) -> None:
+        """Start one more, inside the running event loop."""
+        await served.start()
+        self._served[served.name] = served
+
+    async def remove(self, name: str) -> None:
+        """Close one; it is served no longer."""
+        await self._served.pop(name).close()
+
     def find(self, name: str) -> Served:
         """Raises UnknownModelError, which says what there is."""
         if name not in self._served:
