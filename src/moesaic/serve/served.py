@@ -12,6 +12,7 @@ from moesaic.serve.desk import Desk
 from moesaic.serve.kept_text import KeptText
 from moesaic.serve.live_routing import LiveRouting
 from moesaic.serve.request import Event, Request
+from moesaic.serve.seen import Stats
 from moesaic.serve.token_texts import TokenTexts
 
 
@@ -26,6 +27,10 @@ class Runs(Protocol):
         """The events of a request; leaving early cancels it. Raises GenerationError before the first."""
         ...
 
+    def stats(self) -> Stats:
+        """How its loop stands."""
+        ...
+
     async def close(self) -> None:
         """End all requests."""
         ...
@@ -34,7 +39,7 @@ class Runs(Protocol):
 class Served:
     """A model under a name. `desk` is there between `start` and `close`; created: seconds since 1970.
 
-    open_desk: called inside the running event loop.
+    open_desk: called inside the running event loop. routing: the load of its experts; None: it runs elsewhere.
     """
 
     def __init__(
@@ -63,7 +68,7 @@ class Served:
 
         def open_desk() -> Desk:
             desk = Desk(engine, KeptText(tokenizer))
-            desk.loop.listen(lambda _: routing.hear())
+            desk.loop.listen(routing.hear)
             return desk
 
         return cls(

@@ -30,6 +30,7 @@ def create_app(served: Models, settings: HttpSettings | None = None) -> FastAPI:
 
     app = FastAPI(title="moesaic", lifespan=running, docs_url=None, redoc_url=None)
     app.state.models, app.state.settings = served, settings or HttpSettings()
+    app.state.ending = lambda: False  # asked by what would otherwise go on for ever
     add_error_handlers(app)
     for router in ROUTERS:
         app.include_router(router)

@@ -6,10 +6,12 @@ from collections.abc import Callable, Mapping
 from moesaic.serve.desk import Desk
 from moesaic.serve.http.errors import ApiError
 from moesaic.serve.kept_text import KeptText
+from moesaic.serve.live_routing import LiveRouting
 from moesaic.serve.operation.counting import CountedRuns
 from moesaic.serve.operation.metrics import Metrics, ModelState
 from moesaic.serve.operation.opening import Opened, open_aside, open_model
 from moesaic.serve.operation.settings import ModelSettings, ServeSettings
+from moesaic.serve.seen import Stats
 from moesaic.serve.served import Models, Served, UnknownModelError
 
 
@@ -67,18 +69,22 @@ class Fleet:
         return True
 
     async def _serve(self, name: str, settings: ModelSettings, opened: Opened) -> None:
+        routing = LiveRouting(opened.engine)
+
         def open_desk() -> CountedRuns:
             decode = KeptText(opened.tokenizer)
+            desk = Desk(opened.engine, decode)
+            desk.loop.listen(routing.hear)
             runs = CountedRuns(
                 name,
-                Desk(opened.engine, decode),
+                desk,
                 limits=self.settings.limits,
                 together=settings.max_running,
                 metrics=self.metrics,
                 decode=decode if self.settings.log.prompts else None,
             )
             self._runs[name] = runs
-            self.metrics.watch(name, lambda: _state_of(runs, settings.max_running))
+            self.metrics.watch(name, lambda: _state_of(runs.stats()), routing)
             return runs
 
         await self.models.add(
@@ -88,9 +94,18 @@ class Fleet:
                 config=opened.engine.config,
                 max_length=opened.engine.max_length,
                 open_desk=open_desk,
+                routing=routing,
             )
         )
 
 
-def _state_of(runs: CountedRuns, together: int) -> ModelState:
-    return ModelState(min(runs.inside, together), max(0, runs.inside - together))
+def _state_of(stats: Stats) -> ModelState:
+    return ModelState(
+        running=stats.running,
+        waiting=stats.queued,
+        cache_used=stats.held_tokens / stats.cache_tokens if stats.cache_tokens else None,
+        preemptions=stats.preemptions,
+        evictions=stats.evictions,
+        drafted=stats.drafted,
+        accepted=stats.accepted,
+    )

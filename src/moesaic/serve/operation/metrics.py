@@ -6,6 +6,8 @@ from typing import NamedTuple
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
+from moesaic.serve.live_routing import LiveRouting
+from moesaic.serve.operation.expert_metrics import ExpertMetrics
 from moesaic.serve.operation.observing import Exchange
 from moesaic.telemetry.prometheus import CONTENT_TYPE
 
@@ -38,7 +40,7 @@ class Metrics:
     def __init__(self) -> None:
         registry = self.registry = CollectorRegistry()
         self._states: dict[str, Callable[[], ModelState]] = {}
-        self._texts: dict[str, Callable[[], str]] = {}
+        self._routing: dict[str, LiveRouting] = {}
         self._requests = Counter(
             "moesaic_http_requests", "HTTP requests that are over.", ["method", "route", "status"], registry=registry
         )
@@ -68,6 +70,7 @@ class Metrics:
         )
         self._ready = Gauge("moesaic_ready", "1: new requests are taken.", registry=registry)
         self.registry.register(_States(self._states))
+        self.registry.register(ExpertMetrics(self._routing))
 
     def hear(self, exchange: Exchange) -> None:
         """Count an HTTP request that is over."""
@@ -92,22 +95,21 @@ class Metrics:
         self._cached_tokens.labels(model).inc(cached_tokens)
         self._new_tokens.labels(model).inc(new_tokens)
 
-    def watch(self, model: str, state: Callable[[], ModelState], text: Callable[[], str] | None = None) -> None:
-        """Ask a model for its state, and for more in Prometheus text, at each scrape."""
+    def watch(self, model: str, state: Callable[[], ModelState], routing: LiveRouting | None = None) -> None:
+        """Ask a model for its state, and for the load of its experts, at each scrape."""
         self._states[model] = state
-        if text is not None:
-            self._texts[model] = text
+        if routing is not None:
+            self._routing[model] = routing
 
     def forget(self, model: str) -> None:
         """A model is gone; what was counted of it stays."""
         self._states.pop(model, None)
-        self._texts.pop(model, None)
+        self._routing.pop(model, None)
 
     def exposition(self, *, ready: bool) -> bytes:
         """Everything, as Prometheus text."""
         self._ready.set(ready)
-        texts = "".join(text() for text in list(self._texts.values()))
-        return generate_latest(self.registry) + texts.encode()
+        return generate_latest(self.registry)
 
 
 class _States:
