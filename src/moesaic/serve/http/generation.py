@@ -21,7 +21,6 @@ Schema = dict[str, Any] | bool
 
 class StreamOptions(Body):
     include_usage: bool | None = None
-    continuous_usage_stats: bool | None = None
     include_obfuscation: bool | None = None  # padding against eavesdroppers: never added here
 
 
