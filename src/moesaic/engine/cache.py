@@ -9,6 +9,7 @@ from torch import Tensor
 from moesaic.engine.builder import CacheShape
 from moesaic.errors import GenerationError
 from moesaic.kernels.backend import compiled
+from moesaic.kernels.paged import CacheFormat
 
 _native = compiled()
 BLOCK_TOKENS: int = _native.Program.block_tokens
@@ -38,13 +39,14 @@ class BlockCache:
     A block may have several holders (`hold`), and is free again when the last of them lets go. Who writes to one that
     others hold too gets a copy of it.
     layers: keys and values, uint8 [blocks, bytes of one].
-    in_bf16: numbers are kept in bf16, else in fp32. max_blocks: no more than these; None: while memory lasts.
+    format: of the numbers in them (kernels.paged). max_blocks: no more than these; None: while memory lasts.
     reclaim: asked for so many blocks when none can be made; who holds some that can be done without lets go of them.
     """
 
-    def __init__(self, shapes: list[CacheShape], *, in_bf16: bool, max_blocks: int | None = None) -> None:
-        self.in_bf16, self.max_blocks = in_bf16, max_blocks
-        self._block_bytes = [_native.Program.cache_block_bytes(shape, in_bf16) for shape in shapes]
+    def __init__(self, shapes: list[CacheShape], *, format: CacheFormat, max_blocks: int | None = None) -> None:
+        self.format: CacheFormat = format
+        self.max_blocks = max_blocks
+        self._block_bytes = [_native.Program.cache_block_bytes(shape, format) for shape in shapes]
         self.layers = [(_blocks(0, keys), _blocks(0, values)) for keys, values in self._block_bytes]
         self.reclaim: Callable[[int], None] | None = None
         self._free: list[int] = []
