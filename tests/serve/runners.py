@@ -70,7 +70,9 @@ class Stepped:
     """A runner, and all that was heard of it. Steps are made as they are asked for."""
 
     def __init__(self, engine: Engine, drafter: Drafter | None = None, **settings: Any) -> None:
-        self.runner = Runner(engine, decode, LoopSettings(**{"cache_tokens": 4096, **settings}), drafter)
+        self.runner = Runner(
+            engine, decode, LoopSettings(**{"cache_tokens": 4096, "max_running": 8, **settings}), drafter
+        )
         self.events: dict[int, list[Event]] = {}
 
     def add(self, request: Request) -> int:
