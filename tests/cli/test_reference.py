@@ -95,7 +95,7 @@ OPTIONS = {
         "--machine NxDEVICE",
         "--task {serve,train}",
         "--format FORMAT",
-        "--cache {bf16,fp8}",
+        "--cache {bf16,fp8,int8}",
         "--context N",
         "--users N",
         "--layout A=N,..",

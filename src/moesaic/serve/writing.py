@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 from moesaic.data.text_stream import TextStream
 from moesaic.serve.request import Finished, Progress, Request, TokenInfo, Usage
+from moesaic.serve.rules import Rules
 
 
 class Writing:
@@ -13,7 +14,7 @@ class Writing:
     """
 
     def __init__(self, request: Request, decode: Callable[[list[int]], str], max_length: int) -> None:
-        self.request = request
+        self.request, self.rules = request, Rules(request)
         self.token_ids = list(request.prompt_ids)
         self.most = min(max_length, len(self.token_ids) + request.max_new_tokens)
         self.cached_tokens = self.drafted = self.accepted = 0
@@ -47,6 +48,13 @@ class Writing:
             self._ready, self._held = self._ready + self._held, ""
         text, self._ready = self._ready, ""
         return Progress(tuple(taken), text)
+
+    def give_up(self) -> str:
+        """End it as it stands: the text that was held back."""
+        if self.stopped_by is None:
+            self._stream.close()
+        text, self._ready, self._held = self._ready + self._held, "", ""
+        return text
 
     def finished(self) -> Finished:
         """Raises nothing; only for one that has ended."""
