@@ -176,7 +176,7 @@ def test_tells_the_experts_of_new_tokens(drafts: bool) -> None:
             by_layer.setdefault(layer, []).append(found.expert_ids_TM[-1].numpy())
         token_ids.append(int(logits[0].argmax()))
     request = Request(prompt_ids=prompt, max_new_tokens=12, experts=True)
-    stepped = Stepped(engine_of(CASE), HalfRight({request: token_ids[20:]}, 5) if drafts else None)
+    stepped = Stepped(engine_of(CASE), HalfRight({prompt: token_ids[20:]}, 5) if drafts else None)
     stepped.add(Request(prompt_ids=prompt_of(0, 50, 2), max_new_tokens=30, speculate=False))
     number = stepped.add(request)
     stepped.finish()
