@@ -66,7 +66,7 @@ class Program:
 
     def connect(self, cache: BlockCache) -> None:
         """Read and write this cache's blocks from now on."""
-        self.native.set_caches(cache.layers, cache.in_bf16)
+        self.native.set_caches(cache.layers, cache.format)
 
     def run(self, batch: Batch, choices: Mapping[int, Tensor] | None = None, *, depth: int = 0) -> Tensor:
         """logits_NV in fp32. choices: experts [T, M] that stand in for what layers would choose, weighed anew.
@@ -147,7 +147,7 @@ def _lower(build: Builder, num_ahead: int) -> None:
 def _kept(build: Builder) -> int:
     """The number of the cache where the program keeps what is normed now, of every token, for another section."""
     number, size = len(build.caches), build.config.hidden_size
-    build.caches.append(CacheShape(1, size, size, shared=True))
+    build.caches.append(CacheShape(1, size, size, shared=True, taken=True))
     build.native.keep(Label("further tokens"), build.normed, number, build.caches[number])
     return number
 
