@@ -70,3 +70,55 @@ def test_a_plan_counts_the_same_bytes(format: CacheFormat):
     keys_and_values, latent = CacheShape(4, 64, 64, False), CacheShape(1, 576, 512, True)
     cache = BlockCache([keys_and_values, latent], format=format)
     assert cache.bytes_per_token == CACHE_BYTES[format] * (4 * (64 + 64) + 576)
+
+
+def test_blocks_are_free_when_the_last_holder_lets_go():
+    cache, text = BlockCache(SHAPES, format="bf16", max_blocks=5), Text()
+    cache.make_room(text, 3 * BLOCK_TOKENS)
+    other = Text(length=2 * BLOCK_TOKENS, blocks=text.blocks[:2])
+    cache.hold(other.blocks)
+    cache.cut(text, 0)
+    assert cache.num_free == 3
+    cache.cut(other, 0)
+    assert cache.num_free == 5
+
+
+def test_who_writes_to_a_block_that_others_hold_gets_a_copy():
+    cache, text = BlockCache(SHAPES, format="fp32"), Text()
+    cache.make_room(text, BLOCK_TOKENS + 1)
+    for number, (keys, values) in enumerate(cache.layers):
+        keys[text.blocks[1]] = 3 + number
+        values[text.blocks[1]] = 5 + number
+    other = Text(length=BLOCK_TOKENS + 1, blocks=list(text.blocks))
+    cache.hold(other.blocks)
+    assert not cache.make_room(other, BLOCK_TOKENS + 2)
+    assert other.blocks[0] == text.blocks[0] and other.blocks[1] != text.blocks[1]
+    assert [cache.holders(block) for block in (*text.blocks, *other.blocks)] == [2, 1, 2, 1]
+    for number, (keys, values) in enumerate(cache.layers):
+        assert (keys[other.blocks[1]] == 3 + number).all() and (values[other.blocks[1]] == 5 + number).all()
+
+
+def test_room_is_reclaimed_before_it_is_refused():
+    cache, kept, text = BlockCache(SHAPES, format="bf16", max_blocks=4), Text(), Text()
+    cache.make_room(kept, 3 * BLOCK_TOKENS)
+    asked = []
+
+    def reclaim(count: int) -> None:
+        asked.append(count)
+        cache.cut(kept, len(kept.blocks) * BLOCK_TOKENS - count * BLOCK_TOKENS)
+
+    cache.reclaim = reclaim
+    cache.make_room(text, 3 * BLOCK_TOKENS)
+    assert (asked, len(kept.blocks), cache.num_free) == ([2], 1, 0)
+
+
+def test_reserved_blocks_are_there_at_once_and_no_more_are_made():
+    cache = BlockCache(SHAPES, format="bf16")
+    cache.reserve(40)
+    layers = cache.layers
+    assert not cache.make_room(Text(), 40 * BLOCK_TOKENS)
+    assert cache.layers is layers
+    with pytest.raises(GenerationError, match="may not grow"):
+        cache.make_room(Text(), 1)
+    with pytest.raises(GenerationError, match="30 blocks for a cache that has 40"):
+        cache.reserve(30)

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moesaic.engine.cache import BlockCache, Text
+from moesaic.engine.cache import BLOCK_TOKENS, BlockCache, Text
 from moesaic.engine.generate import check_prompts
 from moesaic.engine.memory import require_memory
 from moesaic.engine.packed_store import PackedStore
@@ -134,6 +134,11 @@ class Engine:
         num_tokens, depth = self._routed
         return 0 if depth else num_tokens
 
+    def reserve(self, num_tokens: int) -> None:
+        """Make room for so many tokens in the cache now, and for no more later. Raises GenerationError as it does."""
+        self.cache.reserve(-(-num_tokens // BLOCK_TOKENS))
+        self.program.connect(self.cache)
+
     def free(self, text: Text) -> None:
         """Forget a text; its blocks serve others."""
         self.cache.cut(text, 0)
@@ -234,7 +239,7 @@ class Engine:
         counts = [len(piece.token_ids) for piece in pieces]
         starts = [_places(piece.text, depth) for piece in pieces]
         for piece, start, count in zip(pieces, starts, counts, strict=True):
-            if self.cache.make_room(piece.text, start + count):
+            if self.cache.make_room(piece.text, start + count, start):
                 self.program.connect(self.cache)  # at once: the blocks that it knew are gone
         tables_SW = np.zeros((len(pieces), max((len(piece.text.blocks) for piece in pieces), default=0)), np.int32)
         for table, piece in zip(tables_SW, pieces, strict=True):

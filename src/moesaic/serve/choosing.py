@@ -5,12 +5,14 @@ N rows, V vocab.
 
 from collections.abc import Sequence
 
-import torch
+import numpy as np
 from torch import Tensor
 
-from moesaic.engine.sampling import likeliest
+from moesaic.serve.drawing import draw, random_number
 from moesaic.serve.request import TokenInfo
 from moesaic.serve.writing import Writing
+
+LEAST_LOGPROB = -9999.0  # stands for anything below, as in vLLM: JSON has no infinite numbers
 
 
 class Row:
@@ -21,18 +23,38 @@ class Row:
 
 
 def choose(logits_NV: Tensor, rows: Sequence[Row]) -> list[TokenInfo]:
-    """The token of each row."""
-    tokens = likeliest(logits_NV).tolist()
-    found = []
-    for token, row, logits_V in zip(tokens, rows, logits_NV, strict=True):
-        count = row.writing.request.top_logprobs
-        found.append(TokenInfo(token) if count is None else scored(logits_V, token, count))
-    return found
+    """The token of each row, by the rules of its request and a random number of its seed and its place in the text."""
+    return [_choose(logits_V, row) for logits_V, row in zip(logits_NV.numpy(), rows, strict=True)]
 
 
-def scored(logits_V: Tensor, token_id: int, count: int) -> TokenInfo:
-    """A token with its log probability under the model, and those of the `count` likeliest."""
-    logprobs_V = torch.log_softmax(logits_V.float(), -1)
-    values, ids = logprobs_V.topk(min(count, len(logprobs_V)))
-    top = tuple(zip(ids.tolist(), values.tolist(), strict=True))
-    return TokenInfo(token_id, float(logprobs_V[token_id]), top)
+def _choose(logits_V: np.ndarray, row: Row) -> TokenInfo:
+    writing = row.writing
+    rules, count = writing.rules, writing.request.top_logprobs
+    changed_V = rules.apply(logits_V, writing.token_ids, row.drafts)
+    if rules.sampling.temperature == 0:
+        token = int(changed_V.argmax())
+    else:
+        assert rules.sampling.seed is not None
+        place = len(writing.token_ids) + len(row.drafts)
+        token = draw(changed_V, rules.sampling, random_number(rules.sampling.seed, place))
+    return TokenInfo(token) if count is None else scored(logits_V, token, count)
+
+
+def scored(logits_V: Tensor | np.ndarray, token_id: int, count: int) -> TokenInfo:
+    """A token with its log probability under the model, before any rules, and those of the `count` likeliest."""
+    logits_V = np.asarray(logits_V, np.float32)
+    greatest = logits_V.max()
+    sum_of_all = greatest + np.log(np.exp(logits_V - greatest).sum(dtype=np.float64))
+    top_ids = likeliest_ids(logits_V, count)
+    logprobs = np.maximum(logits_V[[token_id, *top_ids]].astype(np.float64) - sum_of_all, LEAST_LOGPROB).tolist()
+    return TokenInfo(token_id, logprobs[0], tuple(zip(top_ids, logprobs[1:], strict=True)))
+
+
+def likeliest_ids(logits_V: np.ndarray, count: int) -> list[int]:
+    """The likeliest tokens, from the first on; of equally likely ones those with smaller ids."""
+    count = min(count, len(logits_V))
+    if count == 0:
+        return []
+    place = len(logits_V) - count
+    ids = np.flatnonzero(logits_V >= np.partition(logits_V, place)[place])
+    return ids[np.argsort(-logits_V[ids], kind="stable")][:count].tolist()

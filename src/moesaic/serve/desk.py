@@ -1,7 +1,7 @@
 """Between the loop's thread and asyncio: a request is handed in, and its events come out one after another."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 
 from moesaic.engine.engine import Engine
 from moesaic.serve.loop import Loop
@@ -16,7 +16,7 @@ class Desk:
         self._waiting: dict[int, asyncio.Queue[Event]] = {}
         self.loop = Loop(engine, decode, self._hear)
 
-    async def run(self, request: Request) -> AsyncIterator[Event]:
+    async def run(self, request: Request) -> AsyncGenerator[Event, None]:
         """The events of a request; leaving early cancels it. Raises GenerationError before the first."""
         number = self.loop.submit(request)
         events = self._waiting[number] = asyncio.Queue()

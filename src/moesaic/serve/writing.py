@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 from moesaic.data.text_stream import TextStream
 from moesaic.serve.request import Finished, Progress, Request, TokenInfo, Usage
+from moesaic.serve.rules import Rules
 
 
 class Writing:
@@ -13,7 +14,7 @@ class Writing:
     """
 
     def __init__(self, request: Request, decode: Callable[[list[int]], str], max_length: int) -> None:
-        self.request = request
+        self.request, self.rules = request, Rules(request)
         self.token_ids = list(request.prompt_ids)
         self.most = min(max_length, len(self.token_ids) + request.max_new_tokens)
         self.cached_tokens = self.drafted = self.accepted = 0

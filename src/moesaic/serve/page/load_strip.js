@@ -1,0 +1,66 @@
+// One layer's load against time: a column for each window of the last minute, a line for each expert.
+import { tip } from "./dom.js";
+import { palette } from "./palette.js";
+import { blank } from "./picture.js";
+import { ratios } from "./numbers.js";
+
+const SPAN_S = 60;
+const SMOOTHED = 3; // windows: half a second of one request has too few tokens to tell much
+
+export class LoadStrip {
+  constructor(canvas) {
+    this.canvas = canvas;
+    this.columns = [];
+    canvas.addEventListener("pointermove", (event) => this.hover(event));
+    canvas.addEventListener("pointerleave", () => tip.hide());
+    new ResizeObserver(() => this.draw()).observe(canvas.parentElement);
+  }
+
+  /** windows: of the feed; place: which of their layers. */
+  show(windows, place) {
+    this.num = windows.at(-1)?.layers[place]?.counts.length || 0;
+    const counts = windows.map(({ layers }) => layers[place].counts);
+    this.columns = windows.map(({ seconds }, at) => {
+      const near = counts.slice(Math.max(0, at - SMOOTHED + 1), at + 1);
+      return { seconds, tokens: windows[at].tokens, ratios: windows[at].tokens ? ratios(added(near)) : null };
+    });
+    this.draw();
+  }
+
+  draw() {
+    if (!this.num || !this.canvas.parentElement.clientWidth) return;
+    const height = Math.max(60, Math.min(140, this.num * 8));
+    const { context, width } = blank(this.canvas, height);
+    const colours = palette();
+    const line = height / this.num;
+    context.fillStyle = colours.blank;
+    context.fillRect(0, 0, width, height);
+    let right = width;
+    this.edges = [];
+    for (const column of this.columns.toReversed()) {
+      const left = right - (column.seconds / SPAN_S) * width;
+      this.edges.push([left, column]);
+      column.ratios?.forEach((ratio, expert) => {
+        context.fillStyle = colours.of(ratio);
+        context.fillRect(left, expert * line, right - left + 0.5, line + 0.5);
+      });
+      right = left;
+      if (right < 0) break;
+    }
+    this.line = line;
+  }
+
+  hover(event) {
+    const box = this.canvas.getBoundingClientRect();
+    const expert = Math.floor((event.clientY - box.top) / this.line);
+    const found = this.edges?.find(([left]) => event.clientX - box.left >= left);
+    if (!found || expert >= this.num) return tip.hide();
+    const ratio = found[1].ratios?.[expert] ?? null;
+    const ago = ((box.right - event.clientX) / box.width) * SPAN_S;
+    tip.show(`expert ${expert}, ${ago.toFixed(0)} s ago: ${ratio === null ? "idle" : ratio.toFixed(2) + " × its fair share"}`, event.clientX, event.clientY);
+  }
+}
+
+function added(lists) {
+  return lists[0].map((_, at) => lists.reduce((total, list) => total + list[at], 0));
+}
