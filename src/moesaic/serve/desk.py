@@ -5,16 +5,25 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 
 from moesaic.engine.engine import Engine
 from moesaic.serve.loop import Loop
+from moesaic.serve.loop_settings import LoopSettings
 from moesaic.serve.request import Event, Finished, Heard, Request
+from moesaic.serve.turns import Drafter
 
 
 class Desk:
     """Takes requests inside a running event loop. All events of a step cross into it together."""
 
-    def __init__(self, engine: Engine, decode: Callable[[list[int]], str]) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        decode: Callable[[list[int]], str],
+        *,
+        settings: LoopSettings | None = None,
+        drafter: Drafter | None = None,
+    ) -> None:
         self._asyncio = asyncio.get_running_loop()
         self._waiting: dict[int, asyncio.Queue[Event]] = {}
-        self.loop = Loop(engine, decode, self._hear)
+        self.loop = Loop(engine, decode, self._hear, settings=settings, drafter=drafter)
 
     async def run(self, request: Request) -> AsyncGenerator[Event, None]:
         """The events of a request; leaving early cancels it. Raises GenerationError before the first."""

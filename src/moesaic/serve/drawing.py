@@ -66,7 +66,7 @@ def draw_by_sorting(logits_V: np.ndarray, sampling: Sampling, number: float) -> 
         least = np.sort(logits_V)[-sampling.top_k]
         order = order[logits_V[order] >= least]
     kept = np.sort(order)
-    if sampling.top_p is not None:
+    if sampling.top_p is not None and sampling.top_p < 1:
         wanted = sampling.top_p * weights_V[kept].sum(dtype=np.float64)
         before = np.concatenate([[0.0], np.cumsum(weights_V[order].astype(np.float64))[:-1]])
         order = order[before < wanted]

@@ -67,6 +67,11 @@ class LiveRouting:
         self._marks = deque([(self._started, self._tally())])  # counts at times, the oldest first
 
     @property
+    def age_s(self) -> float:
+        """Seconds since the start."""
+        return self._clock() - self._started
+
+    @property
     def routes(self) -> bool:
         """Whether the model has experts at all."""
         return bool(self._layers)
@@ -119,6 +124,15 @@ class LiveRouting:
         """A tally for the wire: counts, and what they say about each layer."""
         loads = self.as_load(tally).layers
         layers = [_layer_json(load, tally.layers[load.layer].distinct, tally.steps) for load in loads]
+        return {"steps": tally.steps, "tokens": tally.tokens, "layers": layers}
+
+    @staticmethod
+    def counts(tally: Tally) -> dict[str, Any]:
+        """The same without what can be worked out from it, for those who are told often."""
+        layers = [
+            {"layer": layer, "counts": counted.counts_E.tolist(), "distinct": counted.distinct}
+            for layer, counted in tally.layers.items()
+        ]
         return {"steps": tally.steps, "tokens": tally.tokens, "layers": layers}
 
     def _read(self, start: int, end: int) -> None:
@@ -186,6 +200,7 @@ def _layer_json(load: LayerLoad, distinct: int, steps: int) -> dict[str, Any]:
         "num_experts": load.num_experts,
         "top_k": load.top_k,
         "counts": load.counts_E.tolist(),
+        "distinct": distinct,
         "distinct_per_step": _known(distinct / steps if steps else math.nan),
         "load_entropy": _known(health.load_entropy),
         "effective_experts": _known(health.effective_experts),

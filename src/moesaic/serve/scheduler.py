@@ -49,6 +49,11 @@ class Scheduler:
         self._shares: dict[Job, int] = {}
         self._planned = 0  # blocks that what is in _shares will take
 
+    @property
+    def num_running(self) -> int:
+        """Requests that have a place, from any thread."""
+        return sum(job.number > 0 for job in list(self.running))
+
     def add(self, job: Job) -> None:
         """Take a job that fits in the cache when it is alone."""
         self.waiting.add(job)

@@ -10,6 +10,7 @@ from moesaic.engine.engine import Engine
 from moesaic.errors import ConfigError, MoesaicError
 from moesaic.serve.desk import Desk
 from moesaic.serve.kept_text import KeptText
+from moesaic.serve.live_routing import LiveRouting
 from moesaic.serve.request import Event, Request
 from moesaic.serve.token_texts import TokenTexts
 
@@ -45,8 +46,10 @@ class Served:
         max_length: int,
         open_desk: Callable[[], Runs],
         created: int | None = None,
+        routing: LiveRouting | None = None,
     ) -> None:
         self.name, self.tokenizer, self.config, self.max_length = name, tokenizer, config, max_length
+        self.routing = routing
         self.created = int(time.time()) if created is None else created
         self.eos_token_ids = _ends(tokenizer, config)
         self.token_texts = TokenTexts(tokenizer)
@@ -56,14 +59,27 @@ class Served:
     @classmethod
     def of_engine(cls, name: str, engine: Engine, tokenizer: Tokenizer, created: int | None = None) -> "Served":
         """A model that this process runs itself."""
+        routing = LiveRouting(engine)
+
+        def open_desk() -> Desk:
+            desk = Desk(engine, KeptText(tokenizer))
+            desk.loop.listen(lambda _: routing.hear())
+            return desk
+
         return cls(
             name,
             tokenizer=tokenizer,
             config=engine.config,
             max_length=engine.max_length,
-            open_desk=lambda: Desk(engine, KeptText(tokenizer)),
+            open_desk=open_desk,
+            routing=routing,
             created=created,
         )
+
+    @property
+    def is_open(self) -> bool:
+        """Whether it takes requests."""
+        return self._desk is not None
 
     @property
     def desk(self) -> Runs:
@@ -105,6 +121,15 @@ class Models(Mapping[str, Served]):
         """End all requests."""
         for each in self._served.values():
             await each.close()
+
+    async def add(self, served: Served) -> None:
+        """Start one more, inside the running event loop."""
+        await served.start()
+        self._served[served.name] = served
+
+    async def remove(self, name: str) -> None:
+        """Close one; it is served no longer."""
+        await self._served.pop(name).close()
 
     def find(self, name: str) -> Served:
         """Raises UnknownModelError, which says what there is."""

@@ -49,6 +49,13 @@ class Writing:
         text, self._ready = self._ready, ""
         return Progress(tuple(taken), text)
 
+    def give_up(self) -> str:
+        """End it as it stands: the text that was held back."""
+        if self.stopped_by is None:
+            self._stream.close()
+        text, self._ready, self._held = self._ready + self._held, "", ""
+        return text
+
     def finished(self) -> Finished:
         """Raises nothing; only for one that has ended."""
         return Finished("length" if self.stopped_by is None else "stop", self.usage(), self.stopped_by)

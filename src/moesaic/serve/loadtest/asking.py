@@ -11,6 +11,7 @@ import httpx
 from moesaic.errors import ConfigError, MoesaicError
 from moesaic.serve.loadtest.workload import WORDS, Planned
 
+_FEW = (10, 40)  # words that are sent to measure them
 _KINDS = ((httpx.TimeoutException, "timeout"), (httpx.ConnectError, "no connection"), (httpx.HTTPError, "broken off"))
 
 
@@ -75,14 +76,14 @@ class Server:
             if self.model is None:
                 self.model = _checked(await self.http.get("/models"))["data"][0]["id"]
             # Twice, of two lengths: what a template adds is in both.
-            counts = [await self._count(WORDS[:20]), await self._count(WORDS)]
+            counts = [await self._count(WORDS[:few]) for few in _FEW]
         except httpx.HTTPError as error:
             raise LoadTestError(f"{self.http.base_url} does not answer ({_kind(error)}); is it running?") from error
         except (KeyError, IndexError, TypeError, ValueError) as error:
             raise LoadTestError(
                 f"{self.http.base_url} does not answer as OpenAI's protocol has it: {error!r}"
             ) from error
-        return max(0.25, (counts[1] - counts[0]) / (len(WORDS) - 20))
+        return max(0.25, (counts[1] - counts[0]) / (_FEW[1] - _FEW[0]))
 
     async def ask(self, request: Planned, start: float) -> Asked:
         """Send a request and read its answer. start: of the test, by `time.perf_counter`. Raises nothing."""

@@ -1,5 +1,6 @@
 // One answer of the server: asked for, and added to a message as it comes.
 import { ApiError, chunks } from "./api.js";
+import { short } from "./numbers.js";
 import { sampling, systemPrompt, wantsExperts } from "./settings.js";
 import { tokensOf } from "./tokens.js";
 
@@ -55,7 +56,7 @@ function factsOf(message, started, first) {
   const count = message.usage.completion_tokens;
   const seconds = (performance.now() - first) / 1000;
   const parts = [`${count} token${count === 1 ? "" : "s"}`];
-  if (count > 1 && seconds > 0) parts.push(`${((count - 1) / seconds).toFixed(1)} a second`);
+  if (count > 1 && seconds > 0) parts.push(`${short((count - 1) / seconds)} a second`);
   parts.push(`first after ${((first - started) / 1000).toFixed(2)} s`);
   if (message.ended === "length") parts.push("cut at the limit");
   return parts.join(" · ");

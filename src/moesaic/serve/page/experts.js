@@ -71,12 +71,11 @@ export class ExpertsPanel {
     const layer = shown.layers[place];
     const shares = layer.counts.filter((count) => count).map((count) => count / layer.counts.reduce((a, b) => a + b));
     const worth = shares.length ? Math.exp(-shares.reduce((total, share) => total + share * Math.log(share), 0)) : null;
-    byId("layer-title").textContent = "Load against time";
     byId("layer-facts").replaceChildren(
       ...facts([
         ["experts", `${layer.num_experts}, ${layer.top_k} a token`],
-        ["worth", worth === null ? "–" : fixed(worth, 1) + " even ones"],
-        ["a step reads", shown.steps ? fixed(layer.distinct / shown.steps, 1) : "–"],
+        ["as good as", worth === null ? "–" : fixed(worth, 1) + " even ones"],
+        ["a step uses", shown.steps ? fixed(layer.distinct / shown.steps, 1) + " of them" : "–"],
       ]),
     );
   }

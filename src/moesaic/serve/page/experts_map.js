@@ -63,9 +63,12 @@ export class ExpertsMap {
     });
     const outline = (at, expert, width) => {
       const [x, y, w, h] = box(at, expert);
-      context.lineWidth = width;
-      context.strokeStyle = colours.ink;
-      context.strokeRect(x + width / 2, y + width / 2, Math.max(1, w - width), Math.max(1, h - width));
+      // Two strokes, one of which is seen on any colour.
+      for (const [stroke, inset, colour] of [[width, width / 2, colours.ink], [1, width + 0.5, colours.paper]]) {
+        context.lineWidth = stroke;
+        context.strokeStyle = colour;
+        if (w > 2 * inset && h > 2 * inset) context.strokeRect(x + inset, y + inset, w - 2 * inset, h - 2 * inset);
+      }
     };
     if (this.token) this.layers.forEach(({ layer }, at) => (this.token.experts[layer] || []).forEach((expert) => outline(at, expert, 1.5)));
     const focused = this.layers.findIndex(({ layer }) => layer === this.focus.layer);

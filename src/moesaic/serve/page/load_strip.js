@@ -1,10 +1,13 @@
-// One layer's load against time: a column for each window of the last minute, a line for each expert.
+// Load against time: a column for each window of the last minute. Above, how many tokens went through in it; below, how
+// they fell on the experts of one layer, a line for each.
 import { tip } from "./dom.js";
 import { palette } from "./palette.js";
 import { blank } from "./picture.js";
-import { ratios } from "./numbers.js";
+import { ratios, short } from "./numbers.js";
 
 const SPAN_S = 60;
+const BARS = 30; // pixels
+const GAP = 4;
 const SMOOTHED = 3; // windows: half a second of one request has too few tokens to tell much
 
 export class LoadStrip {
@@ -30,33 +33,42 @@ export class LoadStrip {
   draw() {
     if (!this.num || !this.canvas.parentElement.clientWidth) return;
     const height = Math.max(60, Math.min(140, this.num * 8));
-    const { context, width } = blank(this.canvas, height);
+    const { context, width } = blank(this.canvas, BARS + GAP + height);
+    const most = Math.max(1, ...this.columns.map(({ seconds, tokens }) => tokens / seconds));
     const colours = palette();
     const line = height / this.num;
     context.fillStyle = colours.blank;
-    context.fillRect(0, 0, width, height);
+    context.fillRect(0, BARS + GAP, width, height);
     let right = width;
     this.edges = [];
     for (const column of this.columns.toReversed()) {
       const left = right - (column.seconds / SPAN_S) * width;
       this.edges.push([left, column]);
+      const bar = (column.tokens / column.seconds / most) * BARS;
+      context.fillStyle = colours.rate;
+      context.fillRect(left, BARS - bar, right - left + 0.3, bar);
       column.ratios?.forEach((ratio, expert) => {
         context.fillStyle = colours.of(ratio);
-        context.fillRect(left, expert * line, right - left + 0.5, line + 0.5);
+        context.fillRect(left, BARS + GAP + expert * line, right - left + 0.5, line + 0.5);
       });
       right = left;
       if (right < 0) break;
     }
+    context.fillStyle = colours.soft;
+    context.font = `10.5px ${getComputedStyle(this.canvas).fontFamily}`;
+    context.textBaseline = "top";
+    if (this.columns.some(({ tokens }) => tokens)) context.fillText(`at most ${short(most)} tokens/s`, 0, 0);
     this.line = line;
   }
 
   hover(event) {
     const box = this.canvas.getBoundingClientRect();
-    const expert = Math.floor((event.clientY - box.top) / this.line);
+    const expert = Math.floor((event.clientY - box.top - BARS - GAP) / this.line);
     const found = this.edges?.find(([left]) => event.clientX - box.left >= left);
     if (!found || expert >= this.num) return tip.hide();
     const ratio = found[1].ratios?.[expert] ?? null;
     const ago = ((box.right - event.clientX) / box.width) * SPAN_S;
+    if (expert < 0) return tip.show(`${short(found[1].tokens / found[1].seconds)} tokens/s, ${ago.toFixed(0)} s ago`, event.clientX, event.clientY);
     tip.show(`expert ${expert}, ${ago.toFixed(0)} s ago: ${ratio === null ? "idle" : ratio.toFixed(2) + " × its fair share"}`, event.clientX, event.clientY);
   }
 }

@@ -9,11 +9,11 @@ export function bin(ratio) {
   return HALF + Math.round(Math.max(-HALF, Math.min(HALF, (Math.log2(ratio) / OCTAVES) * HALF)));
 }
 
-/** {of(ratio), ink, blank}: colours as the page has them now, light or dark. */
+/** {of(ratio), ink, paper, soft, rate, blank, colours}: colours as the page has them now, light or dark. */
 export function palette() {
   const style = getComputedStyle(document.documentElement);
   const named = (name) => style.getPropertyValue(name).trim();
   const colours = Array.from({ length: BINS }, (_, at) => named("--h" + at));
   const blank = named("--blank");
-  return { of: (ratio) => (ratio === null ? blank : colours[bin(ratio)]), ink: named("--ink"), blank, colours };
+  return { of: (ratio) => (ratio === null ? blank : colours[bin(ratio)]), ink: named("--ink"), paper: named("--paper"), soft: named("--soft"), rate: named("--s2"), blank, colours };
 }

@@ -1,5 +1,5 @@
 // The tokens of an answer, coloured by the expert that a layer chose first for each.
-import { el } from "./dom.js";
+import { el, tip } from "./dom.js";
 
 export const hue = (expert) => ((expert * 137.508) % 360).toFixed(1);
 
@@ -16,7 +16,7 @@ export function tokensOf(told) {
 }
 
 /** The coloured tokens of one answer. `focus` {layer, expert or null} says by which layer, and which expert alone;
- * `look(token, place)` is told which token is pointed at or moved to. */
+ * `look(token)` is told which token is pointed at or moved to. */
 export class TokenView {
   constructor(look) {
     this.tokens = [];
@@ -25,6 +25,8 @@ export class TokenView {
     this.chosen = -1;
     this.host = el("div", { class: "tokens", tabindex: 0, role: "group", "aria-label": "tokens by expert; arrow keys move from token to token" });
     this.host.addEventListener("pointerover", (event) => this.pointed(event));
+    this.host.addEventListener("pointerleave", () => tip.hide());
+    this.host.addEventListener("blur", () => tip.hide());
     this.host.addEventListener("keydown", (event) => this.moved(event));
   }
 
@@ -58,12 +60,19 @@ export class TokenView {
     this.choose(Math.max(0, Math.min(this.tokens.length - 1, this.chosen + step)));
   }
 
+  words(token) {
+    const experts = token.experts[this.focus.layer] || [];
+    return `layer ${this.focus.layer}: ${experts.length ? "expert" + (experts.length > 1 ? "s " : " ") + experts.join(", ") : "no expert"}`;
+  }
+
   choose(place) {
     this.host.children[this.chosen]?.classList.remove("chosen");
     this.chosen = place;
     const span = this.host.children[place];
     span.classList.add("chosen");
     span.scrollIntoView({ block: "nearest" });
-    this.look(this.tokens[place], place);
+    this.look(this.tokens[place]);
+    const box = span.getBoundingClientRect();
+    tip.show(this.words(this.tokens[place]), box.left, box.top);
   }
 }

@@ -1,0 +1,105 @@
+"""Opening a model for serving: what it will take of memory, then the engine and the tokenizer.
+
+A further model beside one that is asked is packed by a process of its own, one thread at the lowest priority, and then
+mapped into this one: no thread here waits for a lock or a processor that packing holds.
+"""
+
+import asyncio
+import importlib
+import json
+import sys
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from moesaic.data.open_tokenizer import open_tokenizer
+from moesaic.data.tokenizer import Tokenizer
+from moesaic.engine.engine import Engine
+from moesaic.engine.memory import available_bytes, packed_bytes
+from moesaic.engine.packing import Precision
+from moesaic.engine.weights import FileWeights
+from moesaic.errors import ConfigError
+from moesaic.hub.embedded import cache_folder
+from moesaic.hub.resolve import weights_place
+from moesaic.hub.sources import open_source
+from moesaic.serve.operation.settings import ModelSettings
+
+DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
+_PACK = "import sys; from moesaic.serve.operation.packing_aside import main; sys.exit(main(sys.argv[1], sys.argv[2]))"
+
+
+class Opened(NamedTuple):
+    engine: Engine
+    tokenizer: Tokenizer
+
+
+class Needs(NamedTuple):
+    """Bytes: of the weights packed, of the keys and values of a token, and what is free (None: unknown)."""
+
+    weights: int
+    per_token: int
+    free: int | None
+
+
+def needs_of(settings: ModelSettings) -> Needs:
+    """What a model will take, from its description and its files' headers.
+
+    Raises CheckpointError or ConfigError for a model that is not there or cannot be run.
+    """
+    weights = FileWeights(open_source(weights_place(settings.path)))
+    dtype = _dtype(settings) or weights.dtype
+    precision = Precision(bits=settings.bits, experts_bits=settings.experts_bits, dtype=_dtype(settings))  # pyright: ignore[reportArgumentType]
+    size = 2 if settings.bits is not None or dtype.itemsize == 2 else 4
+    return Needs(
+        packed_bytes(weights.config, precision, dtype.itemsize, weights.coded),
+        weights.config.state_bytes_per_token(size),
+        available_bytes(),
+    )
+
+
+def open_model(settings: ModelSettings, packed_file: Path | None = None, threads: int | None = None) -> Opened:
+    """The engine and the tokenizer. Raises MoesaicError for a model that is not there or cannot be run."""
+    importlib.import_module("moesaic.tune.upcycle")  # makes known the preset whose weights it makes
+    tokenizer = open_tokenizer(settings.path)
+    engine = Engine(
+        settings.path,
+        bits=settings.bits,  # pyright: ignore[reportArgumentType]
+        experts_bits=settings.experts_bits,  # pyright: ignore[reportArgumentType]
+        dtype=_dtype(settings),
+        threads=threads or settings.threads,
+        max_length=settings.max_length,
+        packed_file=packed_file,
+    )
+    return Opened(engine, tokenizer)
+
+
+async def open_aside(settings: ModelSettings) -> Opened:
+    """The same, packed by another process, for a server that goes on serving meanwhile."""
+    cache_folder().mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="loading-", dir=cache_folder(), ignore_cleanup_errors=True) as folder:
+        file = Path(folder) / "packed.safetensors"
+        await _pack(settings, file)
+        return await asyncio.to_thread(open_model, settings, file)
+
+
+async def _pack(settings: ModelSettings, file: Path) -> None:
+    words = (sys.executable, "-c", _PACK, json.dumps(asdict(settings)), str(file))
+    process = await asyncio.create_subprocess_exec(
+        *words, stdin=asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.PIPE
+    )
+    try:
+        _, said = await process.communicate()
+    except asyncio.CancelledError:
+        process.kill()
+        await process.wait()
+        raise
+    if process.returncode:
+        lines = said.decode(errors="replace").strip().splitlines() or [f"it ended with {process.returncode}"]
+        raise ConfigError(f"cannot load {settings.path}: {lines[-1]}")
+
+
+def _dtype(settings: ModelSettings) -> torch.dtype | None:
+    return None if settings.dtype is None else getattr(torch, DTYPES[settings.dtype])
