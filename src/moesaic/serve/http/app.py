@@ -5,12 +5,12 @@ from contextlib import asynccontextmanager
 
 from fastapi import FastAPI
 
-from moesaic.serve.http import completions, models, page, routing
+from moesaic.serve.http import chat, completions, messages, models, page, routing, tokens
 from moesaic.serve.http.errors import add_error_handlers
 from moesaic.serve.http.settings import HttpSettings
 from moesaic.serve.served import Models
 
-ROUTERS = (completions.router, models.router, page.router, routing.router)
+ROUTERS = (chat.router, completions.router, messages.router, models.router, page.router, routing.router, tokens.router)
 
 
 def create_app(served: Models, settings: HttpSettings | None = None) -> FastAPI:
