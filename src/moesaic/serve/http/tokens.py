@@ -98,7 +98,7 @@ def _served(models: Models, name: str | None) -> Served:
     return models.find(next(iter(models), "") if name is None else name)
 
 
-@router.post("/v1/embeddings", responses=ERRORS)
+@router.post("/v1/embeddings", response_model=None, responses=ERRORS)
 async def embed(body: EmbeddingBody, models: ServedModels) -> NoReturn:
     """Refused: decoders predict tokens."""
     served = models.find(body.model)
