@@ -112,14 +112,14 @@ def alone(case: str, request: Request, **options: Any) -> Outcome:
 
 
 class HalfRight:
-    """Drafts what will be written, but for a token now and then."""
+    """Drafts what will be written behind a prompt, but for a token now and then."""
 
-    def __init__(self, wanted: dict[Request, list[int]], wrong_every: int = 3) -> None:
+    def __init__(self, wanted: dict[tuple[int, ...], list[int]], wrong_every: int = 3) -> None:
         self.wanted, self.wrong_every = wanted, wrong_every
 
     def propose(self, writing: Writing) -> list[int]:
         written = writing.num_new
-        coming = self.wanted[writing.request][written : written + 4]
+        coming = self.wanted[writing.request.prompt_ids][written : written + 4]
         return [(token + (written + place) % self.wrong_every // 2) % VOCAB for place, token in enumerate(coming)]
 
 

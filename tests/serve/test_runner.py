@@ -8,6 +8,7 @@ import torch
 
 from moesaic.engine.cache import Text
 from moesaic.engine.engine import Engine, Piece
+from moesaic.engine.program import Program
 from moesaic.errors import GenerationError
 from moesaic.models.decoder import Decoder
 from moesaic.serve import choosing, runner
@@ -122,10 +123,10 @@ def test_one_that_fails_does_not_take_others_along() -> None:
 def test_one_that_no_token_can_be_chosen_for_fails_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     requests = [Request(prompt_ids=prompt_of(0, 5 + seed, seed), max_new_tokens=9) for seed in range(3)]
 
-    def choose(logits_NV: torch.Tensor, rows: list[choosing.Row]) -> list:
+    def choose(logits_NV: torch.Tensor, rows: list[choosing.Row], program: Program) -> list:
         if any(row.writing.request is requests[1] and row.writing.num_new == 4 for row in rows):
             raise GenerationError("no token is allowed here")
-        return choosing.choose(logits_NV, rows)
+        return choosing.choose(logits_NV, rows, program)
 
     monkeypatch.setattr(runner, "choose", choose)
     found = Stepped(engine_of(CASE)).run(requests)
@@ -176,7 +177,7 @@ def test_tells_the_experts_of_new_tokens(drafts: bool) -> None:
             by_layer.setdefault(layer, []).append(found.expert_ids_TM[-1].numpy())
         token_ids.append(int(logits[0].argmax()))
     request = Request(prompt_ids=prompt, max_new_tokens=12, experts=True)
-    stepped = Stepped(engine_of(CASE), HalfRight({request: token_ids[20:]}, 5) if drafts else None)
+    stepped = Stepped(engine_of(CASE), HalfRight({prompt: token_ids[20:]}, 5) if drafts else None)
     stepped.add(Request(prompt_ids=prompt_of(0, 50, 2), max_new_tokens=30, speculate=False))
     number = stepped.add(request)
     stepped.finish()

@@ -46,7 +46,21 @@ def choose(logits_NV: Tensor, rows: Sequence[Row], program: Program | None = Non
 
 
 def _by_rules(logits_V: np.ndarray, row: Row) -> np.ndarray:
-    return row.writing.rules.apply(logits_V, row.writing.token_ids, row.drafts)
+    writing = row.writing
+    changed_V = writing.rules.apply(logits_V, writing.token_ids, row.drafts)
+    if writing.guide is None:
+        return changed_V
+    return _guided(changed_V, logits_V, writing.guide.allowed(row.drafts))
+
+
+def _guided(changed_V: np.ndarray, logits_V: np.ndarray, allowed_V: np.ndarray) -> np.ndarray:
+    """Only what a grammar allows. Where that is but an end that is too early, the end; where it is nothing, the text
+    has ended, and the token that is chosen will not be taken."""
+    for each_V in (changed_V, logits_V):
+        left_V = np.where(allowed_V, each_V, np.float32(-np.inf))
+        if left_V.max() > -np.inf:
+            return left_V
+    return changed_V
 
 
 def _number(row: Row) -> float:

@@ -19,6 +19,7 @@ from moesaic.serve.loop_settings import LoopSettings
 from moesaic.serve.prefix_cache import PrefixCache
 from moesaic.serve.prompt_scores import PromptScores, rows_at_once
 from moesaic.serve.request import Event, Finished, Heard, Progress, Request, TokenInfo
+from moesaic.serve.rules import check_rules
 from moesaic.serve.scheduler import Scheduler
 from moesaic.serve.stepping import Stepping
 from moesaic.serve.turns import Check, Drafter, Running, Turn, add_drafts, turn_of
@@ -152,6 +153,7 @@ class Runner:
             )
         if not 0 <= min(prompt) <= max(prompt) < vocab:
             raise GenerationError(f"token ids {min(prompt)} to {max(prompt)}; the model knows 0 to {vocab - 1}")
+        check_rules(request, vocab)
 
     def _reserve(self) -> int:
         """Take the room of the cache at once: one that grows is copied each time. How many tokens it holds."""
