@@ -26,7 +26,7 @@ def create_application(
     most = {"max_choices": limits.choices, "default_max_tokens": limits.new_tokens}
     routes = create_app(fleet.models, HttpSettings(**most))
     routes.state.ending = lambda: readiness.state == "draining"
-    routes.include_router(probes(readiness, metrics))
+    routes.include_router(probes(readiness, metrics, fleet))
     if settings.load_models:
         routes.include_router(loading(fleet))
     app: ASGIApp = LimitBody(routes, limits)
