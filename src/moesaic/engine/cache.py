@@ -119,7 +119,8 @@ class BlockCache:
         if num_blocks < self.num_blocks:
             raise GenerationError(f"{num_blocks} blocks for a cache that has {self.num_blocks}; reserve them at first")
         self.max_blocks = num_blocks
-        self._extend(num_blocks)
+        if num_blocks > self.num_blocks:
+            self._extend(num_blocks)
 
     def _take(self) -> int:
         block = self._free.pop()
