@@ -31,6 +31,8 @@ def _choose(logits_V: np.ndarray, row: Row) -> TokenInfo:
     writing = row.writing
     rules, count = writing.rules, writing.request.top_logprobs
     changed_V = rules.apply(logits_V, writing.token_ids, row.drafts)
+    if writing.guide is not None:
+        changed_V = _guided(changed_V, logits_V, writing.guide.allowed(row.drafts))
     if rules.sampling.temperature == 0:
         token = int(changed_V.argmax())
     else:
@@ -38,6 +40,16 @@ def _choose(logits_V: np.ndarray, row: Row) -> TokenInfo:
         place = len(writing.token_ids) + len(row.drafts)
         token = draw(changed_V, rules.sampling, random_number(rules.sampling.seed, place))
     return TokenInfo(token) if count is None else scored(logits_V, token, count)
+
+
+def _guided(changed_V: np.ndarray, logits_V: np.ndarray, allowed_V: np.ndarray) -> np.ndarray:
+    """Only what a grammar allows. Where that is but an end that is too early, the end; where it is nothing, the text
+    has ended, and the token that is chosen will not be taken."""
+    for each_V in (changed_V, logits_V):
+        left_V = np.where(allowed_V, each_V, np.float32(-np.inf))
+        if left_V.max() > -np.inf:
+            return left_V
+    return changed_V
 
 
 def scored(logits_V: Tensor | np.ndarray, token_id: int, count: int) -> TokenInfo:

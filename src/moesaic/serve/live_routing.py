@@ -14,6 +14,7 @@ import numpy as np
 
 from moesaic.config import MoeConfig
 from moesaic.engine.engine import Engine
+from moesaic.serve.seen import StepSeen
 from moesaic.telemetry.health import LayerHealth
 from moesaic.telemetry.load import LayerLoad, StepLoad
 
@@ -76,8 +77,8 @@ class LiveRouting:
         """Whether the model has experts at all."""
         return bool(self._layers)
 
-    def hear(self) -> None:
-        """Read what the tokens of the newest step chose."""
+    def hear(self, _seen: StepSeen | None = None) -> None:
+        """Read what the tokens of the newest step chose; what `Loop.listen` takes."""
         num_tokens = self._engine.num_routed
         if not num_tokens or not self._layers:
             return
