@@ -5,7 +5,7 @@ N rows of logits, V vocab.
 
 import itertools
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
@@ -130,7 +130,7 @@ class Runner:
         turns, logits_NV, failed = self.stepping.run(turns)
         for turn, error in failed:
             self._fail(turn, error)
-        rows = list(_split(turns, logits_NV))
+        rows = _split(turns, logits_NV)
         chosen = self._choose(turns, rows, logits_NV)
         for turn, rows_NV, infos in zip(turns, rows, chosen, strict=True):
             if isinstance(turn.owner, Check):
@@ -274,8 +274,6 @@ def can_share(engine: Engine) -> bool:
     return not engine.program.num_ahead and all(state.can_share_prefix for state in engine.config.states())
 
 
-def _split(turns: Sequence[Turn], logits_NV: Tensor) -> Iterator[Tensor]:
-    first = 0
-    for turn in turns:
-        yield logits_NV[first : first + turn.num_rows]
-        first += turn.num_rows
+def _split(turns: Sequence[Turn], logits_NV: Tensor) -> Sequence[Tensor]:
+    """The rows of each turn."""
+    return logits_NV.split([turn.num_rows for turn in turns])
