@@ -13,6 +13,7 @@ from moesaic.serve.dialogue import Speaker
 from moesaic.serve.kept_text import KeptText
 from moesaic.serve.live_routing import LiveRouting
 from moesaic.serve.request import Event, Request
+from moesaic.serve.seen import Stats
 from moesaic.serve.token_texts import TokenTexts
 
 
@@ -27,6 +28,10 @@ class Runs(Protocol):
         """The events of a request; leaving early cancels it. Raises GenerationError before the first."""
         ...
 
+    def stats(self) -> Stats:
+        """How its loop stands."""
+        ...
+
     async def close(self) -> None:
         """End all requests."""
         ...
@@ -35,7 +40,7 @@ class Runs(Protocol):
 class Served:
     """A model under a name. `desk` is there between `start` and `close`; created: seconds since 1970.
 
-    open_desk: called inside the running event loop.
+    open_desk: called inside the running event loop. routing: the load of its experts; None: it runs elsewhere.
     """
 
     def __init__(
@@ -64,7 +69,7 @@ class Served:
 
         def open_desk() -> Desk:
             desk = Desk(engine, KeptText(tokenizer))
-            desk.loop.listen(lambda _: routing.hear())
+            desk.loop.listen(routing.hear)
             return desk
 
         return cls(
