@@ -70,7 +70,9 @@ class Stepped:
     """A runner, and all that was heard of it. Steps are made as they are asked for."""
 
     def __init__(self, engine: Engine, drafter: Drafter | None = None, **settings: Any) -> None:
-        self.runner = Runner(engine, decode, LoopSettings(**{"cache_tokens": 4096, **settings}), drafter)
+        self.runner = Runner(
+            engine, decode, LoopSettings(**{"cache_tokens": 4096, "max_running": 8, **settings}), drafter
+        )
         self.events: dict[int, list[Event]] = {}
 
     def add(self, request: Request) -> int:
@@ -110,14 +112,14 @@ def alone(case: str, request: Request, **options: Any) -> Outcome:
 
 
 class HalfRight:
-    """Drafts what will be written, but for a token now and then."""
+    """Drafts what will be written behind a prompt, but for a token now and then."""
 
-    def __init__(self, wanted: dict[Request, list[int]], wrong_every: int = 3) -> None:
+    def __init__(self, wanted: dict[tuple[int, ...], list[int]], wrong_every: int = 3) -> None:
         self.wanted, self.wrong_every = wanted, wrong_every
 
     def propose(self, writing: Writing) -> list[int]:
         written = writing.num_new
-        coming = self.wanted[writing.request][written : written + 4]
+        coming = self.wanted[writing.request.prompt_ids][written : written + 4]
         return [(token + (written + place) % self.wrong_every // 2) % VOCAB for place, token in enumerate(coming)]
 
 

@@ -33,7 +33,7 @@ class Simulation:
     """
 
     def __init__(self, *, num_blocks: int, step_tokens: int = 64, max_running: int = 4) -> None:
-        self.cache = BlockCache([CacheShape(1, 8, 8, False)], in_bf16=True, max_blocks=num_blocks)
+        self.cache = BlockCache([CacheShape(1, 8, 8, False)], format="bf16", max_blocks=num_blocks)
         self.prefixes = PrefixCache(self.cache)
         self.scheduler = Scheduler(
             self.prefixes, step_tokens=step_tokens, max_running=max_running, scored_tokens=step_tokens

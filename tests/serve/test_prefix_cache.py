@@ -8,7 +8,7 @@ LONG = tuple(range(10 * BLOCK_TOKENS))
 
 
 def prefixes_of(max_blocks: int) -> PrefixCache:
-    return PrefixCache(BlockCache([CacheShape(1, 8, 8, False)], in_bf16=True, max_blocks=max_blocks))
+    return PrefixCache(BlockCache([CacheShape(1, 8, 8, False)], format="bf16", max_blocks=max_blocks))
 
 
 def written(prefixes: PrefixCache, token_ids: tuple[int, ...]) -> SharedText:

@@ -156,11 +156,9 @@ class Loop:
     def _run(self) -> None:
         try:
             while self._take():
-                began = time.perf_counter()
                 if self._runner.busy:
-                    self._guard(self._runner.step)
-                self._tell()
-                self._busy_s += time.perf_counter() - began
+                    self._timed(lambda: self._guard(self._runner.step))
+                self._timed(self._tell)
         finally:
             self._end()
 
@@ -173,6 +171,11 @@ class Loop:
         while self._deadlines and self._deadlines[0][0] <= time.monotonic():
             self._runner.end(heapq.heappop(self._deadlines)[1], "timeout")
         return not self._stopped
+
+    def _timed(self, do: Callable[[], None]) -> None:
+        began = time.perf_counter()
+        do()
+        self._busy_s += time.perf_counter() - began
 
     def _guard(self, do: Callable[[], None]) -> None:
         """What fails for no reason that is known ends all requests, as it may have left any of them half done."""

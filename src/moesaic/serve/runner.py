@@ -19,6 +19,7 @@ from moesaic.serve.loop_settings import LoopSettings
 from moesaic.serve.prefix_cache import PrefixCache
 from moesaic.serve.prompt_scores import PromptScores, rows_at_once
 from moesaic.serve.request import Event, Finished, Heard, Progress, Request, TokenInfo
+from moesaic.serve.rules import check_rules
 from moesaic.serve.scheduler import Scheduler
 from moesaic.serve.stepping import Stepping
 from moesaic.serve.turns import Check, Drafter, Running, Turn, add_drafts, turn_of
@@ -152,6 +153,7 @@ class Runner:
             )
         if not 0 <= min(prompt) <= max(prompt) < vocab:
             raise GenerationError(f"token ids {min(prompt)} to {max(prompt)}; the model knows 0 to {vocab - 1}")
+        check_rules(request, vocab)
 
     def _reserve(self) -> int:
         """Take the room of the cache at once: one that grows is copied each time. How many tokens it holds."""
@@ -183,14 +185,14 @@ class Runner:
             parts = [rows_NV[-len(of_turn) :] for rows_NV, of_turn in zip(rows, choices, strict=True) if of_turn]
             logits_NV = torch.cat(parts) if parts else logits_NV[:0]
         try:
-            infos = iter(choose(logits_NV, wanted) if wanted else ())
+            infos = iter(choose(logits_NV, wanted, self.engine.program) if wanted else ())
         except GenerationError:
             return [self._choose_alone(*each) for each in zip(turns, rows, choices, strict=True)]
         return [list(itertools.islice(infos, len(of_turn))) for of_turn in choices]
 
     def _choose_alone(self, turn: Turn, rows_NV: Tensor, choices: list[Row]) -> list[TokenInfo] | None:
         try:
-            return choose(rows_NV[-len(choices) :], choices) if choices else []
+            return choose(rows_NV[-len(choices) :], choices, self.engine.program) if choices else []
         except GenerationError as error:
             self._fail(turn, error)
             return None
@@ -206,7 +208,7 @@ class Runner:
             self._finish(running)
 
     def _score(self, running: Running, scores: PromptScores, turn: Turn, rows_NV: Tensor) -> None:
-        scores.add(turn.start, rows_NV)
+        scores.add(turn.start, rows_NV, self.engine.program)
         if scores.complete:
             self._heard.append(Heard(running.job.number, scores.event()))
             running.scores, running.job.scored = None, False

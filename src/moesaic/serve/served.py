@@ -9,9 +9,11 @@ from moesaic.data.tokenizer import Tokenizer
 from moesaic.engine.engine import Engine
 from moesaic.errors import ConfigError, MoesaicError
 from moesaic.serve.desk import Desk
+from moesaic.serve.dialogue import Speaker
 from moesaic.serve.kept_text import KeptText
 from moesaic.serve.live_routing import LiveRouting
 from moesaic.serve.request import Event, Request
+from moesaic.serve.seen import Stats
 from moesaic.serve.token_texts import TokenTexts
 
 
@@ -26,6 +28,10 @@ class Runs(Protocol):
         """The events of a request; leaving early cancels it. Raises GenerationError before the first."""
         ...
 
+    def stats(self) -> Stats:
+        """How its loop stands."""
+        ...
+
     async def close(self) -> None:
         """End all requests."""
         ...
@@ -34,7 +40,7 @@ class Runs(Protocol):
 class Served:
     """A model under a name. `desk` is there between `start` and `close`; created: seconds since 1970.
 
-    open_desk: called inside the running event loop.
+    open_desk: called inside the running event loop. routing: the load of its experts; None: it runs elsewhere.
     """
 
     def __init__(
@@ -52,7 +58,7 @@ class Served:
         self.routing = routing
         self.created = int(time.time()) if created is None else created
         self.eos_token_ids = _ends(tokenizer, config)
-        self.token_texts = TokenTexts(tokenizer)
+        self.token_texts, self.speaker = TokenTexts(tokenizer), Speaker(tokenizer)
         self._open_desk = open_desk
         self._desk: Runs | None = None
 
@@ -63,7 +69,7 @@ class Served:
 
         def open_desk() -> Desk:
             desk = Desk(engine, KeptText(tokenizer))
-            desk.loop.listen(lambda _: routing.hear())
+            desk.loop.listen(routing.hear)
             return desk
 
         return cls(

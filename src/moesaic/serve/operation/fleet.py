@@ -85,7 +85,7 @@ class Fleet:
         def open_desk() -> CountedRuns:
             decode = KeptText(tokenizer)
             desk = Desk(engine, decode, settings=_loop_settings(settings, cache_tokens))
-            desk.loop.listen(lambda _: routing.hear())
+            desk.loop.listen(routing.hear)
             runs = CountedRuns(
                 name,
                 desk,
