@@ -128,6 +128,15 @@ class Engine:
         num_tokens, depth = self._routed
         return self.program.routed(num_tokens, depth=depth)
 
+    def hidden_states(self) -> Tensor:
+        """x_TD of the newest `step`'s tokens, fp32: what comes of the last norm, from which logits are made.
+
+        Of pieces that want no logits, too. Raises GenerationError where `ahead` came since, or no step.
+        """
+        if not self.num_routed:
+            raise GenerationError("no hidden states are at hand; they are those of the newest step")
+        return self.program.hidden_states(self.num_routed)
+
     @property
     def num_routed(self) -> int:
         """How many tokens the newest `step` had; 0 after `ahead`."""

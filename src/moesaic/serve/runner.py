@@ -185,14 +185,14 @@ class Runner:
             parts = [rows_NV[-len(of_turn) :] for rows_NV, of_turn in zip(rows, choices, strict=True) if of_turn]
             logits_NV = torch.cat(parts) if parts else logits_NV[:0]
         try:
-            infos = iter(choose(logits_NV, wanted) if wanted else ())
+            infos = iter(choose(logits_NV, wanted, self.engine.program) if wanted else ())
         except GenerationError:
             return [self._choose_alone(*each) for each in zip(turns, rows, choices, strict=True)]
         return [list(itertools.islice(infos, len(of_turn))) for of_turn in choices]
 
     def _choose_alone(self, turn: Turn, rows_NV: Tensor, choices: list[Row]) -> list[TokenInfo] | None:
         try:
-            return choose(rows_NV[-len(choices) :], choices) if choices else []
+            return choose(rows_NV[-len(choices) :], choices, self.engine.program) if choices else []
         except GenerationError as error:
             self._fail(turn, error)
             return None
@@ -208,7 +208,7 @@ class Runner:
             self._finish(running)
 
     def _score(self, running: Running, scores: PromptScores, turn: Turn, rows_NV: Tensor) -> None:
-        scores.add(turn.start, rows_NV)
+        scores.add(turn.start, rows_NV, self.engine.program)
         if scores.complete:
             self._heard.append(Heard(running.job.number, scores.event()))
             running.scores, running.job.scored = None, False
