@@ -27,18 +27,22 @@ def choose(logits_NV: Tensor, rows: Sequence[Row]) -> list[TokenInfo]:
     return [_choose(logits_V, row) for logits_V, row in zip(logits_NV.numpy(), rows, strict=True)]
 
 
-def _choose(logits_V: np.ndarray, row: Row) -> TokenInfo:
+def chosen_id(logits_V: np.ndarray, row: Row) -> int:
+    """The token of a row alone."""
     writing = row.writing
-    rules, count = writing.rules, writing.request.top_logprobs
+    rules = writing.rules
     changed_V = rules.apply(logits_V, writing.token_ids, row.drafts)
     if writing.guide is not None:
         changed_V = _guided(changed_V, logits_V, writing.guide.allowed(row.drafts))
     if rules.sampling.temperature == 0:
-        token = int(changed_V.argmax())
-    else:
-        assert rules.sampling.seed is not None
-        place = len(writing.token_ids) + len(row.drafts)
-        token = draw(changed_V, rules.sampling, random_number(rules.sampling.seed, place))
+        return int(changed_V.argmax())
+    assert rules.sampling.seed is not None
+    place = len(writing.token_ids) + len(row.drafts)
+    return draw(changed_V, rules.sampling, random_number(rules.sampling.seed, place))
+
+
+def _choose(logits_V: np.ndarray, row: Row) -> TokenInfo:
+    token, count = chosen_id(logits_V, row), row.writing.request.top_logprobs
     return TokenInfo(token) if count is None else scored(logits_V, token, count)
 
 

@@ -9,6 +9,7 @@ from moesaic.data.tokenizer import Tokenizer
 from moesaic.engine.engine import Engine
 from moesaic.errors import ConfigError, MoesaicError
 from moesaic.serve.desk import Desk
+from moesaic.serve.guidance import Guidance
 from moesaic.serve.kept_text import KeptText
 from moesaic.serve.live_routing import LiveRouting
 from moesaic.serve.request import Event, Request
@@ -62,7 +63,7 @@ class Served:
         routing = LiveRouting(engine)
 
         def open_desk() -> Desk:
-            desk = Desk(engine, KeptText(tokenizer))
+            desk = Desk(engine, KeptText(tokenizer), guidance=Guidance(tokenizer, engine.config.vocab_size))
             desk.loop.listen(lambda _: routing.hear())
             return desk
 
