@@ -56,3 +56,31 @@ def test_the_probe_leaves_memory_to_others(monkeypatch):
     monkeypatch.setattr(machine, "_LEAST_PROBE_BYTES", 2**30)
     monkeypatch.setattr(machine, "available_bytes", lambda: 2**20 + 7)
     assert machine._probe_bytes() == 2**18
+
+
+def test_narrow_products_are_no_slower_than_wide_ones():
+    """Where a number has no instructions of its own, torch's loops say nothing of the machine."""
+    assert machine._with_wider({"fp32": 5.0, "bf16": 1.0, "int8": 9.0}) == {"fp32": 5.0, "bf16": 5.0, "int8": 9.0}
+    assert machine._with_wider({"fp32": 5.0, "bf16": None, "int8": 1.0}) == {"fp32": 5.0, "bf16": None, "int8": 5.0}
+
+
+def test_the_size_of_products_follows_their_speed(monkeypatch):
+    sizes = []
+
+    def seconds(number, size, rounds):
+        sizes.append(size)
+        return [1e-12 * size**3 if number == "fp32" else 1e-9 * size**3] * rounds
+
+    monkeypatch.setattr(machine, "PEAK_SIZE", 2048)
+    monkeypatch.setattr(machine, "_seconds_of_products", seconds)
+    assert machine._peak("fp32") == pytest.approx(2e12) and machine._peak("bf16") == pytest.approx(2e9)
+    assert sizes == [256, 2048, 256, 512]
+
+
+def test_a_watched_probe_notes_who_else_runs():
+    probe = machine.WatchedProbe(1)
+    assert probe.share == 1.0 and probe.spread == 1.0
+    for _ in range(5):
+        assert probe.bandwidth(2**16) > 0
+    probe.bandwidth()
+    assert 0 < probe.share <= 1 and probe.spread >= 1

@@ -5,6 +5,8 @@ from xml.etree import ElementTree
 
 import pytest
 
+from moesaic.cli.plan_verify import BEGIN, END
+
 
 @pytest.fixture(autouse=True)
 def own_folders(monkeypatch, tmp_path):
@@ -70,6 +72,25 @@ def test_predictions_so_far(moesaic, tmp_path):
     kept.write_text(json.dumps(one) + "\n")
     assert "10.0%" in moesaic("plan", "verify").out
     assert moesaic("plan", "verify", "--json").json["errors"][0]["number"] == 1
+
+
+def test_predictions_of_one_file_go_into_a_page(moesaic, tmp_path):
+    run, page = tmp_path / "run", tmp_path / "README.md"
+    run.mkdir()
+    one = {"source": "bench", "model": "m", "quantity": "decode_s", "predicted": 1.1, "measured": 1.0, "setting": {}}
+    lines = [json.dumps({**one, "machine": "P, 2 threads", "date": "2026-11-23T10:00"})] * 3
+    (run / "predictions.jsonl").write_text("\n".join(lines))
+    page.write_text("before\n")
+    refused = moesaic("plan", "verify", run, "--report", page)
+    assert refused.exit_code == 2 and "put them where the table belongs" in refused.err
+    page.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
+    for _ in range(2):  # the second time nothing changes
+        assert moesaic("plan", "verify", run, "--report", page).exit_code == 0
+        text = page.read_text()
+        assert text.startswith("before\n") and text.endswith(f"{END}\nafter\n") and "old" not in text
+        assert text.count("| bench | a step of decoding | 3 | 10.0% |") == 1
+        assert "P, 2 threads. 2026-11-23." in text
+    assert moesaic("plan", "verify", tmp_path / "none").exit_code == 2
 
 
 def test_prices_are_listed_and_compared_with(moesaic):

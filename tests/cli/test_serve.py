@@ -30,7 +30,7 @@ class Serving:
         self.headers: dict[str, str] = {}
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
-        assert line, f"it ended: {self.end()}"
+        assert line, f"it ended: {self.wait()}"
         self.start = json.loads(line)
         self.url = self.start["url"]
 
@@ -38,10 +38,13 @@ class Serving:
         assert self.process.stderr is not None
         self._said += self.process.stderr
 
-    def end(self, number: int = signal.SIGTERM) -> str:
-        """Its exit code must be 0; all that it said."""
-        if self.process.poll() is None:
-            self.process.send_signal(number)
+    def end(self) -> str:
+        """End it; all that it said."""
+        self.process.send_signal(signal.SIGTERM)
+        return self.wait()
+
+    def wait(self) -> str:
+        """Until it ends, with an exit code of 0; all that it said."""
         assert self.process.wait(60) == 0, self._said
         self._listener.join(60)
         return "".join(self._said)
@@ -94,7 +97,7 @@ def test_running_requests_finish_and_new_ones_are_refused(serve) -> None:
         rest = list(lines)
     assert rest[-2:] == ["data: [DONE]", ""]
     assert sum('"text"' in line for line in rest) >= 399
-    assert "1 requests have 30 s to finish" in served.end()
+    assert "1 requests have 30 s to finish" in served.wait()
 
 
 @pytest.mark.slow
@@ -109,7 +112,7 @@ def test_at_the_end_of_draining_requests_end_with_what_they_have(serve) -> None:
     assert rest[-1] == "data: [DONE]"
     assert sum('"finish_reason":"length"' in line for line in rest) == 64
     assert sum('"text"' in line for line in rest) < 64 * 500
-    assert "1 requests ended with what they had" in served.end()
+    assert "1 requests ended with what they had" in served.wait()
 
 
 @pytest.mark.slow

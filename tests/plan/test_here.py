@@ -1,5 +1,7 @@
 """What is foretold of this machine: the arithmetic, and what is kept of it."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -44,6 +46,14 @@ def test_a_step_is_the_sum_of_its_parts() -> None:
         engine_step(RATES, config, engine_formats(4), step)
 
 
+def test_rates_say_whether_others_ran_meanwhile() -> None:
+    about = {"processor": "P", "threads": 2, "isa": "avx2"}
+    assert replace(RATES, about=about).machine == "P, 2 threads, avx2" and RATES.machine == ""
+    assert RATES.busy is None and replace(RATES, about={"share": 0.97, "spread": 1.2}).busy is None
+    assert "had 40% of the processors" in str(replace(RATES, about={"share": 0.6, "spread": 1.2}).busy)
+    assert "varied 2.5-fold" in str(replace(RATES, about={"share": 1.0, "spread": 2.5}).busy)
+
+
 def test_rates_are_kept_as_they_are() -> None:
     assert KernelRates.from_dict(RATES.to_dict()) == RATES
 
@@ -74,7 +84,7 @@ def test_predictions_are_kept_and_added_up(tmp_path, monkeypatch: pytest.MonkeyP
             source="bench", model="m", quantity="decode_s", predicted=1 + error, measured=1.0, setting={"batch": 1}
         )
 
-    store([one(0.1)] * 15 + [one(0.3)] * 10 + [one(float("nan"))], tmp_path / "run")
+    store([one(0.1)] * 15 + [one(0.3)] * 10 + [one(float("nan"))], tmp_path / "run" / "predictions.jsonl")
     (found,) = error_table(load())
     assert (found.number, found.within_20) == (25, 0.6)
     assert found.median == pytest.approx(0.1) and found.drift == pytest.approx(0.2)

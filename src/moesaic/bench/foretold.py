@@ -60,4 +60,5 @@ def predictions(
                 "formats": " ".join(sorted(set(kept.formats.values()))),
                 "bandwidth": round(statistics.median(sample.bandwidth for sample in case.samples)),
             },
+            machine=rates.machine,
         )

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 
 from moesaic.bench.machine import Machine as Measured
-from moesaic.bench.machine import ReadProbe, last_cache_bytes, measure_machine
+from moesaic.bench.machine import WatchedProbe, last_cache_bytes, measure_machine
 from moesaic.bench.made_up import (
     ATTENTIONS,
     EXPERTS,
@@ -71,9 +71,12 @@ class Here(NamedTuple):
 
 
 def measure(threads: int | None = None, *, keep: bool = True) -> Here:
-    """Time memory, products and kernels; takes about half a minute. keep: for later plans, in the state folder."""
+    """Time memory, products and kernels; takes about half a minute. keep: for later plans, in the state folder.
+
+    Other programs make it wrong: `rates.busy` says so where there were any.
+    """
     threads = threads or _threads()
-    measured, probe = measure_machine(threads), ReadProbe(threads)
+    measured, probe = measure_machine(threads), WatchedProbe(threads)
     sizes, bandwidths = _cache_curve(probe)
     curves: dict[str, dict[str, Curve]] = {"linear": {}, "experts": {}, "head": {}}
     bench = _Bench(probe, threads)
@@ -89,7 +92,14 @@ def measure(threads: int | None = None, *, keep: bool = True) -> Here:
         head=curves["head"],
         **bench.small_parts(),
         base_bytes=_base_bytes(),
-        about={"processor": measured.processor, "threads": threads, "isa": measured.isa, "date": _today()},
+        about={
+            "processor": measured.processor,
+            "threads": threads,
+            "isa": measured.isa,
+            "date": _today(),
+            "share": probe.share,
+            "spread": probe.spread,
+        },
     )
     found = Here(_machine(measured, rates), rates)
     if keep:
@@ -107,9 +117,11 @@ class Cold(NamedTuple):
 class _Bench:
     """Steps of made-up engines, each timed with memory that no cache holds, and again at once."""
 
-    def __init__(self, probe: ReadProbe, threads: int) -> None:
+    def __init__(self, probe: WatchedProbe, threads: int) -> None:
         self.probe, self.threads = probe, threads
-        self.flood = min(probe.num_bytes, max(2**28, 4 * last_cache_bytes()) // 64 * 64)  # leaves nothing in caches
+        self.flood = min(
+            probe.probe.num_bytes, max(2**28, 4 * last_cache_bytes()) // 64 * 64
+        )  # leaves nothing in caches
         self.usual = statistics.median(probe.bandwidth() for _ in range(5))
 
     def products(self, setting: Setting) -> Iterator[tuple[str, str, Curve]]:
@@ -186,9 +198,8 @@ def _times(engine: Engine) -> dict[str, float]:
 
 def _repeated(engine: Engine, rows: int) -> dict[str, float]:
     """The least that each part takes in a few steps, which find in the caches what fits there."""
-    for _ in range(2):
-        _parts_of_step(engine, rows)
-    samples = [_parts_of_step(engine, rows) for _ in range(9 if rows <= WAITING_ROWS else 3)]
+    _parts_of_step(engine, rows)
+    samples = [_parts_of_step(engine, rows) for _ in range(6 if rows <= WAITING_ROWS else 2)]
     return {part: min(sample[part] for sample in samples) for part in samples[0]}
 
 
@@ -255,7 +266,7 @@ def _prompt_scores(engine: Engine) -> tuple[float, float]:
 
 def _prompt_seconds(engine: Engine, length: int) -> float:
     samples = []
-    for _ in range(9):
+    for _ in range(5):
         text = Text()
         engine.program.native.reset_times()
         engine.step([Piece(text, [1] * length, "none")])
@@ -307,21 +318,25 @@ def _best(run: Callable[[], object]) -> float:
     return min(times)
 
 
-def _cache_curve(probe: ReadProbe) -> tuple[list[float], list[float]]:
+def _cache_curve(probe: WatchedProbe) -> tuple[list[float], list[float]]:
     """Bytes a second of reading so many bytes again and again: from a quarter of the last cache to far beyond it."""
     cache = max(2**22, last_cache_bytes())
     sizes, rates = [], []
     for factor in (0.125, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 4.0, 8.0):
-        size = max(64, min(probe.num_bytes, int(cache * factor)) // 64 * 64)
+        size = max(64, min(probe.probe.num_bytes, int(cache * factor)) // 64 * 64)
         probe.bandwidth(size)
         sizes.append(float(size))
         rates.append(statistics.median(probe.bandwidth(size) for _ in range(5)))
     return sizes, rates
 
 
-_BASE = "import moesaic\nfrom moesaic.bench.made_up import *\nfrom moesaic.train.memory import peak_memory_bytes\n" + (
-    "made_up_engine(made_up_config(layers=1, dense=True)).generate([1, 2, 3], 2)\nprint(peak_memory_bytes())"
-)
+_BASE = """
+import torch
+from moesaic.bench.made_up import made_up_config, made_up_engine
+from moesaic.train.memory import peak_memory_bytes
+made_up_engine(made_up_config(layers=1, dense=True)).generate([1, 2, 3], 2)
+print(peak_memory_bytes(torch.device("cpu")))
+"""
 
 
 def _base_bytes() -> float:

@@ -3,21 +3,21 @@
 import os
 import platform
 import time
-from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
 from moesaic import _native
 from moesaic.bench.bound import Number
 from moesaic.engine.memory import available_bytes
 from moesaic.hub.memory import empty
 
-PEAK_SIZE = 2048
+PEAK_SIZE, _TRIED_SIZE = 2048, 256
 _PEAK_ROUNDS = 5
+_PEAK_SECONDS = 0.2
+"""Of one product: a machine without instructions for a number takes torch's plain loops, 200 times as slow."""
 _LEAST_PROBE_BYTES = 2**30
 _CACHES_OF_PROBE = 8  # so that next to nothing of one pass is in the last cache when the next begins
 
@@ -35,7 +35,7 @@ class Machine(NamedTuple):
     """A processor's name, threads in use, instruction set in use, and what better ones moesaic knows that it lacks.
 
     peaks: operations a second of each kind of number, a multiplication and an addition being two; None: not computed
-    here.
+    here. Where products of wider numbers are quicker, these stand in for them, as in any good kernel.
     """
 
     processor: str
@@ -64,6 +64,37 @@ class ReadProbe:
         return memory.nbytes / self._native.seconds(memory)
 
 
+class WatchedProbe:
+    """A probe that notes how evenly memory gave, and what of the processors its threads got: whether others run."""
+
+    def __init__(self, threads: int) -> None:
+        self.probe = ReadProbe(threads)
+        self._threads = threads
+        self._rates: dict[int, list[float]] = {}
+        self._wall = self._own = 0.0
+
+    def bandwidth(self, num_bytes: int | None = None) -> float:
+        """As ReadProbe has it."""
+        wall, own = time.perf_counter(), time.process_time()
+        rate = self.probe.bandwidth(num_bytes)
+        self._wall += time.perf_counter() - wall
+        self._own += time.process_time() - own
+        self._rates.setdefault(num_bytes or self.probe.num_bytes, []).append(rate)
+        return rate
+
+    @property
+    def share(self) -> float:
+        """Of the processors' time that its threads got while they read, 0 to 1."""
+        return min(1.0, self._own / (self._wall * self._threads)) if self._wall else 1.0
+
+    @property
+    def spread(self) -> float:
+        """The ninth tenth of readings over the first, of the size that was read most often; 1 is even."""
+        rates = sorted(max(self._rates.values(), key=len, default=[1.0]))
+        tenth = len(rates) // 10
+        return rates[-1 - tenth] / rates[tenth]
+
+
 def measure_machine(threads: int) -> Machine:
     """The machine as far as it does not change from second to second."""
     isas = _native.available_isas()
@@ -72,34 +103,47 @@ def measure_machine(threads: int) -> Machine:
         better = list(_EXTENSIONS) if platform.machine().lower() in ("x86_64", "amd64") else []
     missing = [f"{_EXTENSIONS[isa]}{', which is switched off' * (isa in isas)}" for isa in better]
     with _torch_threads(threads):
-        peaks: dict[Number, float | None] = {number: _peak(multiply) for number, multiply in _products().items()}
+        peaks = _with_wider({number: _peak(number) for number in _DTYPES})
     return Machine(_processor(), threads, _native.isa(), missing, peaks)
 
 
-def _products() -> dict[Number, Callable[[], Tensor]]:
-    """Torch's products of square matrices: on CPUs the best that are installed everywhere."""
-    square = (PEAK_SIZE, PEAK_SIZE)
-    fp32 = torch.ones(square)
-    bf16, int8 = fp32.bfloat16(), torch.ones(square, dtype=torch.int8)
-    return {
-        "fp32": lambda: torch.mm(fp32, fp32),
-        "bf16": lambda: torch.mm(bf16, bf16),
-        "int8": lambda: torch._int_mm(int8, int8),  # pyright: ignore[reportPrivateImportUsage]  # pyright: ignore[reportPrivateImportUsage]  there is no public one
-    }
+_DTYPES: dict[Number, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}
+"""From wide to narrow."""
 
 
-def _peak(multiply: Callable[[], Tensor]) -> float | None:
-    """Operations a second, in the best of a few rounds; None where torch has no such product on this machine."""
+def _with_wider(peaks: dict[Number, float | None]) -> dict[Number, float | None]:
+    """Each at least what wider numbers reach."""
+    best, found = 0.0, dict(peaks)
+    for number, peak in peaks.items():
+        best = max(best, peak or 0.0)
+        found[number] = best if peak else None
+    return found
+
+
+def _peak(number: Number) -> float | None:
+    """Operations a second of torch's products of square matrices (on CPUs the best that are installed everywhere), in
+    the best of a few rounds; None where torch has no such product on this machine."""
     try:
-        multiply()
+        seconds = min(_seconds_of_products(number, _TRIED_SIZE, rounds=2))
     except RuntimeError:
         return None
+    size = _TRIED_SIZE
+    while size < PEAK_SIZE and seconds * 8 < _PEAK_SECONDS:
+        size, seconds = 2 * size, 8 * seconds
+    size = min(size, PEAK_SIZE)
+    return 2 * size**3 / min(_seconds_of_products(number, size, _PEAK_ROUNDS))
+
+
+def _seconds_of_products(number: Number, size: int, rounds: int) -> list[float]:
+    square = torch.ones((size, size), dtype=_DTYPES[number])
+    multiply = torch._int_mm if number == "int8" else torch.mm  # pyright: ignore[reportPrivateImportUsage]  no public one
+    multiply(square, square)
     times = []
-    for _ in range(_PEAK_ROUNDS):
+    for _ in range(rounds):
         start = time.perf_counter()
-        multiply()
+        multiply(square, square)
         times.append(time.perf_counter() - start)
-    return 2 * PEAK_SIZE**3 / min(times)
+    return times
 
 
 @contextmanager

@@ -52,6 +52,7 @@ class MadeUpWeights:
         self.codes: CodesFormat | None = codes
         self._specs = {spec.name: spec for spec in config.tensors()}
         self._drawn: dict[tuple[int, ...], Tensor] = {}
+        self._codes: dict[tuple[int, ...], Codes] = {}
 
     def coded(self, name: str) -> CodedTensor | None:
         spec = self._specs[name]
@@ -59,11 +60,18 @@ class MadeUpWeights:
         if self.codes is None or spec.role not in roles or len(spec.shape) < 2:
             return None
         format_ = self.codes
-        return CodedTensor(format_, lambda expert: _codes(format_, spec, expert))
+
+        def read(expert: int | None) -> Codes:
+            shape = _shape(spec, expert)
+            if shape not in self._codes:
+                self._codes[shape] = _codes(format_, shape)
+            return self._codes[shape]
+
+        return CodedTensor(format_, read)
 
     def read(self, name: str, expert: int | None = None) -> Tensor:
         spec = self._specs[name]
-        shape = spec.shape if expert is None else spec.shape[1:]
+        shape = _shape(spec, expert)
         if len(shape) == 1:
             return torch.full(shape, float(spec.role == "norm"), dtype=self.dtype)
         if shape not in self._drawn:
@@ -72,13 +80,16 @@ class MadeUpWeights:
         return self._drawn[shape]
 
 
-def _codes(format_: CodesFormat, spec: TensorSpec, expert: int | None) -> Codes:
-    shape = spec.shape if expert is None else spec.shape[1:]
+def _codes(format_: CodesFormat, shape: tuple[int, ...]) -> Codes:
     group, largest = (128, 0x50) if format_ == "fp8" else (32, 16)
     values = torch.randint(0, largest, shape, dtype=torch.uint8, generator=_generator())
     grouped = (*shape[:-1], -(-shape[-1] // group))
     scales = torch.full(grouped, 1e-3) if format_ == "fp8" else torch.full(grouped, 118, dtype=torch.uint8)
     return Codes(values, scales)
+
+
+def _shape(spec: TensorSpec, expert: int | None) -> tuple[int, ...]:
+    return spec.shape if expert is None else spec.shape[1:]
 
 
 def _generator() -> torch.Generator:

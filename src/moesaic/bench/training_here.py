@@ -2,6 +2,7 @@
 
 import gc
 import json
+import statistics
 import time
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -16,6 +17,7 @@ from moesaic.plan.hardware import here_file
 from moesaic.plan.training_kernels import Precision, TrainingCell, TrainingRates, fitted, memory_counts, time_counts
 from moesaic.train.memory import peak_memory_bytes, reset_peak_memory
 from moesaic.train.recipe import TrainSettings
+from moesaic.train.size import fast_bf16
 from moesaic.train.step import Stepper
 
 STEPS = 4
@@ -90,25 +92,47 @@ def take(cell: TrainingCell, steps: int = STEPS) -> Taken:
 
 
 def measure_training(*, keep: bool = True) -> TrainingRates:
-    """Steps of all shapes in both precisions; takes about a minute. keep: for later plans, in the state folder."""
+    """Steps of all shapes, in fp32 and where the machine multiplies bf16 faster in that, too; takes a few minutes.
+
+    keep: for later plans, in the state folder. Other programs make it wrong: `busy` says so where there were any.
+    """
     seconds: dict[str, list[float]] = {}
     num_bytes: dict[str, list[float]] = {}
     take(_cell(SHAPES[0], "fp32"), 1)  # what libraries allocate once
     reset_peak_memory(_CPU)
     base = peak_memory_bytes(_CPU)
-    precisions: tuple[Precision, ...] = ("fp32", "bf16")
-    for precision in precisions:
+    shares: list[float] = []
+    for precision in precisions():
         cells = [_cell(shape, precision) for shape in SHAPES]
-        taken = [take(cell) for cell in cells]
+        taken: list[Taken] = []
+        for cell in cells:
+            taken.append(take(cell))
+            shares.append(_processor_share())
         seconds[precision] = fitted(np.array([time_counts(cell) for cell in cells]), [each.seconds for each in taken])
         counts = np.array([memory_counts(cell) for cell in cells])
         num_bytes[precision] = fitted(counts, [max(1.0, each.num_bytes) for each in taken])
-    rates = TrainingRates(seconds=seconds, num_bytes=num_bytes, base_bytes=float(base))
+    share = statistics.median(shares)
+    rates = TrainingRates(seconds=seconds, num_bytes=num_bytes, base_bytes=float(base), share=share)
     if keep:
         path = here_file().with_name("training.json")
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(rates.to_dict()), encoding="utf-8")
     return rates
+
+
+def precisions() -> tuple[Precision, ...]:
+    """Those that anyone would train in here: bf16 without instructions for it takes torch's plain loops."""
+    return ("fp32", "bf16") if fast_bf16("cpu") else ("fp32",)
+
+
+def _processor_share() -> float:
+    """What of the processors' time products of this program get now, 0 to 1."""
+    square = torch.ones(1024, 1024)
+    square @ square
+    wall, own = time.perf_counter(), time.process_time()
+    for _ in range(10):
+        square @ square
+    return min(1.0, (time.process_time() - own) / ((time.perf_counter() - wall) * torch.get_num_threads()))
 
 
 def _cell(shape: Shape, precision: Precision) -> TrainingCell:

@@ -84,5 +84,5 @@ class StepWatch:
             measured=self._peak,
             setting=setting,
         )
-        verify.store([took, held], folder)
+        verify.store([took, held], folder / verify.FILE)
         output.talk(f"foretold against measured: a step {took.error:+.0%}, peak memory {held.error:+.0%}")

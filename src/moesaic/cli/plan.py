@@ -11,6 +11,7 @@ from moesaic.cli.plan_options import Settings, read_count, read_layout, read_set
 from moesaic.errors import ConfigError
 from moesaic.plan import cost, hardware
 from moesaic.plan.formats import PACKINGS
+from moesaic.plan.kernels import measured_rates
 from moesaic.plan.memory import Training
 from moesaic.plan.plan import CONTEXT, ServingPlan, TrainingPlan, make_plan, read_model
 from moesaic.plan.roofline import Speculation
@@ -172,14 +173,20 @@ def machine_of(text: str | None, price: str | None, settings: Settings) -> hardw
 
 
 def _here() -> hardware.Machine:
-    """This machine: as it was measured before, or measured now, which takes seconds and torch."""
+    """This machine: as it was measured before, or measured now, which takes half a minute and torch."""
     found = hardware.measured_here()
-    if found is not None:
-        return found
-    from moesaic.bench import here
+    if found is None:
+        from moesaic.bench import here
 
-    with output.progress("measuring this machine"):
-        return here.measure().machine
+        with output.progress("measuring this machine"):
+            found = here.measure().machine
+    rates = measured_rates()
+    if rates is not None and rates.busy:
+        output.talk(
+            f"this machine was measured while {rates.busy}; when it is quiet, delete {hardware.here_file()}, and it is "
+            "measured again"
+        )
+    return found
 
 
 def speculation_of(text: str | None) -> Speculation | None:

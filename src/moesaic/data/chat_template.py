@@ -91,7 +91,7 @@ def _joined(pieces: Iterator[str]) -> str:
     return "".join(found)
 
 
-def _check_size(size: int) -> None:
+def _check_size(size: float) -> None:
     if size > MAX_CHARACTERS:
         raise TooMuchError(f"it wrote more than {MAX_CHARACTERS:,} characters")
 

@@ -21,6 +21,9 @@ from moesaic.plan.hardware import here_file
 from moesaic.plan.kinds import layer_kinds, part_specs
 from moesaic.plan.routing import Routing, Uniform
 
+QUIET_SHARE, EVEN_SPREAD = 0.9, 1.6
+"""Below this share of the processors, or above this ratio of fast to slow readings of memory, others were at work."""
+
 
 class Curve(NamedTuple):
     """Seconds a weight of one matrix takes at so many rows: read from memory, and from the last cache."""
@@ -49,7 +52,8 @@ class KernelRates:
     query heads share a key (latent attention: all), of one new token a text; prompt_score: of a prompt's tokens.
     norm, row, prompt_row: seconds for each number of a row that is normed, or turned and written to the cache. route:
     for each number of a router's product. layer: of each layer that is no kernel's work. outside: of a step, of each
-    text in it, of each logit. base_bytes: what a process takes before it holds a model.
+    text in it, of each logit. base_bytes: what a process takes before it holds a model. about: which machine, when, and
+    how much of it this program had ("share", "spread": see bench/machine.py, WatchedProbe).
     """
 
     bandwidth: float
@@ -68,6 +72,20 @@ class KernelRates:
     outside: tuple[float, float, float]
     base_bytes: float = 0.0
     about: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def machine(self) -> str:
+        """What was measured, in words."""
+        about = self.about
+        return f"{about['processor']}, {about['threads']} threads, {about['isa']}" if "isa" in about else ""
+
+    @property
+    def busy(self) -> str | None:
+        """What other programs did meanwhile, in words; None: nothing that matters."""
+        share, spread = self.about.get("share", 1.0), self.about.get("spread", 1.0)
+        if share >= QUIET_SHARE and spread <= EVEN_SPREAD:
+            return None
+        return f"other programs had {1 - share:.0%} of the processors, and memory's bandwidth varied {spread:.1f}-fold"
 
     def kept(self, num_bytes: float) -> float:
         """The share of a step's bytes that the last cache still holds from the step before."""

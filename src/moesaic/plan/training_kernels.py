@@ -14,6 +14,7 @@ import numpy as np
 from moesaic.config import ModelConfig, MoeConfig
 from moesaic.errors import ConfigError
 from moesaic.plan.hardware import here_file
+from moesaic.plan.kernels import QUIET_SHARE
 from moesaic.plan.kinds import layer_kinds, part_specs
 from moesaic.plan.layout import Layout
 from moesaic.plan.memory import Training, activation_bytes
@@ -83,11 +84,18 @@ def memory_counts(cell: TrainingCell) -> np.ndarray:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingRates:
-    """Seconds and bytes of one of each thing that is counted, by precision; base_bytes: of a process that starts."""
+    """Seconds and bytes of one of each thing that is counted, by precision; base_bytes: of a process that starts;
+    share: of the processors' time that was not other programs' meanwhile."""
 
     seconds: dict[str, list[float]]
     num_bytes: dict[str, list[float]]
     base_bytes: float
+    share: float = 1.0
+
+    @property
+    def busy(self) -> str | None:
+        """What other programs did meanwhile, in words; None: nothing that matters."""
+        return None if self.share >= QUIET_SHARE else f"other programs had {1 - self.share:.0%} of the processors"
 
     def step_seconds(self, cell: TrainingCell) -> float:
         """Of one step."""

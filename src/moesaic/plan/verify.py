@@ -23,7 +23,8 @@ DRIFT = 10
 
 @dataclass(frozen=True, kw_only=True)
 class Prediction:
-    """One figure, foretold and then measured. source: what measured it. setting: in which cell, words and numbers."""
+    """One figure, foretold and then measured. source: what measured it. setting: in which cell, words and numbers.
+    machine: where, in words."""
 
     source: Literal["bench", "train", "serve"]
     model: str
@@ -45,7 +46,7 @@ class Errors(NamedTuple):
     median error with its sign, and by how much the newest are off more than those before (None: too few)."""
 
     source: str
-    quantity: str
+    quantity: Quantity
     number: int
     median: float
     ninety: float
@@ -54,15 +55,15 @@ class Errors(NamedTuple):
     drift: float | None
 
 
-def store(predictions: Iterable[Prediction], folder: Path | None = None) -> Path:
-    """Append to the file in moesaic's state folder, and to one in `folder`. Figures not above 0 are left out."""
+def store(predictions: Iterable[Prediction], *others: Path) -> Path:
+    """Append to the file in moesaic's state folder, and to others. Figures not above 0 are left out."""
     lines = "".join(f"{json.dumps(asdict(_dated(each)))}\n" for each in predictions if _is_sound(each))
-    places = [state_folder(), *([folder] if folder else [])]
-    for place in places:
-        place.mkdir(parents=True, exist_ok=True)
-        with (place / FILE).open("a", encoding="utf-8") as file:
+    own = state_folder() / FILE
+    for path in (own, *others):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a", encoding="utf-8") as file:
             file.write(lines)
-    return places[0] / FILE
+    return own
 
 
 def load(path: Path | None = None) -> list[Prediction]:
@@ -81,13 +82,13 @@ def load(path: Path | None = None) -> list[Prediction]:
 
 def error_table(predictions: Sequence[Prediction]) -> list[Errors]:
     """A row for each quantity of each source."""
-    groups: dict[tuple[str, str], list[Prediction]] = {}
+    groups: dict[tuple[str, Quantity], list[Prediction]] = {}
     for each in predictions:
         groups.setdefault((each.source, each.quantity), []).append(each)
     return [_errors(source, quantity, group) for (source, quantity), group in sorted(groups.items())]
 
 
-def _errors(source: str, quantity: str, group: Sequence[Prediction]) -> Errors:
+def _errors(source: str, quantity: Quantity, group: Sequence[Prediction]) -> Errors:
     sizes = [abs(each.error) for each in group]
     return Errors(
         source,

@@ -9,6 +9,7 @@ from moesaic.data.tokenizer import Tokenizer
 from moesaic.engine.engine import Engine
 from moesaic.errors import ConfigError, MoesaicError
 from moesaic.serve.desk import Desk
+from moesaic.serve.dialogue import Speaker
 from moesaic.serve.guidance import Guidance
 from moesaic.serve.kept_text import KeptText
 from moesaic.serve.live_routing import LiveRouting
@@ -53,7 +54,7 @@ class Served:
         self.routing = routing
         self.created = int(time.time()) if created is None else created
         self.eos_token_ids = _ends(tokenizer, config)
-        self.token_texts = TokenTexts(tokenizer)
+        self.token_texts, self.speaker = TokenTexts(tokenizer), Speaker(tokenizer)
         self._open_desk = open_desk
         self._desk: Runs | None = None
 

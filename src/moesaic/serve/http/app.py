@@ -5,12 +5,13 @@ from contextlib import asynccontextmanager
 
 from fastapi import FastAPI
 
-from moesaic.serve.http import completions, models, page, routing
+from moesaic.serve.http import chat, completions, messages, models, page, responses, routing, tokens
 from moesaic.serve.http.errors import add_error_handlers
+from moesaic.serve.http.response_store import ResponseStore
 from moesaic.serve.http.settings import HttpSettings
 from moesaic.serve.served import Models
 
-ROUTERS = (completions.router, models.router, page.router, routing.router)
+ROUTERS = tuple(protocol.router for protocol in (chat, completions, messages, models, page, responses, routing, tokens))
 
 
 def create_app(served: Models, settings: HttpSettings | None = None) -> FastAPI:
@@ -29,7 +30,9 @@ def create_app(served: Models, settings: HttpSettings | None = None) -> FastAPI:
             await served.close()
 
     app = FastAPI(title="moesaic", lifespan=running, docs_url=None, redoc_url=None)
-    app.state.models, app.state.settings = served, settings or HttpSettings()
+    settings = settings or HttpSettings()
+    app.state.models, app.state.settings = served, settings
+    app.state.responses = ResponseStore(settings.stored_responses)
     add_error_handlers(app)
     for router in ROUTERS:
         app.include_router(router)

@@ -73,7 +73,7 @@ def _request(call: Call, prompt: Prompt, most: int, index: int) -> Request:
     return Request(
         prompt_ids=prompt.token_ids,
         max_new_tokens=most,
-        sampling=body.sampling(index),
+        sampling=body.sampling(call.served.config.vocab_size).for_choice(index),
         eos_token_ids=frozenset() if body.ignore_eos else call.served.eos_token_ids,
         stop=body.stops,
         include_stop=body.include_stop_str_in_output,

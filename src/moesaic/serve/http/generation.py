@@ -21,7 +21,6 @@ Schema = dict[str, Any] | bool
 
 class StreamOptions(Body):
     include_usage: bool | None = None
-    continuous_usage_stats: bool | None = None
     include_obfuscation: bool | None = None  # padding against eavesdroppers: never added here
 
 
@@ -97,13 +96,18 @@ class GenerationFields(Body):
         """Whether a stream ends with a chunk of usage."""
         return bool(self.stream_options and self.stream_options.include_usage)
 
-    def sampling(self, index: int = 0) -> Sampling:
-        """Of the choice with this index: each draws numbers of its own."""
+    def sampling(self, vocab_size: int) -> Sampling:
+        """Raises ApiError for a bias of tokens that there are not."""
         return Sampling(
             temperature=1.0 if self.temperature is None else self.temperature,
             top_k=self.top_k if self.top_k and self.top_k > 0 else None,
             top_p=self.top_p,
-            seed=None if self.seed is None else (self.seed + index) % 2**63,
+            min_p=self.min_p,
+            repetition_penalty=1.0 if self.repetition_penalty is None else self.repetition_penalty,
+            presence_penalty=self.presence_penalty or 0.0,
+            frequency_penalty=self.frequency_penalty or 0.0,
+            logit_bias={_token_id(name, vocab_size): bias for name, bias in (self.logit_bias or {}).items()},
+            seed=self.seed,
         )
 
     def grammar(self) -> Grammar | None:
@@ -119,6 +123,12 @@ class GenerationFields(Body):
         if len(wanted) > 1:
             raise refused("more than one format is asked for; send one", "structured_outputs")
         return wanted[0] if wanted else None
+
+
+def _token_id(name: str, vocab_size: int) -> int:
+    if not re.fullmatch("[0-9]{1,10}", name) or int(name) >= vocab_size:
+        raise refused(f"logit_bias of {name!r}; use token ids from 0 to {vocab_size - 1}", "logit_bias")
+    return int(name)
 
 
 def _of_format(wanted: ResponseFormat | None) -> list[Grammar]:

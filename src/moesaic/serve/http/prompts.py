@@ -33,10 +33,16 @@ def _prompt(given: str | list[int], served: Served, add_special_tokens: bool) ->
     if isinstance(given, str):
         ids = served.tokenizer.encode(given, add_special_tokens=add_special_tokens)
         return Prompt(_not_empty(ids), given)
-    unknown = [token_id for token_id in given if token_id >= served.config.vocab_size]
+    ids = known_ids(given, served, "prompt")
+    return Prompt(_not_empty(ids), served.tokenizer.decode(ids, skip_special_tokens=False))
+
+
+def known_ids(token_ids: list[int], served: Served, param: str) -> list[int]:
+    """The same ids. Raises ApiError for one that the model does not know."""
+    unknown = [token_id for token_id in token_ids if token_id >= served.config.vocab_size]
     if unknown:
-        raise refused(f"token id {unknown[0]} in a vocabulary of {served.config.vocab_size}", "prompt")
-    return Prompt(_not_empty(given), served.tokenizer.decode(given, skip_special_tokens=False))
+        raise refused(f"token id {unknown[0]} in a vocabulary of {served.config.vocab_size}", param)
+    return token_ids
 
 
 def _not_empty(token_ids: list[int]) -> tuple[int, ...]:

@@ -34,14 +34,17 @@ class Outcome:
 
     def __init__(self) -> None:
         self.tokens: list[TokenInfo] = []
-        self.texts: list[str] = []
+        self.progress: list[Progress] = []
         self.prompt: tuple[TokenInfo, ...] = ()
-        self.experts: list[dict[int, np.ndarray]] = []
         self._finished: Finished | None = None
 
     @property
     def text(self) -> str:
-        return "".join(self.texts)
+        return "".join(event.text for event in self.progress)
+
+    @property
+    def experts(self) -> list[dict[int, np.ndarray]]:
+        return [event.experts for event in self.progress if event.experts is not None]
 
     @property
     def finished(self) -> Finished:
@@ -51,9 +54,7 @@ class Outcome:
     def add(self, event: Event) -> None:
         if isinstance(event, Progress):
             self.tokens += event.tokens
-            self.texts.append(event.text)
-            if event.experts is not None:
-                self.experts.append(event.experts)
+            self.progress.append(event)
         elif isinstance(event, PromptScored):
             self.prompt = event.tokens
         else:

@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import Callable, Mapping
 
 from moesaic.serve.desk import Desk
+from moesaic.serve.guidance import Guidance
 from moesaic.serve.http.errors import ApiError
 from moesaic.serve.kept_text import KeptText
 from moesaic.serve.operation.counting import CountedRuns
@@ -71,7 +72,7 @@ class Fleet:
             decode = KeptText(opened.tokenizer)
             runs = CountedRuns(
                 name,
-                Desk(opened.engine, decode),
+                Desk(opened.engine, decode, guidance=Guidance(opened.tokenizer, opened.engine.config.vocab_size)),
                 limits=self.settings.limits,
                 together=settings.max_running,
                 metrics=self.metrics,

@@ -31,7 +31,8 @@ def listen(settings: ServeSettings) -> socket.socket:
         family = socket.getaddrinfo(settings.host, settings.port, type=socket.SOCK_STREAM)[0][0]
         return socket.create_server((settings.host, settings.port), family=family, backlog=2048)
     except (OSError, UnicodeError) as error:
-        reason = getattr(error, "strerror", None) or error
+        number = error.errno if isinstance(error, OSError) and not isinstance(error, socket.gaierror) else None
+        reason = error if number is None else os.strerror(number)
         raise ConfigError(
             f"cannot listen on {settings.host} port {settings.port}: {reason}; choose another with --host or --port"
         ) from error

@@ -67,7 +67,7 @@ class Limits:
     queue: int = 256
     prompt_tokens: int | None = None
     new_tokens: int | None = None
-    choices: int = 16
+    choices: int = 128
     requests_per_minute: int | None = None
     timeout_s: float = 600.0
 
