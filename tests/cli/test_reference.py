@@ -137,7 +137,7 @@ OPTIONS = {
     ],
     "lint": ["SETUP", "--set TABLE.FIELD=VALUE", "--ranks N", "--json"],
     "serve": [
-        "[MODEL ...]",
+        "[MODEL]",
         "--host HOST",
         "--port N",
         "--bits {4,8}",

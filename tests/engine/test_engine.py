@@ -121,6 +121,17 @@ def test_routes_as_it_did_before_or_as_it_is_told() -> None:
         engine.step([Piece(Text(), PROMPTS[0])], told)
 
 
+@pytest.mark.parametrize("case", [OURS[0], next(case for case in OURS if case.startswith("deepseek_v3/"))])
+@torch.no_grad()
+def test_hidden_states_are_those_of_the_decoder(case: str) -> None:
+    model = model_of(case)
+    engine, prompt = Engine(model, threads=1), PROMPTS[2]
+    with pytest.raises(GenerationError, match="no hidden states are at hand"):
+        engine.hidden_states()
+    engine.step([Piece(Text(), [4, 4], "none"), Piece(Text(), prompt, "none")])
+    assert_near(engine.hidden_states()[2:], model.hidden(torch.tensor([prompt]))[0])
+
+
 def test_a_text_goes_on_where_it_ended() -> None:
     engine = Engine(model_of(OURS[0]), threads=1)
     text = Text()

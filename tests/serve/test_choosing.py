@@ -13,7 +13,7 @@ from transformers import RepetitionPenaltyLogitsProcessor
 
 from moesaic.engine.sampling import Sampling
 from moesaic.errors import GenerationError
-from moesaic.serve.choosing import LEAST_LOGPROB, Row, choose, likeliest_ids, scored
+from moesaic.serve.choosing import LEAST_LOGPROB, Row, choose, scored
 from moesaic.serve.request import Request, TokenInfo
 from moesaic.serve.rules import Rules, check_rules
 from moesaic.serve.writing import Writing
@@ -109,7 +109,7 @@ def test_log_probabilities_are_the_models() -> None:
 def test_impossible_tokens_have_a_number_too(count: int) -> None:
     logits = np.full(7, -np.inf, np.float32)
     logits[[2, 5]] = 1.0
-    info = scored(logits, 0, count)
+    (info,) = scored([logits], [0], [count])
     assert info.logprob == LEAST_LOGPROB and len(info.top) == min(count, 7)
     assert [token for token, _ in info.top] == [2, 5, 0, 1, 3, 4, 6][:count]
     assert all(math.isfinite(value) for _, value in info.top)
@@ -119,4 +119,5 @@ def test_impossible_tokens_have_a_number_too(count: int) -> None:
 @settings(max_examples=100, deadline=None)
 def test_the_likeliest_with_ties(values: list[int], count: int) -> None:
     wanted = sorted(range(len(values)), key=lambda token: (-values[token], token))[:count]
-    assert likeliest_ids(np.array(values, np.float32), count) == wanted
+    (info,) = scored([np.array(values, np.float32)], [0], [count])
+    assert [token for token, _ in info.top] == wanted

@@ -4,12 +4,14 @@ import math
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
 from moesaic.engine.sampling import Sampling
-from moesaic.serve.drawing import draw, draw_by_sorting, random_number
+from moesaic.serve.drawing import draw_by_sorting, draw_rows, random_number, score_rows
+from tests.serve import tiny
 
 NUMBERS = st.floats(0, 1, exclude_max=True)
 TEMPERATURES = st.sampled_from([1e-320, 1e-30, 0.01, 0.7, 1.0, 2.0, 100.0])
@@ -24,6 +26,10 @@ FEW = st.lists(st.sampled_from([-math.inf, -80.0, -1.0, 0.0, 0.5, 3.0]), min_siz
 FLOATS = st.lists(st.floats(-50, 50, width=32) | st.just(-math.inf), min_size=1, max_size=200)
 
 
+def draw(logits: np.ndarray, sampling: Sampling, number: float) -> int:
+    return draw_rows([logits], [sampling], [number])[0]
+
+
 @given(FEW | FLOATS, SAMPLINGS, NUMBERS)
 @settings(max_examples=250, deadline=None)
 def test_draws_what_sorting_gives(values: list[float], sampling: Sampling, number: float) -> None:
@@ -35,8 +41,8 @@ def test_draws_what_sorting_gives(values: list[float], sampling: Sampling, numbe
 
 
 def _at_a_border(logits: np.ndarray, sampling: Sampling, number: float, *tokens: int) -> bool:
-    """Whether two tokens meet where the number points, so that the order of summing decides."""
-    near = [min(max(number + step, 0.0), math.nextafter(1, 0)) for step in (-1e-12, 1e-12)]
+    """Whether two tokens meet where the number points, so that the last bits of weights and sums decide."""
+    near = [min(max(number + step, 0.0), math.nextafter(1, 0)) for step in (-3e-7, 3e-7)]
     return {draw_by_sorting(logits, sampling, each) for each in near} == set(tokens)
 
 
@@ -112,3 +118,42 @@ def test_neighbouring_seeds_and_places_have_nothing_in_common() -> None:
     assert stats.kstest(numbers.ravel(), "uniform").pvalue > 0.01
     across = np.corrcoef(numbers)[np.triu_indices(60, 1)]
     assert abs(across).max() < 0.55
+
+
+@pytest.mark.parametrize("vocab", [1, 63, 64, 65, 1000, 50_257])
+def test_scores_are_those_of_log_softmax(vocab: int) -> None:
+    logits = (np.random.default_rng(vocab).standard_normal((3, vocab)) * 4).astype(np.float32)
+    token_ids = [0, vocab // 2, vocab - 1]
+    wanted_NV = torch.from_numpy(logits).double().log_softmax(-1)
+    top = wanted_NV.topk(min(5, vocab))
+    for row, scores in enumerate(score_rows(list(logits), token_ids, [5, 5, 5])):
+        assert scores.logprob == pytest.approx(wanted_NV[row, token_ids[row]].item(), abs=1e-6)
+        assert scores.top_ids == top.indices[row].tolist()
+        assert scores.top_logprobs == pytest.approx(top.values[row].tolist(), abs=1e-6)
+
+
+def test_an_engines_threads_draw_the_same() -> None:
+    program = tiny.engine(threads=2).program
+    logits = np.random.default_rng(8).standard_normal((40, 20_000)).astype(np.float32) * 3
+    rules = [
+        Sampling(),
+        Sampling(temperature=0.7),
+        Sampling(temperature=1.2, top_p=0.9),
+        Sampling(temperature=1, top_k=9),
+    ]
+    samplings, numbers = rules * 10, [random_number(1, place) for place in range(40)]
+    alone = [draw(*each) for each in zip(logits, samplings, numbers, strict=True)]
+    assert draw_rows(list(logits), samplings, numbers, program) == alone
+    scores = score_rows(list(logits), alone, [3] * 40, program)
+    assert scores == [score_rows([row], [token], [3])[0] for row, token in zip(logits, alone, strict=True)]
+
+
+def test_what_cannot_be_drawn_from_is_refused() -> None:
+    logits, sampling = np.zeros(5, np.float32), Sampling(temperature=1.0)
+    with pytest.raises(ValueError, match=r"row has shape \[4\]|row must be float32 \[5\]"):
+        draw_rows([logits, logits[:4]], [sampling] * 2, [0.1, 0.2])
+    with pytest.raises(ValueError, match="rules are out of their ranges"):
+        draw_rows([logits], [sampling], [1.0])
+    with pytest.raises(ValueError, match="wanted are tokens or counts that there are not"):
+        score_rows([logits], [5], [1])
+    assert draw_rows([], [], []) == [] and score_rows([], [], []) == []

@@ -74,7 +74,7 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=list(DTYPES), help="compute in this format (the checkpoint's if not given)")
     parser.add_argument("--threads", metavar="N", type=int, help="use N processors (all that this process may use)")
     parser.add_argument("--max-length", metavar="N", type=int, help="longest text, prompt included (the model's own)")
-    parser.add_argument("--cache", metavar="SIZE", help="room for texts: tokens (200000) or bytes (4GiB)")
+    parser.add_argument("--cache", metavar="SIZE", help="room for all texts: tokens, or bytes such as 4GiB (65536)")
     parser.add_argument("--max-running", metavar="N", type=int, help="run at most N requests at a time (32)")
 
 
@@ -179,9 +179,14 @@ def _say_needs(name: str, model: "ModelSettings") -> None:
     free = "" if needs.free is None else f"; {output.size(needs.free)} of memory are free"
     later = "" if model.at_start else " (loaded when it is asked for)"
     output.talk(
-        f"{name}{later}: {output.size(needs.weights)} of weights, "
-        f"{output.size(needs.per_token)} for each token of a text{free}"
+        f"{name}{later}: {output.size(needs.weights)} of weights and {output.size(needs.cache)} of cache for "
+        f"{needs.cache_tokens:,} tokens{free}"
     )
+    if needs.free is not None and needs.weights + needs.cache > needs.free:
+        raise ConfigError(
+            f"{name} takes {output.size(needs.weights + needs.cache)}, {output.size(needs.free)} of memory are free; "
+            "use a smaller --cache or fewer --bits, or end other programs"
+        )
 
 
 def _announcement(address: str, settings: "ServeSettings", has_keys: bool, as_json: bool) -> Callable[[], None]:

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 import numpy as np
 from torch import Tensor
 
-from moesaic.serve.drawing import draw, random_number
+from moesaic.engine.program import Program
+from moesaic.serve.drawing import draw_rows, random_number, score_rows
 from moesaic.serve.request import TokenInfo
 from moesaic.serve.writing import Writing
 
@@ -22,28 +23,39 @@ class Row:
         self.writing, self.drafts = writing, drafts
 
 
-def choose(logits_NV: Tensor, rows: Sequence[Row]) -> list[TokenInfo]:
-    """The token of each row, by the rules of its request and a random number of its seed and its place in the text."""
-    return [_choose(logits_V, row) for logits_V, row in zip(logits_NV.numpy(), rows, strict=True)]
+def choose(logits_NV: Tensor, rows: Sequence[Row], program: Program | None = None) -> list[TokenInfo]:
+    """The token of each row, by the rules of its request and a random number of its seed and its place in the text.
+
+    program: whose threads do it; None: this one.
+    """
+    all_V = list(logits_NV.numpy())
+    infos = [TokenInfo(token) for token in chosen_ids(logits_NV, rows, program)]
+    counts = [row.writing.request.top_logprobs for row in rows]
+    wanted = [place for place, count in enumerate(counts) if count is not None]
+    found = scored(
+        [all_V[place] for place in wanted],
+        [infos[place].token_id for place in wanted],
+        [counts[place] or 0 for place in wanted],
+        program,
+    )
+    for place, info in zip(wanted, found, strict=True):
+        infos[place] = info
+    return infos
 
 
-def chosen_id(logits_V: np.ndarray, row: Row) -> int:
-    """The token of a row alone."""
+def chosen_ids(logits_NV: Tensor, rows: Sequence[Row], program: Program | None = None) -> list[int]:
+    """The token of each row alone."""
+    changed = [_by_rules(logits_V, row) for logits_V, row in zip(logits_NV.numpy(), rows, strict=True)]
+    samplings, numbers = [row.writing.rules.sampling for row in rows], [_number(row) for row in rows]
+    return draw_rows(changed, samplings, numbers, program)
+
+
+def _by_rules(logits_V: np.ndarray, row: Row) -> np.ndarray:
     writing = row.writing
-    rules = writing.rules
-    changed_V = rules.apply(logits_V, writing.token_ids, row.drafts)
-    if writing.guide is not None:
-        changed_V = _guided(changed_V, logits_V, writing.guide.allowed(row.drafts))
-    if rules.sampling.temperature == 0:
-        return int(changed_V.argmax())
-    assert rules.sampling.seed is not None
-    place = len(writing.token_ids) + len(row.drafts)
-    return draw(changed_V, rules.sampling, random_number(rules.sampling.seed, place))
-
-
-def _choose(logits_V: np.ndarray, row: Row) -> TokenInfo:
-    token, count = chosen_id(logits_V, row), row.writing.request.top_logprobs
-    return TokenInfo(token) if count is None else scored(logits_V, token, count)
+    changed_V = writing.rules.apply(logits_V, writing.token_ids, row.drafts)
+    if writing.guide is None:
+        return changed_V
+    return _guided(changed_V, logits_V, writing.guide.allowed(row.drafts))
 
 
 def _guided(changed_V: np.ndarray, logits_V: np.ndarray, allowed_V: np.ndarray) -> np.ndarray:
@@ -56,21 +68,24 @@ def _guided(changed_V: np.ndarray, logits_V: np.ndarray, allowed_V: np.ndarray) 
     return changed_V
 
 
-def scored(logits_V: Tensor | np.ndarray, token_id: int, count: int) -> TokenInfo:
-    """A token with its log probability under the model, before any rules, and those of the `count` likeliest."""
-    logits_V = np.asarray(logits_V, np.float32)
-    greatest = logits_V.max()
-    sum_of_all = greatest + np.log(np.exp(logits_V - greatest).sum(dtype=np.float64))
-    top_ids = likeliest_ids(logits_V, count)
-    logprobs = np.maximum(logits_V[[token_id, *top_ids]].astype(np.float64) - sum_of_all, LEAST_LOGPROB).tolist()
-    return TokenInfo(token_id, logprobs[0], tuple(zip(top_ids, logprobs[1:], strict=True)))
+def _number(row: Row) -> float:
+    """How far to go along the weights; of no use where the likeliest token is taken."""
+    sampling = row.writing.rules.sampling
+    if sampling.temperature == 0:
+        return 0.0
+    assert sampling.seed is not None
+    return random_number(sampling.seed, len(row.writing.token_ids) + len(row.drafts))
 
 
-def likeliest_ids(logits_V: np.ndarray, count: int) -> list[int]:
-    """The likeliest tokens, from the first on; of equally likely ones those with smaller ids."""
-    count = min(count, len(logits_V))
-    if count == 0:
-        return []
-    place = len(logits_V) - count
-    ids = np.flatnonzero(logits_V >= np.partition(logits_V, place)[place])
-    return ids[np.argsort(-logits_V[ids], kind="stable")][:count].tolist()
+def scored(
+    rows_V: Sequence[np.ndarray], token_ids: Sequence[int], counts: Sequence[int], program: Program | None = None
+) -> list[TokenInfo]:
+    """Tokens with their log probabilities under the model, before any rules, and those of the so many likeliest."""
+    return [
+        TokenInfo(token, _known(own), tuple(zip(ids, map(_known, logprobs), strict=True)))
+        for token, (own, ids, logprobs) in zip(token_ids, score_rows(rows_V, token_ids, counts, program), strict=True)
+    ]
+
+
+def _known(logprob: float) -> float:
+    return max(logprob, LEAST_LOGPROB)

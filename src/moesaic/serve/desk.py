@@ -8,6 +8,7 @@ from moesaic.serve.guidance import Guidance
 from moesaic.serve.loop import Loop
 from moesaic.serve.loop_settings import LoopSettings
 from moesaic.serve.request import Event, Finished, Heard, Request
+from moesaic.serve.seen import Stats
 from moesaic.serve.speculation.drafter import Drafter
 
 
@@ -43,6 +44,10 @@ class Desk:
             del self._waiting[number]
             if not ended:
                 self.loop.cancel(number)
+
+    def stats(self) -> Stats:
+        """How the loop stands."""
+        return self.loop.stats()
 
     async def close(self) -> None:
         """End all requests."""

@@ -1,6 +1,6 @@
 """The experts at work: how the tokens of a model that is being served fall on its experts, now and since the start.
 
-N tokens that wait to be counted, M columns of choices, S steps, E experts.
+E experts.
 """
 
 import math
@@ -12,12 +12,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from moesaic.config import MoeConfig
 from moesaic.engine.engine import Engine
+from moesaic.serve.seen import StepSeen
+from moesaic.telemetry.choices import ChoiceCounts
 from moesaic.telemetry.health import LayerHealth
 from moesaic.telemetry.load import LayerLoad, StepLoad
 
-WAITING = 1024  # tokens: counting costs most of its time by the call
 EVERY_S = 0.5
 LONGEST_S = 60.0
 
@@ -57,11 +57,7 @@ class LiveRouting:
     def __init__(self, engine: Engine, clock: Callable[[], float] = time.monotonic) -> None:
         self._engine, self._clock = engine, clock
         self._lock = threading.Lock()
-        self._layers = {
-            layer: _LayerCounts(columns, *_sizes(engine, layer))
-            for layer, columns in engine.program.routing_columns.items()
-        }
-        self._ends: list[int] = []  # of the steps that wait
+        self._counts = ChoiceCounts(engine)
         self._steps = self._tokens = 0
         self._started = self._heard = clock()
         self._marks = deque([(self._started, self._tally())])  # counts at times, the oldest first
@@ -74,22 +70,19 @@ class LiveRouting:
     @property
     def routes(self) -> bool:
         """Whether the model has experts at all."""
-        return bool(self._layers)
+        return bool(self._counts.top_k)
 
-    def hear(self) -> None:
-        """Read what the tokens of the newest step chose."""
+    def hear(self, _seen: StepSeen | None = None) -> None:
+        """Count what the tokens of the newest step chose; what `Loop.listen` takes."""
         num_tokens = self._engine.num_routed
-        if not num_tokens or not self._layers:
+        if not num_tokens or not self.routes:
             return
         with self._lock:
             now = self._clock()
             if now - self._marks[-1][0] >= EVERY_S:
                 self._mark(now)
-            start = self._ends[-1] if self._ends else 0
-            if start + num_tokens > WAITING:
-                self._count()
-                start = 0
-            self._read(start, start + num_tokens)
+            self._counts.add()
+            self._steps, self._tokens = self._steps + 1, self._tokens + num_tokens
             self._heard = now
 
     def total(self) -> Tally:
@@ -111,7 +104,7 @@ class LiveRouting:
         layers = tuple(
             LayerLoad(
                 layer=layer,
-                top_k=self._layers[layer].top_k,
+                top_k=self._counts.top_k[layer],
                 counts_E=counted.counts_E,
                 num_tokens=tally.tokens,
                 router_entropy=math.nan,
@@ -135,62 +128,16 @@ class LiveRouting:
         ]
         return {"steps": tally.steps, "tokens": tally.tokens, "layers": layers}
 
-    def _read(self, start: int, end: int) -> None:
-        read = self._engine.program.read_choices
-        for layer, counts in self._layers.items():
-            if end > len(counts.ids_NM):  # a step of more tokens than wait
-                counts.make_room(end)
-            read(layer, counts.ids_NM[start:end], counts.weights_NM[start:end])
-        self._ends.append(end)
-
     def _mark(self, now: float) -> None:
         """Keep the counts up to here under the time of the newest step: idle time belongs to no window."""
         self._marks.append((self._heard, self._tally()))
         while len(self._marks) > 1 and self._marks[1][0] <= now - LONGEST_S:
             self._marks.popleft()
 
-    def _count(self) -> None:
-        if not self._ends:
-            return
-        lengths_S = np.diff(self._ends, prepend=0)
-        step_of_N = np.repeat(np.arange(len(lengths_S)), lengths_S)
-        for counts in self._layers.values():
-            counts.add(step_of_N, len(lengths_S))
-        self._steps, self._tokens = self._steps + len(lengths_S), self._tokens + len(step_of_N)
-        self._ends.clear()
-
     def _tally(self) -> Tally:
-        self._count()
-        layers = {layer: LayerTally(counts.counts_E.copy(), counts.distinct) for layer, counts in self._layers.items()}
+        distinct = self._counts.distinct()
+        layers = {layer: LayerTally(counts_E, distinct[layer]) for layer, counts_E in self._counts.by_layer().items()}
         return Tally(self._steps, self._tokens, layers)
-
-
-class _LayerCounts:
-    """One layer's choices that wait, and what has been counted."""
-
-    def __init__(self, columns: int, num_experts: int, top_k: int) -> None:
-        self.num_experts, self.top_k, self.columns = num_experts, top_k, columns
-        self.counts_E, self.distinct = np.zeros(num_experts, np.int64), 0
-        self.make_room(WAITING)
-
-    def make_room(self, num_tokens: int) -> None:
-        """For so many tokens; nothing waits."""
-        self.ids_NM = np.empty((num_tokens, self.columns), np.int64)
-        self.weights_NM = np.empty((num_tokens, self.columns), np.float32)
-
-    def add(self, step_of_N: np.ndarray, num_steps: int) -> None:
-        """Count the choices that wait. Those of -1 (none) go to a place of their own."""
-        width = self.num_experts + 1
-        places_NM = self.ids_NM[: len(step_of_N)] + (step_of_N * width + 1)[:, None]
-        counts_SE = np.bincount(places_NM.reshape(-1), minlength=num_steps * width).reshape(num_steps, width)[:, 1:]
-        self.counts_E += counts_SE.sum(0)
-        self.distinct += int(np.count_nonzero(counts_SE))
-
-
-def _sizes(engine: Engine, layer: int) -> tuple[int, int]:
-    part = engine.config.layers[layer].feed_forward
-    assert isinstance(part, MoeConfig)
-    return part.num_experts, part.router.top_k
 
 
 def _layer_json(load: LayerLoad, distinct: int, steps: int) -> dict[str, Any]:

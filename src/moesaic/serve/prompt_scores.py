@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from moesaic.engine.program import Program
 from moesaic.serve.choosing import scored
 from moesaic.serve.request import PromptScored, TokenInfo
 
@@ -24,11 +25,12 @@ class PromptScores:
     def complete(self) -> bool:
         return len(self._tokens) == len(self._prompt_ids)
 
-    def add(self, start: int, logits_NV: Tensor) -> None:
+    def add(self, start: int, logits_NV: Tensor, program: Program | None = None) -> None:
         """Rows of the tokens from `start` on; those that were seen before are seen again after a preemption."""
         known = len(self._tokens)
-        for logits_V in logits_NV[known - 1 - start : len(self._prompt_ids) - 1 - start]:
-            self._tokens.append(scored(logits_V, self._prompt_ids[len(self._tokens)], self._count))
+        rows_V = list(logits_NV[known - 1 - start : len(self._prompt_ids) - 1 - start].numpy())
+        token_ids = self._prompt_ids[known : known + len(rows_V)]
+        self._tokens += scored(rows_V, token_ids, [self._count] * len(rows_V), program)
 
     def event(self) -> PromptScored:
         return PromptScored(tuple(self._tokens))

@@ -139,7 +139,7 @@ class Runner:
         turns, logits_NV, failed = self.stepping.run(turns)
         for turn, error in failed:
             self._fail(turn, error)
-        rows = list(_split(turns, logits_NV))
+        rows = _split(turns, logits_NV)
         chosen = self._choose(turns, rows, logits_NV)
         for turn, rows_NV, infos in zip(turns, rows, chosen, strict=True):
             if isinstance(turn.owner, Check):
@@ -212,14 +212,14 @@ class Runner:
             parts = [rows_NV[-len(of_turn) :] for rows_NV, of_turn in zip(rows, choices, strict=True) if of_turn]
             logits_NV = torch.cat(parts) if parts else logits_NV[:0]
         try:
-            infos = iter(choose(logits_NV, wanted) if wanted else ())
+            infos = iter(choose(logits_NV, wanted, self.engine.program) if wanted else ())
         except GenerationError:
             return [self._choose_alone(*each) for each in zip(turns, rows, choices, strict=True)]
         return [list(itertools.islice(infos, len(of_turn))) for of_turn in choices]
 
     def _choose_alone(self, turn: Turn, rows_NV: Tensor, choices: list[Row]) -> list[TokenInfo] | None:
         try:
-            return choose(rows_NV[-len(choices) :], choices) if choices else []
+            return choose(rows_NV[-len(choices) :], choices, self.engine.program) if choices else []
         except GenerationError as error:
             self._fail(turn, error)
             return None
@@ -235,7 +235,7 @@ class Runner:
             self._finish(running)
 
     def _score(self, running: Running, scores: PromptScores, turn: Turn, rows_NV: Tensor) -> None:
-        scores.add(turn.start, rows_NV)
+        scores.add(turn.start, rows_NV, self.engine.program)
         if scores.complete:
             self._heard.append(Heard(running.job.number, scores.event()))
             running.scores, running.job.scored = None, False
@@ -312,8 +312,6 @@ def _guided(turns: Sequence[Turn]) -> Iterator[tuple[Guide, Sequence[int]]]:
                 yield turn.owner.writing.guide, turn.drafts
 
 
-def _split(turns: Sequence[Turn], logits_NV: Tensor) -> Iterator[Tensor]:
-    first = 0
-    for turn in turns:
-        yield logits_NV[first : first + turn.num_rows]
-        first += turn.num_rows
+def _split(turns: Sequence[Turn], logits_NV: Tensor) -> Sequence[Tensor]:
+    """The rows of each turn."""
+    return logits_NV.split([turn.num_rows for turn in turns])

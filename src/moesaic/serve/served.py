@@ -14,6 +14,7 @@ from moesaic.serve.guidance import Guidance
 from moesaic.serve.kept_text import KeptText
 from moesaic.serve.live_routing import LiveRouting
 from moesaic.serve.request import Event, Request
+from moesaic.serve.seen import Stats
 from moesaic.serve.token_texts import TokenTexts
 
 
@@ -28,6 +29,10 @@ class Runs(Protocol):
         """The events of a request; leaving early cancels it. Raises GenerationError before the first."""
         ...
 
+    def stats(self) -> Stats:
+        """How its loop stands."""
+        ...
+
     async def close(self) -> None:
         """End all requests."""
         ...
@@ -36,7 +41,7 @@ class Runs(Protocol):
 class Served:
     """A model under a name. `desk` is there between `start` and `close`; created: seconds since 1970.
 
-    open_desk: called inside the running event loop.
+    open_desk: called inside the running event loop. routing: the load of its experts; None: it runs elsewhere.
     """
 
     def __init__(
@@ -64,8 +69,9 @@ class Served:
         routing = LiveRouting(engine)
 
         def open_desk() -> Desk:
-            desk = Desk(engine, KeptText(tokenizer), guidance=Guidance(tokenizer, engine.config.vocab_size))
-            desk.loop.listen(lambda _: routing.hear())
+            guidance = Guidance(tokenizer, engine.config.vocab_size)
+            desk = Desk(engine, KeptText(tokenizer), guidance=guidance)
+            desk.loop.listen(routing.hear)
             return desk
 
         return cls(

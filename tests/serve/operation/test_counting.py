@@ -16,6 +16,7 @@ from moesaic.serve.operation.notes import Notes, current
 from moesaic.serve.operation.observing import Exchange
 from moesaic.serve.operation.settings import Limits
 from moesaic.serve.request import Event, Finished, Progress, Request, TokenInfo, Usage
+from moesaic.serve.seen import Stats
 
 REQUEST = Request(prompt_ids=(1, 2, 3), max_new_tokens=3)
 
@@ -37,6 +38,9 @@ class FakeDesk:
             return
         yield Progress((TokenInfo(8), TokenInfo(9)), "bc")
         yield Finished("length", Usage(3, 3, cached_tokens=2))
+
+    def stats(self) -> Stats:
+        raise NotImplementedError
 
     async def close(self) -> None:
         self.closed = True

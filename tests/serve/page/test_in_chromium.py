@@ -6,7 +6,10 @@ from typing import Any
 
 import pytest
 
+from moesaic.serve.http.app import create_app
+from moesaic.serve.served import Models, Served
 from tests.chromium import background, launched, opened
+from tests.serve import tiny
 from tests.serve.page.scripted import LAYERS, Script, scripted_app, serving
 
 pytestmark = pytest.mark.slow
@@ -219,7 +222,7 @@ def test_the_map_and_the_strip_are_drawn_in_both_schemes(browser, scheme):
         assert (max(background(page)) < 60) == (scheme == "dark")
         drawn = "c => new Set(c.getContext('2d').getImageData(0, 0, c.width, c.height).data).size"
         assert page.locator("#map").evaluate(drawn) > 20
-        page.wait_for_function("document.querySelector('#strip').width > 0")
+        page.wait_for_selector("#strip[width]")
         page.locator("#map").hover(position={"x": 200, "y": 30})
         assert "× its fair share" in page.locator("#tip").inner_text()
         assert "25 %" in page.locator("#tiles").inner_text()
@@ -234,7 +237,8 @@ def test_a_phone_shows_one_side_at_a_time(browser):
         page.locator("#view-experts").tap()
         page.wait_for_selector("#map:visible")
         assert page.locator("#prompt").is_hidden()
-        page.wait_for_function("document.querySelector('#map').width > 200")
+        page.wait_for_selector("#map[width]")
+        assert page.locator("#map").evaluate("map => map.width") > 200
         page.locator("#view-chat").tap()
         assert page.locator("#prompt").is_visible()
 
@@ -359,3 +363,27 @@ def test_a_long_answer_does_not_slow_the_page(browser):
         changed = page.evaluate("window.changed")
         # Blocks once shown stay: in all, each paragraph is made a few times, not hundreds of times.
         assert sum(changed) < 4000 * 8
+
+
+def test_with_a_model_of_its_own(browser):
+    """The whole way: a served model, its chat, its experts, its live load."""
+    model = Served.of_engine("tiny", tiny.engine(), tiny.tokenizer())
+    with serving(create_app(Models([model]))) as url, opened(browser, url) as page:
+        page.wait_for_selector("#experts:visible")
+        page.locator("#settings summary").click()
+        page.locator("#fields [name=max_tokens]").fill("24")
+        ask(page, "the quick brown fox")
+        answer = answered(page, "24 tokens")
+        assert answer.locator("h3").first.inner_text() == "tiny"
+        answer.locator("button", has_text="Experts").click()
+        assert page.locator(".tokens span").count() == 24
+        assert page.locator(".tokens span.none").count() == 0
+        page.locator("#layer").select_option("1")
+        page.locator(".tokens").focus()
+        page.keyboard.press("ArrowRight")
+        ids = page.locator("#token li.here span").nth(1).inner_text().split(", ")
+        assert len(set(ids)) == 2 and all(0 <= int(expert) < 5 for expert in ids)
+        total = model.routing.total() if model.routing else None
+        assert total is not None and total.steps >= 24
+        # The newest window is told within half a second of the last token.
+        page.wait_for_selector(f"#tiles:has-text('{total.tokens} tok')")

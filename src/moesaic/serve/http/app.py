@@ -33,6 +33,7 @@ def create_app(served: Models, settings: HttpSettings | None = None) -> FastAPI:
     settings = settings or HttpSettings()
     app.state.models, app.state.settings = served, settings
     app.state.responses = ResponseStore(settings.stored_responses)
+    app.state.ending = lambda: False  # asked by what would otherwise go on for ever
     add_error_handlers(app)
     for router in ROUTERS:
         app.include_router(router)

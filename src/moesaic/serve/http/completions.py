@@ -15,7 +15,8 @@ from moesaic.serve.http.completion_types import CompletionAnswer, CompletionBody
 from moesaic.serve.http.declared import answers
 from moesaic.serve.http.logprobs import completion_logprobs, prompt_logprobs
 from moesaic.serve.http.prompts import Prompt
-from moesaic.serve.http.running import From, Outcome, check_ended_well, events_of, run_all, started
+from moesaic.serve.http.running import From, Outcome, check_ended_well, run_all, start
+from moesaic.serve.http.token_experts import token_experts
 from moesaic.serve.http.usage import Used
 from moesaic.serve.request import Finished, Progress, PromptScored, TokenInfo
 
@@ -27,7 +28,7 @@ async def complete(body: CompletionBody, http: HttpRequest, models: ServedModels
     """Go on with one or many prompts."""
     call = call_of(body, models.find(body.model), settings)
     if body.stream:
-        events = await started(events_of(call.served.desk, call.requests))
+        events = await start(call.served.desk, call.requests)
         return sse.stream(http.url.path, _chunks(call, events))
     outcomes = await run_all(http, call.served.desk, call.requests)
     return JSONResponse(_answer(call, outcomes))
@@ -117,7 +118,8 @@ class _Stream:
 
     def progress(self, event: Progress) -> bytes:
         logprobs = None if self.call.body.logprobs is None else self._logprobs(event.tokens)
-        return self.chunk(event.text, logprobs)
+        ends = self.call.requests[self.index].eos_token_ids
+        return self.chunk(event.text, logprobs, **token_experts(event, self.call.served.token_texts, ends))
 
     def _logprobs(self, tokens: Sequence[TokenInfo]) -> dict[str, list[Any]]:
         texts, offset = self.call.served.token_texts, self._offset

@@ -2,10 +2,10 @@
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Query, Response
+from fastapi import APIRouter, Query, Request, Response
 
 from moesaic.serve.http import sse
 from moesaic.serve.http.access import ServedModels
@@ -77,23 +77,37 @@ async def routing(
     "/v1/routing/stream", response_model=None, responses={200: {"content": {"text/event-stream": {}}}, **ERRORS}
 )
 async def routing_stream(
+    http: Request,
     models: ServedModels,
     model: Name = None,
     every: Annotated[float, Query(ge=0.1, le=60, allow_inf_nan=False)] = 0.5,
 ) -> Response:
-    """Server-sent events: first `total`, all since the start, then every so many seconds a `window` of what came since."""
+    """Server-sent events: `total`, all since the start, then every so many seconds a `window`: what came since."""
     served = _find(models, model)
-    return sse.stream("/v1/routing/stream", _events(served, _live(served), every))
+    return sse.stream(http.url.path, _events(served, _live(served), every, http.app.state.ending))
 
 
-async def _events(served: Served, live: LiveRouting, every: float) -> AsyncGenerator[bytes, None]:
+async def _events(
+    served: Served, live: LiveRouting, every: float, ending: Callable[[], bool]
+) -> AsyncGenerator[bytes, None]:
     before, at = live.total(), time.monotonic()
-    yield sse.named({"type": "total", **_head(served), "seconds": live.age_s, **live.to_json(before)})
-    while served.is_open:
+    total = {**_head(served), "seconds": round(live.age_s, 3), **live.to_json(before), "serving": _serving(served)}
+    yield sse.named({"type": "total", **total})
+    while served.is_open and not ending():
         await asyncio.sleep(every)
         now, then, at = live.total(), at, time.monotonic()
-        yield sse.named({"type": "window", "seconds": round(at - then, 3), **live.counts(now.less(before))})
+        told = {"seconds": round(at - then, 3), **live.counts(now.less(before)), "serving": _serving(served)}
+        yield sse.named({"type": "window", **told})
         before = now
+
+
+def _serving(served: Served) -> dict[str, Any]:
+    """Requests that run and wait, and the share of the cache that running ones hold."""
+    if not served.is_open:
+        return {}
+    stats = served.desk.stats()
+    used = stats.held_tokens / stats.cache_tokens if stats.cache_tokens else None
+    return {"running": stats.running, "waiting": stats.queued, "cache_used": used, "new_tokens": stats.new_tokens}
 
 
 def _find(models: Models, name: str | None) -> Served:

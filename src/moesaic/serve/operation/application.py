@@ -25,7 +25,8 @@ def create_application(
     limits = settings.limits
     most = {"max_choices": limits.choices, "default_max_tokens": limits.new_tokens}
     routes = create_app(fleet.models, HttpSettings(**most))
-    routes.include_router(probes(readiness, metrics))
+    routes.state.ending = lambda: readiness.state == "draining"
+    routes.include_router(probes(readiness, metrics, fleet))
     if settings.load_models:
         routes.include_router(loading(fleet))
     app: ASGIApp = LimitBody(routes, limits)

@@ -13,6 +13,7 @@ from moesaic.serve.operation.notes import Notes, current
 from moesaic.serve.operation.refusals import retry_after
 from moesaic.serve.operation.settings import Limits
 from moesaic.serve.request import Event, Finished, Progress, Request
+from moesaic.serve.seen import Stats
 from moesaic.serve.served import Runs
 
 _WEIGHT = 0.1  # of the newest request in the mean of their durations
@@ -79,6 +80,10 @@ class CountedRuns:
             self.inside -= 1
             if not refused:
                 self._pace.add(counts.over())
+
+    def stats(self) -> Stats:
+        """How the loop stands."""
+        return self.desk.stats()
 
     async def end(self) -> None:
         """End all requests, with what they have."""

@@ -10,7 +10,8 @@ from moesaic.serve.operation.refusals import refuse, retry_after
 
 State = Literal["loading", "ready", "draining"]
 _LAST_WORDS_S = 5.0
-_ALWAYS = frozenset({"/health", "/ready", "/metrics"})
+# The live load never ends by itself: nobody waits for it.
+_ALWAYS = frozenset({"/health", "/ready", "/metrics", "/v1/routing/stream"})
 
 
 class Readiness:

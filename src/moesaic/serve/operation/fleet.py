@@ -7,10 +7,14 @@ from moesaic.serve.desk import Desk
 from moesaic.serve.guidance import Guidance
 from moesaic.serve.http.errors import ApiError
 from moesaic.serve.kept_text import KeptText
+from moesaic.serve.live_routing import LiveRouting
+from moesaic.serve.loop import Loop
+from moesaic.serve.loop_settings import LoopSettings
 from moesaic.serve.operation.counting import CountedRuns
 from moesaic.serve.operation.metrics import Metrics, ModelState
 from moesaic.serve.operation.opening import Opened, open_aside, open_model
 from moesaic.serve.operation.settings import ModelSettings, ServeSettings
+from moesaic.serve.seen import Stats
 from moesaic.serve.served import Models, Served, UnknownModelError
 
 
@@ -24,12 +28,18 @@ class Fleet:
         self.settings, self.metrics, self._say = settings, metrics, say
         self.models = Models([])
         self._runs: dict[str, CountedRuns] = {}
+        self._loops: dict[str, Loop] = {}
         self._loading = asyncio.Lock()
 
     @property
     def states(self) -> Mapping[str, str]:
         """Of each model that there are settings for: "ready" or "unloaded"."""
         return {name: "ready" if name in self.models else "unloaded" for name in self.settings.models}
+
+    @property
+    def alive(self) -> bool:
+        """Whether every model that is loaded still runs."""
+        return all(loop.alive for loop in self._loops.values())
 
     async def start(self) -> None:
         """Load every model that is to be there from the start, with all processors: nobody is served yet."""
@@ -52,13 +62,15 @@ class Fleet:
             if self._known(name) and name in self.models:
                 if len(self.models) == 1:
                     raise ApiError(400, f"{name} is the only model that is loaded; load another first", param="model")
+                del self._loops[name]
                 await self._runs.pop(name).end()
                 await self.models.remove(name)
                 self.metrics.forget(name)
                 self._say(f"{name} is unloaded")
 
     async def end_all(self) -> None:
-        """Let all requests end with what they have."""
+        """Let all requests end with what they have; no more are run."""
+        self._loops.clear()
         await asyncio.gather(*(runs.end() for runs in self._runs.values()))
 
     def _known(self, name: str) -> bool:
@@ -68,30 +80,65 @@ class Fleet:
         return True
 
     async def _serve(self, name: str, settings: ModelSettings, opened: Opened) -> None:
+        engine, tokenizer, cache_tokens = opened
+        routing = LiveRouting(engine)
+
         def open_desk() -> CountedRuns:
-            decode = KeptText(opened.tokenizer)
+            decode = KeptText(tokenizer)
+            desk = Desk(
+                engine,
+                decode,
+                settings=_loop_settings(settings, cache_tokens),
+                guidance=Guidance(tokenizer, engine.config.vocab_size),
+            )
+            desk.loop.listen(routing.hear)
             runs = CountedRuns(
                 name,
-                Desk(opened.engine, decode, guidance=Guidance(opened.tokenizer, opened.engine.config.vocab_size)),
+                desk,
                 limits=self.settings.limits,
                 together=settings.max_running,
                 metrics=self.metrics,
                 decode=decode if self.settings.log.prompts else None,
             )
-            self._runs[name] = runs
-            self.metrics.watch(name, lambda: _state_of(runs, settings.max_running))
+            self._runs[name], self._loops[name] = runs, desk.loop
+            self.metrics.watch(name, lambda: _state_of(desk.loop.stats()), routing)
             return runs
 
         await self.models.add(
             Served(
                 name,
-                tokenizer=opened.tokenizer,
-                config=opened.engine.config,
-                max_length=opened.engine.max_length,
+                tokenizer=tokenizer,
+                config=engine.config,
+                max_length=min(engine.max_length, cache_tokens),
                 open_desk=open_desk,
+                routing=routing,
             )
         )
 
 
-def _state_of(runs: CountedRuns, together: int) -> ModelState:
-    return ModelState(min(runs.inside, together), max(0, runs.inside - together))
+def _loop_settings(settings: ModelSettings, cache_tokens: int) -> LoopSettings:
+    return LoopSettings(
+        cache_tokens=cache_tokens,
+        step_tokens=settings.step_tokens,
+        max_running=settings.max_running,
+        share_prefixes=settings.share_prefixes,
+        verify_hits=settings.verify_hits,
+    )
+
+
+def _state_of(stats: Stats) -> ModelState:
+    return ModelState(
+        running=stats.running,
+        waiting=stats.queued,
+        cache_used=stats.held_tokens / stats.cache_tokens,
+        cache_kept=stats.kept_tokens / stats.cache_tokens,
+        prefix_hits=stats.hits,
+        prefix_mismatches=stats.mismatches,
+        preemptions=stats.preemptions,
+        evictions=stats.evictions,
+        drafted=stats.drafted,
+        accepted=stats.accepted,
+        steps=stats.steps,
+        engine_seconds=stats.engine_s,
+        busy_seconds=stats.busy_s,
+    )

@@ -1,6 +1,6 @@
 """Opening a model for serving: what it will take of memory, then the engine and the tokenizer.
 
-A further model beside one that is asked is packed by a process of its own, one thread at the lowest priority, and then
+A further model beside one that is asked is packed by a process of its own, one thread at a low priority, and then
 mapped into this one: no thread here waits for a lock or a processor that packing holds.
 """
 
@@ -25,22 +25,26 @@ from moesaic.errors import ConfigError
 from moesaic.hub.embedded import cache_folder
 from moesaic.hub.resolve import weights_place
 from moesaic.hub.sources import open_source
-from moesaic.serve.operation.settings import ModelSettings
+from moesaic.serve.operation.settings import ModelSettings, parse_bytes
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 _PACK = "import sys; from moesaic.serve.operation.packing_aside import main; sys.exit(main(sys.argv[1], sys.argv[2]))"
 
 
 class Opened(NamedTuple):
+    """cache_tokens: that the engine's cache is to hold."""
+
     engine: Engine
     tokenizer: Tokenizer
+    cache_tokens: int
 
 
 class Needs(NamedTuple):
-    """Bytes: of the weights packed, of the keys and values of a token, and what is free (None: unknown)."""
+    """Bytes of the weights packed, and of the cache; cache_tokens: that it holds; free: bytes (None: unknown)."""
 
     weights: int
-    per_token: int
+    cache: int
+    cache_tokens: int
     free: int | None
 
 
@@ -49,20 +53,28 @@ def needs_of(settings: ModelSettings) -> Needs:
 
     Raises CheckpointError or ConfigError for a model that is not there or cannot be run.
     """
+    importlib.import_module("moesaic.tune.upcycle")  # makes known the preset whose weights it makes
     weights = FileWeights(open_source(weights_place(settings.path)))
     dtype = _dtype(settings) or weights.dtype
     precision = Precision(bits=settings.bits, experts_bits=settings.experts_bits, dtype=_dtype(settings))  # pyright: ignore[reportArgumentType]
-    size = 2 if settings.bits is not None or dtype.itemsize == 2 else 4
-    return Needs(
-        packed_bytes(weights.config, precision, dtype.itemsize, weights.coded),
-        weights.config.state_bytes_per_token(size),
-        available_bytes(),
-    )
+    in_bf16 = settings.bits is not None or dtype == torch.bfloat16
+    element_bytes = 4 if settings.cache_format == "fp32" or not (in_bf16 or settings.cache_format) else 2
+    per_token = weights.config.state_bytes_per_token(element_bytes)
+    tokens = cache_tokens(settings, per_token)
+    packed = packed_bytes(weights.config, precision, dtype.itemsize, weights.coded)
+    return Needs(packed, tokens * per_token, tokens, available_bytes())
+
+
+def cache_tokens(settings: ModelSettings, bytes_per_token: float) -> int:
+    """How many tokens the cache is to hold."""
+    if isinstance(settings.cache, int):
+        return settings.cache
+    return max(1, int(parse_bytes("cache", settings.cache) / bytes_per_token))
 
 
 def open_model(settings: ModelSettings, packed_file: Path | None = None, threads: int | None = None) -> Opened:
     """The engine and the tokenizer. Raises MoesaicError for a model that is not there or cannot be run."""
-    importlib.import_module("moesaic.tune.upcycle")  # makes known the preset whose weights it makes
+    importlib.import_module("moesaic.tune.upcycle")
     tokenizer = open_tokenizer(settings.path)
     engine = Engine(
         settings.path,
@@ -71,9 +83,10 @@ def open_model(settings: ModelSettings, packed_file: Path | None = None, threads
         dtype=_dtype(settings),
         threads=threads or settings.threads,
         max_length=settings.max_length,
+        cache_format=settings.cache_format,
         packed_file=packed_file,
     )
-    return Opened(engine, tokenizer)
+    return Opened(engine, tokenizer, cache_tokens(settings, engine.cache.bytes_per_token))
 
 
 async def open_aside(settings: ModelSettings) -> Opened:

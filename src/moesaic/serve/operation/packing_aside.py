@@ -1,4 +1,4 @@
-"""A process that packs a model into a file while a server beside it goes on: one thread, at the lowest priority."""
+"""A process that packs a model into a file while a server beside it goes on: one thread, at a low priority."""
 
 import json
 import os
@@ -7,12 +7,13 @@ from pathlib import Path
 
 from moesaic.errors import MoesaicError
 
-LOWEST = 19
+# A tenth of a processor beside threads that want all of it; at 19, the lowest, it would be a seventieth.
+NICE = 10
 
 
 def main(settings: str, file: str) -> int:
     """Pack the model of these settings (JSON). Returns the exit code; what is wrong is the last line on stderr."""
-    os.nice(LOWEST)
+    os.nice(NICE)
     import torch
 
     from moesaic.serve.operation.opening import open_model

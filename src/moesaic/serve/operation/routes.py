@@ -13,7 +13,7 @@ from moesaic.serve.operation.metrics import CONTENT_TYPE, Metrics
 
 
 class Health(Answer):
-    status: Literal["ok"]
+    status: Literal["ok", "failed"]
 
 
 class Ready(Answer):
@@ -28,14 +28,14 @@ class ModelStates(Answer):
     models: dict[str, Literal["ready", "unloaded"]]
 
 
-def probes(readiness: Readiness, metrics: Metrics) -> APIRouter:
+def probes(readiness: Readiness, metrics: Metrics, fleet: Fleet) -> APIRouter:
     """/health, /ready and /metrics."""
     router = APIRouter()
 
-    @router.get("/health", response_model=Health)
-    async def health() -> dict[str, str]:
-        """The process is alive, whatever else it does."""
-        return {"status": "ok"}
+    @router.get("/health", response_model=Health, responses={503: {"model": Health}})
+    async def health() -> JSONResponse:
+        """The process is alive, and so is every model that it has loaded; else it should be started anew."""
+        return JSONResponse({"status": "ok"}) if fleet.alive else JSONResponse({"status": "failed"}, 503)
 
     @router.get("/ready", response_model=Ready, responses={503: {"model": Ready}})
     async def ready() -> JSONResponse:

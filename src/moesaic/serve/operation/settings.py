@@ -15,10 +15,10 @@ _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "
 class ModelSettings:
     """One model, and how it runs.
 
-    path: what `Engine` takes. bits, experts_bits, dtype, threads, max_length: the engine's. cache: the most that texts
-    may keep, in tokens (a number) or bytes ("4GiB"); None: what the default is. max_running: requests in one step.
-    step_tokens: of all requests together in one step. at_start: load it when the server starts; else when a client says
-    so (see `load_models`).
+    path: what `Engine` takes. bits, experts_bits, dtype, threads, max_length, cache_format: the engine's. cache: room
+    for texts and for prefixes, taken at once: tokens (a number) or bytes ("4GiB"). max_running: requests in one step.
+    step_tokens: of all requests together in one step. share_prefixes, verify_hits: see `LoopSettings`. at_start: load
+    it when the server starts; else when a client says so (see `load_models`).
     """
 
     path: str
@@ -27,9 +27,12 @@ class ModelSettings:
     dtype: Literal["fp32", "bf16"] | None = None
     threads: int | None = None
     max_length: int | None = None
-    cache: int | str | None = None
+    cache: int | str = 65_536
+    cache_format: Literal["fp32", "bf16", "int8"] | None = None
     max_running: int = 32
     step_tokens: int = 256
+    share_prefixes: bool = True
+    verify_hits: float = 0.0
     at_start: bool = True
 
     def __post_init__(self) -> None:
@@ -42,7 +45,7 @@ class ModelSettings:
         _require_positive(self, "threads", "max_length", "max_running", "step_tokens")
         if isinstance(self.cache, str):
             parse_bytes("cache", self.cache)
-        elif self.cache is not None and self.cache < 1:
+        elif self.cache < 1:
             raise ConfigError(f'cache={self.cache}; give tokens, or bytes such as "4GiB"')
 
 

@@ -15,7 +15,7 @@ from moesaic.engine.cache import Text
 from moesaic.engine.engine import Engine, in_steps
 from moesaic.engine.speculative import draft
 from moesaic.errors import ConfigError
-from moesaic.serve.choosing import Row, chosen_id
+from moesaic.serve.choosing import Row, chosen_ids
 from moesaic.serve.speculation.drafter import Drafter, Wanted
 from moesaic.serve.writing import Writing
 
@@ -49,9 +49,10 @@ class ModelDrafter(Drafter):
         going = [index for index, room in enumerate(rooms) if room > 0]
         while going:
             logits_NV = self._run([(texts[index], new[index]) for index in going])
-            for logits_V, index in zip(logits_NV.numpy(), going, strict=True):
-                drafts[index].append(chosen_id(logits_V, Row(wanted[index].writing, drafts[index])))
-                new[index] = drafts[index][-1:]
+            rows = [Row(wanted[index].writing, drafts[index]) for index in going]
+            for token, index in zip(chosen_ids(logits_NV, rows, self.engine.program), going, strict=True):
+                drafts[index].append(token)
+                new[index] = [token]
             going = [index for index in going if len(drafts[index]) < rooms[index]]
         return drafts
 
@@ -108,7 +109,7 @@ class AheadDrafter(Drafter):
     def propose(self, wanted: Sequence[Wanted]) -> list[list[int]]:
         def choose(logits_NV: Tensor, drafts: Sequence[Sequence[int]]) -> list[int]:
             rows = [Row(each.writing, drafted) for each, drafted in zip(wanted, drafts, strict=True)]
-            return [chosen_id(logits_V, row) for logits_V, row in zip(logits_NV.numpy(), rows, strict=True)]
+            return chosen_ids(logits_NV, rows, self.engine.program)
 
         found = draft(self.engine, [(each.text, each.writing.token_ids) for each in wanted], choose)
         return [drafts[: each.room] for drafts, each in zip(found, wanted, strict=True)]
