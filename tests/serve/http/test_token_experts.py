@@ -11,8 +11,12 @@ from tests.serve.http.conftest import MODEL
 def streamed(client, kind: str, **options):
     if kind == "chat":
         messages = [{"role": "user", "content": "the quick"}]
-        return client.chat.completions.create(model=MODEL, messages=messages, stream=True, max_tokens=9, **options)
-    return client.completions.create(model=MODEL, prompt="the quick", stream=True, max_tokens=9, **options)
+        return client.chat.completions.create(
+            model=MODEL, messages=messages, stream=True, max_tokens=9, temperature=0, **options
+        )
+    return client.completions.create(
+        model=MODEL, prompt="the quick", stream=True, max_tokens=9, temperature=0, **options
+    )
 
 
 def told(chunks) -> tuple[list[str], dict[str, list[list[int]]], str]:

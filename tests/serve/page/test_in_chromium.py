@@ -372,6 +372,7 @@ def test_with_a_model_of_its_own(browser):
         page.wait_for_selector("#experts:visible")
         page.locator("#settings summary").click()
         page.locator("#fields [name=max_tokens]").fill("24")
+        page.locator("#fields [name=temperature]").fill("0")
         ask(page, "the quick brown fox")
         answer = answered(page, "24 tokens")
         assert answer.locator("h3").first.inner_text() == "tiny"
