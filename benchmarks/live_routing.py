@@ -38,7 +38,7 @@ MODEL: dict[str, Any] = {
     "bos_token_id": None,
     "eos_token_id": None,
 }
-STEPS = 32  # a sample
+STEPS = 8  # a sample
 ASK_EVERY_S = 0.5
 LONGEST = 900
 
