@@ -40,7 +40,10 @@ from moesaic.plan.kernels import Curve, KernelRates
 ROWS = (1, 4, 8, 16, 32, 64, 128, 256, 512)
 WAITING_ROWS = 128
 """Up to so many rows of a step products may wait for memory; beyond them they compute."""
-ROUNDS = 4
+ROUNDS = 5
+_SUSTAINED = 0.1
+"""Seconds for which a step is repeated at the least: what a processor does in its first milliseconds it may not keep
+up. Medians are taken all over, as cells that are foretold are judged by them, too."""
 _SHORT, _LONG, _TEXTS, _PIECE = 64, 1024, 4, 512
 
 
@@ -139,7 +142,7 @@ class _Bench:
             yield kind, packing, _curve(part, cold, hot, self.usual)
 
     def _cold(self, engine: Engine, rows: int) -> Cold:
-        """A step that finds nothing in the caches: of a few that whose bytes took least of the memory's bandwidth."""
+        """A step that finds nothing in the caches: of a few the middle one by the bandwidth it took."""
 
         def once() -> Cold:
             return Cold(parts=_parts_of_step(engine, rows), bandwidth=self.probe.bandwidth(self.flood))
@@ -148,7 +151,7 @@ class _Bench:
         _parts_of_step(engine, rows)  # buffers grow
         self.probe.bandwidth(self.flood)
         samples = [once() for _ in range(ROUNDS)]
-        return min(samples, key=lambda sample: sum(sample.parts.values()) * sample.bandwidth)
+        return sorted(samples, key=lambda sample: sum(sample.parts.values()) * sample.bandwidth)[ROUNDS // 2]
 
     def small_parts(self) -> dict[str, Any]:
         """Seconds of what is no product with weights, for each number that it touches."""
@@ -197,10 +200,12 @@ def _times(engine: Engine) -> dict[str, float]:
 
 
 def _repeated(engine: Engine, rows: int) -> dict[str, float]:
-    """The least that each part takes in a few steps, which find in the caches what fits there."""
+    """What each part takes in steps one after the other, which find in the caches what fits there."""
     _parts_of_step(engine, rows)
-    samples = [_parts_of_step(engine, rows) for _ in range(6 if rows <= WAITING_ROWS else 2)]
-    return {part: min(sample[part] for sample in samples) for part in samples[0]}
+    samples, started = [], time.perf_counter()
+    while len(samples) < 3 or time.perf_counter() - started < _SUSTAINED:
+        samples.append(_parts_of_step(engine, rows))
+    return {part: statistics.median(sample[part] for sample in samples) for part in samples[0]}
 
 
 def _curve(part: str, cold: dict[int, Cold], hot: dict[int, dict[str, float]], usual: float) -> Curve:
@@ -251,7 +256,7 @@ def _attention_seconds(engine: Engine, length: int) -> float:
             engine.cache.cut(text, length)
     for text in texts:
         engine.free(text)
-    return min(samples)
+    return statistics.median(samples)
 
 
 def _prompt_scores(engine: Engine) -> tuple[float, float]:
@@ -272,7 +277,7 @@ def _prompt_seconds(engine: Engine, length: int) -> float:
         engine.step([Piece(text, [1] * length, "none")])
         samples.append(_times(engine)["attention"])
         engine.free(text)
-    return min(samples)
+    return statistics.median(samples)
 
 
 def _widths(engine: Engine) -> tuple[float, float]:
@@ -299,23 +304,23 @@ def _outside(engine: Engine) -> tuple[float, float]:
             engine.free(text)
         return seconds
 
-    one, many = (min(once(count) for _ in range(15)) for count in (1, 17))
+    one, many = (statistics.median(once(count) for _ in range(15)) for count in (1, 17))
     return one, max(0.0, many - one) / 16
 
 
 def _seconds_of_a_logit() -> float:
     logits, greedy = torch.zeros(16, 32768), Sampling()
     generator = greedy.generator()
-    return _best(lambda: sample(logits, greedy, generator)) / logits.numel()
+    return _usual(lambda: sample(logits, greedy, generator)) / logits.numel()
 
 
-def _best(run: Callable[[], object]) -> float:
+def _usual(run: Callable[[], object]) -> float:
     times = []
     for _ in range(9):
         start = time.perf_counter()
         run()
         times.append(time.perf_counter() - start)
-    return min(times)
+    return statistics.median(times)
 
 
 def _cache_curve(probe: WatchedProbe) -> tuple[list[float], list[float]]:
