@@ -8,12 +8,20 @@ namespace {
 
 constexpr int heads_in_slot = 28, heads_out_slot = 29, offsets_slot = 30;
 
-// Groups, key and value size, and whether values are the keys' beginnings: CacheShape in Python.
-using ShapeTuple = std::tuple<int64_t, int64_t, int64_t, bool>;
+// Groups, key and value size, whether values are the keys' beginnings, and whether another section takes these rows:
+// CacheShape in Python.
+using ShapeTuple = std::tuple<int64_t, int64_t, int64_t, bool, bool>;
 
 PagedCache cache_of(const ShapeTuple &shape) {
-    const auto &[groups, key_dim, value_dim, shared] = shape;
-    return {nullptr, nullptr, false, 0, groups, key_dim, value_dim, shared};
+    const auto &[groups, key_dim, value_dim, shared, taken] = shape;
+    return {nullptr, nullptr, CacheFormat::fp32, 0, groups, key_dim, value_dim, shared, taken};
+}
+
+void hold_in(PagedCache &cache, const std::string &format) {
+    if (format != "fp32" && format != "bf16" && format != "int8")
+        refuse("format", "is " + format + "; it must be fp32, bf16 or int8");
+    if (format == "fp32") cache.format = CacheFormat::fp32;
+    else cache.format = format == "bf16" || cache.taken ? CacheFormat::bf16 : CacheFormat::int8;
 }
 
 // Program::set_caches hands over the memory of the cache of this number, of which the shape is known from now on.
@@ -88,7 +96,7 @@ void attend(Program &program, const Label &label, Place queries, Place keys, Pla
 // A row's first numbers go into a cache that is made as one of shared latents.
 void keep(Program &program, const Label &label, Place from, int64_t number, const ShapeTuple &cache_shape) {
     const PagedCache shape = cache_of(cache_shape);
-    if (!shape.shared || shape.num_groups != 1) refuse("shape", "is not one row for each token");
+    if (!shape.shared || !shape.taken || shape.num_groups != 1) refuse("shape", "is not one row to take for each token");
     check_place("source", program, from, shape.key_dim);
     program.add_step({label.part, label.layer, -1, 0, 0, [=](const Batch &batch, Program &p) {
         const PagedCache &cache = p.caches().at(static_cast<size_t>(number));
@@ -103,37 +111,39 @@ void take_rows(const PagedCache &cache, const Batch &batch, const RowsOf &to, fl
     for (int64_t t = 0; t < batch.tokens; ++t) {
         const int64_t position = batch.positions[t], place = position % block_tokens;
         const int64_t block = batch.tables[batch.text_of[t] * batch.table_width + position / block_tokens];
-        const T *row = static_cast<const T *>(cache.keys) + (block * block_tokens + place) * cache.value_pitch();
+        const T *row = reinterpret_cast<const T *>(cache.key_tile(block, 0)) + place * cache.value_pitch();
         for (int64_t i = 0; i < cache.key_dim; ++i) to.row(t)[i] = widened(row[i]) * multiplier;
     }
 }
 
 // What `keep` kept of the same places, times a multiplier.
 void take(Program &program, const Label &label, int64_t number, Place to, float multiplier) {
-    if (number < 0 || number >= static_cast<int64_t>(program.caches().size())) refuse("cache", "is kept by no step");
+    const auto caches = static_cast<int64_t>(program.caches().size());
+    if (number < 0 || number >= caches || !program.caches()[static_cast<size_t>(number)].taken)
+        refuse("cache", "is kept by no step");
     const int64_t size = program.caches()[static_cast<size_t>(number)].key_dim;
     check_place("target", program, to, size);
     program.add_step({label.part, label.layer, to.buffer, to.offset, size, [=](const Batch &batch, Program &p) {
         const PagedCache &cache = p.caches().at(static_cast<size_t>(number));
         const RowsOf rows = p.rows(to.buffer, to.offset);
-        if (cache.is_bf16) take_rows<bf16>(cache, batch, rows, multiplier);
+        if (cache.format == CacheFormat::bf16) take_rows<bf16>(cache, batch, rows, multiplier);
         else take_rows<float>(cache, batch, rows, multiplier);
     }});
 }
 
 // (bytes of keys, bytes of values) of one block.
-std::tuple<int64_t, int64_t> block_bytes(const ShapeTuple &shape, bool in_bf16) {
+std::tuple<int64_t, int64_t> block_bytes(const ShapeTuple &shape, const std::string &format) {
     PagedCache cache = cache_of(shape);
-    cache.is_bf16 = in_bf16;
+    hold_in(cache, format);
     return {cache.key_block_bytes(), cache.value_block_bytes()};
 }
 
-void set_caches(Program &program, const std::vector<std::tuple<Array, Array>> &layers, bool in_bf16) {
+void set_caches(Program &program, const std::vector<std::tuple<Array, Array>> &layers, const std::string &format) {
     if (layers.size() != program.caches().size()) refuse("layers", "are not as many as there are caches");
     for (size_t i = 0; i < layers.size(); ++i) {
         const auto &[keys, values] = layers[i];
         PagedCache &cache = program.caches()[i];
-        cache.is_bf16 = in_bf16;
+        hold_in(cache, format);
         cache.num_blocks = size(keys, 0);
         check("keys", keys, {Kind::u8}, {cache.num_blocks, cache.key_block_bytes()});
         check("values", values, {Kind::u8}, {cache.num_blocks, cache.value_block_bytes()});
@@ -155,9 +165,9 @@ void bind_attention_steps(nb::class_<Program> &program) {
              nb::arg("chunk"), nb::arg("scale"), nb::arg("sinks").none())
         .def("keep", &keep, nb::arg("label"), nb::arg("source"), nb::arg("cache"), nb::arg("shape"))
         .def("take", &take, nb::arg("label"), nb::arg("cache"), nb::arg("target"), nb::arg("multiplier"))
-        .def("set_caches", &set_caches, nb::arg("layers"), nb::arg("in_bf16"),
+        .def("set_caches", &set_caches, nb::arg("layers"), nb::arg("format"),
              "Keys and values, uint8 [blocks, bytes of one], of every cache. They stay the caller's.")
-        .def_static("cache_block_bytes", &block_bytes, nb::arg("shape"), nb::arg("in_bf16"));
+        .def_static("cache_block_bytes", &block_bytes, nb::arg("shape"), nb::arg("format"));
     program.attr("block_tokens") = block_tokens;
 }
 

@@ -8,18 +8,33 @@ namespace {
 
 using Optional = std::optional<Array>;
 
+// Numbers of 8 bits, and their scales behind them, come as bytes: [blocks, groups, bytes], or [blocks, bytes] of a
+// shared latent.
+void check_rounded(PagedCache &cache, const Array &keys, const Optional &values) {
+    if (cache.shared) return check("keys", keys, {Kind::u8}, {any, cache.key_tile_bytes()});
+    check("keys", keys, {Kind::u8}, {any, any, cache.key_tile_bytes()});
+    cache.num_groups = size(keys, 1);
+    check("values", *values, {Kind::u8}, {size(keys, 0), cache.num_groups, cache.value_tile_bytes()});
+}
+
+void check_floats(PagedCache &cache, const Array &keys, const Optional &values) {
+    if (cache.shared) return check("keys", keys, floats, {any, block_tokens, cache.value_pitch()});
+    check("keys", keys, floats, {any, any, cache.key_dim, block_tokens});
+    cache.num_groups = size(keys, 1);
+    check("values", *values, {kind_of(keys)}, {size(keys, 0), cache.num_groups, block_tokens, cache.value_pitch()});
+}
+
 PagedCache check_cache(const Array &keys, const Optional &values, int64_t key_dim, int64_t value_dim) {
-    PagedCache cache{keys.data(), nullptr, is(keys, Kind::bf16), 0, 1, key_dim, value_dim, !values.has_value()};
+    const CacheFormat format = is(keys, Kind::u8)     ? CacheFormat::int8
+                               : is(keys, Kind::bf16) ? CacheFormat::bf16
+                                                      : CacheFormat::fp32;
+    PagedCache cache{keys.data(), nullptr, format, 0, 1, key_dim, value_dim, !values.has_value()};
     if (key_dim < 1 || value_dim < 1) refuse("key_dim", "and value_dim must be 1 or more");
-    if (cache.shared) {
-        if (value_dim > key_dim) refuse("value_dim", "is more than key_dim; shared values are a part of the keys");
-        check("keys", keys, floats, {any, block_tokens, cache.value_pitch()});
-    } else {
-        check("keys", keys, floats, {any, any, key_dim, block_tokens});
-        cache.num_groups = size(keys, 1);
-        check("values", *values, {kind_of(keys)}, {size(keys, 0), cache.num_groups, block_tokens, cache.value_pitch()});
-        cache.values = values->data();
-    }
+    if (cache.shared && value_dim > key_dim)
+        refuse("value_dim", "is more than key_dim; shared values are a part of the keys");
+    if (format == CacheFormat::int8) check_rounded(cache, keys, values);
+    else check_floats(cache, keys, values);
+    if (values) cache.values = values->data();
     cache.num_blocks = size(keys, 0);
     return cache;
 }

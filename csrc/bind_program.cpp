@@ -43,6 +43,16 @@ std::optional<Found> run_checked(Program &program, const Array &token_ids, const
     return Found{found.part, found.layer, found.row, found.experts};
 }
 
+// Copies what the newest batch's first tokens have in a buffer, as wide as `out` is.
+void read_rows(Program &program, const Place &from, const Array &out) {
+    check("out", out, {Kind::f32}, {any, any});
+    check_place("source", program, from, size(out, 1));
+    if (size(out, 0) > program.room()) refuse("out", "has more rows than the newest batch had");
+    const RowsOf rows = program.rows(from.buffer, from.offset);
+    for (int64_t t = 0; t < size(out, 0); ++t)
+        std::memcpy(data<float>(out) + t * size(out, 1), rows.row(t), static_cast<size_t>(size(out, 1)) * 4);
+}
+
 std::vector<std::tuple<std::string, int64_t, double>> times(const Program &program) {
     std::vector<std::tuple<std::string, int64_t, double>> all;
     for (const Step &step : program.steps()) all.emplace_back(step.part, step.layer, step.seconds);
@@ -74,6 +84,8 @@ void bind_program(nb::module_ &m) {
         .def("run_checked", &run_checked, nb::arg("token_ids"), nb::arg("positions"), nb::arg("text_of"),
              nb::arg("tables"), nb::arg("output_rows"), nb::arg("logits"), nb::arg("section") = 0,
              "As run; the part, layer, row and experts of the first number that is not finite, or None.")
+        .def("read_rows", &read_rows, nb::arg("source"), nb::arg("out"),
+             "Copy what the newest batch's tokens have in a buffer.")
         .def("times", &times, "Part, layer and seconds of every step since `reset_times`.")
         .def("reset_times", &Program::reset_times)
         .def_prop_ro("threads", &Program::threads)

@@ -11,6 +11,7 @@ void bind_probe(nb::module_ &m);
 void bind_route(nb::module_ &m);
 void bind_program(nb::module_ &m);
 void bind_paged_attention(nb::module_ &m);
+void bind_draw(nb::module_ &m);
 }
 
 namespace {
@@ -362,5 +363,6 @@ NB_MODULE(_native, m) {
     m.def("silu_mul_grad", &bound_silu_mul_grad, nb::arg("dy"), nb::arg("gate_up"), nb::arg("d_gate_up"),
           nb::arg("threads"));
     bind_paged_attention(m);
+    bind_draw(m);
     bind_packed(m);
 }

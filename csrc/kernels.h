@@ -125,6 +125,9 @@ struct Kernels {
     void (*paged_attention)(const PagedCache &cache, const PagedTokens &tokens, const PagedSight &sight, const float *q,
                             int64_t q_stride, float *out, int64_t out_stride, int threads);
     void (*pack)(const PackSource &source, const PackedShape &shape, int64_t matrices, uint8_t *out, int threads);
+    // Of each draw_block logits (draw.h): the greatest; weights e^((logit - greatest) * factor), and their sums.
+    void (*greatest_logits)(const float *logits, int64_t size, float *greatest);
+    void (*weigh_logits)(const float *logits, int64_t size, float greatest, float factor, float *weights, double *sums);
 
     const Typed<float> &of(const float *) const { return f32; }
     const Typed<bf16> &of(const bf16 *) const { return b16; }

@@ -126,7 +126,7 @@ void weights_of(const State &state, const Visit &visit, int64_t heads) {
 }
 
 template <class T>
-void score(const State &state, int64_t first, int64_t end, const T *keys) {
+void score(const State &state, int64_t first, int64_t end, const Keys<T> &keys) {
     by_rows(first, end, [&](int64_t row, auto rows) {
         score_tile<rows.count>(state.q + row * state.key_dim, state.key_dim, keys, state.scores + row * block_tokens);
     });
@@ -134,11 +134,11 @@ void score(const State &state, int64_t first, int64_t end, const T *keys) {
 
 // Tokens that see the same of a tile are weighed together.
 template <class T>
-void weigh(const State &state, const Visit &visit, int64_t heads, const T *values, int64_t pitch) {
+void weigh(const State &state, const Visit &visit, int64_t heads, const Values<T> &values) {
     for (int64_t token = visit.first, next; token < visit.end; token = next) {
         const Span seen = visit.seen(token);
         for (next = token + 1; next < visit.end && visit.seen(next) == seen;) ++next;
-        const Weighing<T> weighing{values, pitch, state.columns, seen};
+        const Weighing<T> weighing{values, state.columns, seen};
         by_rows(token * heads, next * heads, [&](int64_t row, auto rows) {
             weigh_tile<rows.count>(weighing, state.scores + row * block_tokens, state.factors + row,
                                    state.out + row * state.columns);
@@ -146,25 +146,69 @@ void weigh(const State &state, const Visit &visit, int64_t heads, const T *value
     }
 }
 
+// Room for a tile in floats.
+struct Room {
+    float *keys, *values, *key_scales, *value_scales;
+
+    explicit Room(const PagedCache &cache) {
+        const int64_t values_size = block_tokens * cache.value_pitch(), scales = cache.key_scales();
+        const int64_t size = cache.key_numbers() + values_size + scales + cache.value_scales();
+        keys = static_cast<float *>(scratch(tile_slot, size * 4));
+        values = keys + cache.key_numbers();
+        key_scales = values + values_size;
+        value_scales = key_scales + scales;
+    }
+};
+
+// Scales behind a tile's numbers, as floats.
+const float *scales_behind(const int8_t *numbers, int64_t count, int64_t scales, float *to) {
+    const bf16 *from = reinterpret_cast<const bf16 *>(numbers + count);
+    for (int64_t i = 0; i < scales; i += Vec::lanes) store(to + i, load(from + i));
+    return to;
+}
+
+template <class T>
+Keys<T> keys_of(const PagedCache &cache, const uint8_t *tile, const Room &room) {
+    const T *numbers = reinterpret_cast<const T *>(tile);
+    if constexpr (sizeof(T) == 1)
+        return {numbers, scales_behind(numbers, cache.key_numbers(), cache.key_scales(), room.key_scales)};
+    else return {numbers};
+}
+
+template <class T>
+Values<T> values_of(const PagedCache &cache, const uint8_t *tile, const Room &room) {
+    const T *numbers = reinterpret_cast<const T *>(tile);
+    if constexpr (sizeof(T) == 1)
+        return {numbers, cache.value_pitch(),
+                scales_behind(numbers, cache.value_numbers(), cache.value_scales(), room.value_scales)};
+    else return {numbers, cache.value_pitch()};
+}
+
+// Keys that are values, too.
+template <class T>
+Values<T> latents_of(const PagedCache &cache, const Keys<T> &keys) {
+    if constexpr (sizeof(T) == 1) return {keys.numbers, cache.value_pitch(), keys.scales};
+    else return {keys.numbers, cache.value_pitch()};
+}
+
+// Rows from which on a tile is worth being widened first: 8 bits take more to widen, so that doing it twice is too much.
+template <class T>
+constexpr int64_t many_rows = sizeof(T) == 1 ? row_tile + 1 : 2 * row_tile;
+
 template <class T>
 void look_at(const PagedCache &cache, const State &state, const Visit &visit, const Item &item, int64_t block) {
-    const int64_t tile = block * cache.num_groups + item.group, pitch = cache.value_pitch();
     const int64_t first = visit.first * item.heads, end = visit.end * item.heads;
-    const bool widen = end - first >= 2 * row_tile;
-    float *room = static_cast<float *>(scratch(tile_slot, (cache.key_tile() + block_tokens * pitch) * 4));
-    float *values_room = room + cache.key_tile();
-    const T *keys = static_cast<const T *>(cache.keys) + tile * cache.key_tile(), *values = keys;
-    if (cache.shared) {
-        turn_tile(keys, pitch, room);
-        score(state, first, end, room);
-    } else {
-        values = static_cast<const T *>(cache.values) + tile * cache.value_tile();
-        if (widen) score(state, first, end, widened(keys, cache.key_tile(), room));
-        else score(state, first, end, keys);
-    }
+    const bool widen = end - first >= many_rows<T>;
+    const Room room(cache);
+    const Keys<T> keys = keys_of<T>(cache, cache.key_tile(block, item.group), room);
+    const Values<T> values = cache.shared ? latents_of(cache, keys)
+                                          : values_of<T>(cache, cache.value_tile(block, item.group), room);
+    if (cache.shared) score(state, first, end, turned(values, room.keys));
+    else if (widen) score(state, first, end, widened(keys, cache.key_dim, room.keys));
+    else score(state, first, end, keys);
     weights_of(state, visit, item.heads);
-    if (widen) weigh(state, visit, item.heads, widened(values, block_tokens * pitch, values_room), pitch);
-    else weigh(state, visit, item.heads, values, pitch);
+    if (widen) weigh(state, visit, item.heads, widened(values, room.values));
+    else weigh(state, visit, item.heads, values);
 }
 
 void finish(const Call &call, const Item &item, const State &state) {
@@ -245,8 +289,11 @@ void paged_attention(const PagedCache &cache, const PagedTokens &tokens, const P
         const int64_t stretch = count - 1 - i / (groups * parts), group = i / parts % groups, part = i % parts;
         const int64_t first = heads * part / parts, end = heads * (part + 1) / parts;
         const Item item{stretches[stretch], group, group * heads + first, end - first};
-        if (cache.is_bf16) attend<bf16>(call, item);
-        else attend<float>(call, item);
+        switch (cache.format) {
+            case CacheFormat::fp32: return attend<float>(call, item);
+            case CacheFormat::bf16: return attend<bf16>(call, item);
+            case CacheFormat::int8: return attend<int8_t>(call, item);
+        }
     });
 }
 

@@ -34,6 +34,7 @@ struct Batch {
 struct Choices {
     struct Layer {
         int64_t layer, columns, num_experts;
+        int section;
         std::vector<int64_t> ids = {}, dictated = {};
         std::vector<float> weights = {};
     };
@@ -74,6 +75,8 @@ public:
     void widen(int buffer, int64_t width);
     int64_t width(int buffer) const { return buffers_.at(static_cast<size_t>(buffer)).width; }
     RowsOf rows(int buffer, int64_t offset = 0);
+    // Tokens that the buffers have room for: no fewer than the newest batch had.
+    int64_t room() const { return room_; }
     void add_step(Step step) { steps_.push_back(std::move(step)); }
     // Steps belong to a new section from now on; its number. The first is 0.
     int begin_section();
@@ -91,6 +94,7 @@ public:
     // The same, looking at what every step wrote: the first that is not finite, or a row of -1.
     NotFinite run_checked(const Batch &batch, int section);
 
+    Pool &pool() { return pool_; }
     int threads() const { return pool_.threads(); }
     std::vector<PagedCache> &caches() { return caches_; }
     Choices &choices() { return choices_; }

@@ -25,6 +25,8 @@ inline float to_float(bf16 x) {
     return value;
 }
 
+inline float to_float(int8_t x) { return x; }
+
 inline void put(float *p, float x) { *p = x; }
 inline void put(bf16 *p, float x) {
     uint32_t bits;
@@ -45,6 +47,9 @@ inline Vec set(float x) { return {_mm512_set1_ps(x)}; }
 inline Vec load(const float *p) { return {_mm512_loadu_ps(p)}; }
 inline __m512 widen(__m256i x) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16)); }
 inline Vec load(const bf16 *p) { return {widen(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(p)))}; }
+inline Vec load(const int8_t *p) {
+    return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i *>(p))))};
+}
 inline __mmask16 first(int64_t n) { return static_cast<__mmask16>((1u << n) - 1u); }
 inline Vec load(const float *p, int64_t n) { return {_mm512_maskz_loadu_ps(first(n), p)}; }
 inline Vec load(const bf16 *p, int64_t n) { return {widen(_mm256_maskz_loadu_epi16(first(n), p))}; }
@@ -96,6 +101,9 @@ inline Vec load(const bf16 *p) {
     const __m128i x = _mm_loadu_si128(reinterpret_cast<const __m128i *>(p));
     return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(x), 16))};
 }
+inline Vec load(const int8_t *p) {
+    return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i *>(p))))};
+}
 inline void store(float *p, Vec a) { _mm256_storeu_ps(p, a.v); }
 inline void store(bf16 *p, Vec a) {
     const __m256i bits = _mm256_castps_si256(a.v);
@@ -145,6 +153,12 @@ inline Vec set(float x) { return {vdupq_n_f32(x)}; }
 inline Vec load(const float *p) { return {vld1q_f32(p)}; }
 inline Vec load(const bf16 *p) {
     return {vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(reinterpret_cast<const uint16_t *>(p)), 16))};
+}
+inline Vec load(const int8_t *p) {
+    int32_t four;
+    std::memcpy(&four, p, 4);
+    const int8x8_t bytes = vreinterpret_s8_s32(vdup_n_s32(four));
+    return {vcvtq_f32_s32(vmovl_s16(vget_low_s16(vmovl_s8(bytes))))};
 }
 inline void store(float *p, Vec a) { vst1q_f32(p, a.v); }
 inline void store(bf16 *p, Vec a) {

@@ -16,6 +16,6 @@ static constexpr Typed<T> typed = {
 
 extern const Kernels kernels = {MOESAIC_TEXT(MOESAIC_ISA), typed<float>, typed<bf16>, read_words, adamw, prepare_rows,
                                 multiply_rows, packed_linear, packed_experts, norm_rows, rotate_rows, add_rows,
-                                write_cache, paged_attention, pack};
+                                write_cache, paged_attention, pack, greatest_logits, weigh_logits};
 
 }  // namespace moesaic::MOESAIC_ISA

@@ -19,6 +19,8 @@ void write_cache(const PagedCache &cache, const PagedTokens &tokens, const float
 void paged_attention(const PagedCache &cache, const PagedTokens &tokens, const PagedSight &sight, const float *q,
                      int64_t q_stride, float *out, int64_t out_stride, int threads);
 void pack(const PackSource &source, const PackedShape &shape, int64_t matrices, uint8_t *out, int threads);
+void greatest_logits(const float *logits, int64_t size, float *greatest);
+void weigh_logits(const float *logits, int64_t size, float greatest, float factor, float *weights, double *sums);
 template <class T>
 void causal_attention(const T *q, const T *k, const T *v, T *out, float *log_sum, const AttentionShape &shape,
                       int threads);

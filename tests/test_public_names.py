@@ -13,7 +13,7 @@ import moesaic
 SIGNATURES = {
     "Engine": (
         "(path_or_model, *, bits=None, experts_bits=None, dtype=None, threads=None, max_length=None, "
-        "cache_in_bf16=None, packed_file=None, mtp=False)"
+        "cache_format=None, packed_file=None, mtp=False)"
     ),
     "lint": "(build, *, ranks=2)",
     "load": "(path_or_preset, *, dtype=None, device='cpu', allow_extra=False)",

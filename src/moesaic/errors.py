@@ -6,6 +6,8 @@ MoesaicError
 ├── DataError          text that cannot be read, or too little of it
 ├── TraceError         a routing trace that is damaged, of another version, or not of this model or batch
 ├── GenerationError    a prompt or a request that the model cannot continue
+│   ├── QueueFullError      a request to a server where as many wait as may
+│   └── ServerClosingError  a request to a server that takes none any more
 ├── NonFiniteError     training whose loss or gradient is infinite or not a number
 ├── RunFolderError     an output folder that another run is using, or that cannot be written
 └── MissingDependencyError   an optional package or file that this action needs
@@ -53,6 +55,14 @@ class TraceError(MoesaicError):
 
 class GenerationError(MoesaicError):
     """A prompt or a request that the model cannot continue."""
+
+
+class QueueFullError(GenerationError):
+    """A request that may be made again in a while."""
+
+
+class ServerClosingError(GenerationError):
+    """A request that came too late: the server ends, or has ended."""
 
 
 class NonFiniteError(MoesaicError):

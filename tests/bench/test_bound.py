@@ -27,7 +27,7 @@ def held(config: ModelConfig, **sizes: int) -> Held:
         config=config,
         packed_bytes=sizes,
         embedding_element_bytes=2,
-        cache_element_bytes=2,
+        cache_format="bf16",
         of_experts="int8",
         of_head="int8",
         of_others="bf16",

@@ -1,4 +1,5 @@
 from datetime import datetime
+from typing import Any
 
 import pytest
 from transformers import PreTrainedTokenizerFast
@@ -73,6 +74,19 @@ def test_the_date_comes_from_the_clock_that_is_handed_in() -> None:
         ("{{ ''.__class__.__mro__ }}", "the chat template failed .SecurityError"),
         ("{{ absent.field }}", "the chat template failed .UndefinedError"),
         ("{{ range(10**9) | list }}", "the chat template failed .OverflowError"),
+        ("{{ messages.__init__.__globals__ }}", "the chat template failed .SecurityError"),
+        ("{{ strftime_now.__globals__['__builtins__'] }}", "the chat template failed .SecurityError"),
+        ("{{ '{0.__class__.__mro__}'.format('x') }}", "the chat template failed .SecurityError"),
+        ("{{ 'x' * 10**10 }}", "the chat template was stopped: it wrote more than 16,000,000 characters"),
+        ("{{ 10 ** 1000000000 }}", "the chat template was stopped: it wrote more"),
+        ("{{ '%1000000000d' % 1 }}", "the chat template was stopped: it wrote more"),
+        ("{{ 'x'.ljust(1000000000) }}", "the chat template was stopped: it wrote more"),
+        ("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "the chat template failed .RecursionError"),
+        (
+            "{% set n = namespace(s='xxxx') %}{% for i in range(64) %}{% set n.s = n.s + n.s %}{% endfor %}",
+            "the chat template was stopped: it wrote more",
+        ),
+        ("{% for i in range(99999) %}{{ 'x' * 9999 }}{% endfor %}", "the chat template was stopped: it wrote more"),
     ],
 )
 def test_bad_templates_are_one_line(template: str | None, message: str) -> None:
@@ -84,3 +98,50 @@ def test_bad_templates_are_one_line(template: str | None, message: str) -> None:
 def test_a_message_without_a_role() -> None:
     with pytest.raises(GenerationError, match='message 1 needs "role" and "content"; it has text'):
         render_chat("x", [MESSAGES[0], {"text": "hello"}])
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% for a in r %}{% for b in r %}{% for c in r %}{% endfor %}{% endfor %}{% endfor %}",
+        "{% macro m(n) %}{% if n %}{{ m(n - 1) }}{{ m(n - 1) }}{% endif %}{% endmacro %}{{ m(60) }}",
+    ],
+)
+def test_a_template_that_never_ends(template: str) -> None:
+    with pytest.raises(GenerationError, match=r"was stopped: it ran for more than 0\.05 s"):
+        render_chat("{% set r = range(99999) %}" + template, MESSAGES, time_s=0.05)
+
+
+def test_loops_that_are_counted_know_their_place() -> None:
+    inside = "{{ loop.index }}/{{ loop.length }}{{ loop.last }}{{ loop.nextitem is defined }} "
+    found = render_chat("{% for m in messages %}" + inside + "{% endfor %}", MESSAGES)
+    assert found == "1/3FalseTrue 2/3FalseTrue 3/3TrueFalse "
+
+
+@pytest.mark.parametrize("words", ["So it", "  So it ", "Hi.\n"])
+def test_a_final_message_to_continue(oracle: PreTrainedTokenizerFast, words: str) -> None:
+    messages = [*MESSAGES, {"role": "assistant", "content": words}]
+    for template in (
+        TEMPLATES["chatml"],
+        TEMPLATES["chatml"].replace("message['content']", "message['content'] | trim"),
+    ):
+        expected = oracle.apply_chat_template(
+            messages, chat_template=template, continue_final_message=True, tokenize=False
+        )
+        assert render_chat(template, messages, continue_final_message=True) == expected
+
+
+def test_tools_documents_and_variables(oracle: PreTrainedTokenizerFast) -> None:
+    template = "{{ tools | tojson }}{{ documents | tojson }}{{ enable_thinking }}"
+    tools: list[Any] = [{"type": "function", "function": {"name": "now", "description": "é", "parameters": {"type": "object"}}}]
+    documents = [{"title": "t", "text": "x"}]
+    expected = oracle.apply_chat_template(
+        MESSAGES, tools=tools, documents=documents, chat_template=template, tokenize=False, enable_thinking=False
+    )
+    found = render_chat(template, MESSAGES, tools=tools, documents=documents, variables={"enable_thinking": False})
+    assert found == expected
+
+
+def test_variables_cannot_stand_in_for_the_messages() -> None:
+    with pytest.raises(GenerationError, match="messages is no variable"):
+        render_chat("x", MESSAGES, variables={"messages": []})

@@ -72,11 +72,11 @@ def test_logits_of_whole_texts_are_those_of_the_decoder(case: str) -> None:
         assert_near(engine.ahead(pieces, depth), torch.cat([each[depth] for each in wanted if depth < len(each)]))
 
 
-@pytest.mark.parametrize("bits", [None, 8, 4])
+@pytest.mark.parametrize("settings", [{}, {"bits": 8}, {"bits": 4}, {"cache_format": "int8"}])
 @pytest.mark.parametrize("case", CONFIGS)
-def test_prompts_in_pieces_and_token_by_token_get_the_same_bits(case: str, bits: Any) -> None:
+def test_prompts_in_pieces_and_token_by_token_get_the_same_bits(case: str, settings: dict[str, Any]) -> None:
     whole, prompt = Text(), PROMPTS[-1]
-    engine = engine_of(case, threads=2, bits=bits)
+    engine = engine_of(case, threads=2, **settings)
     engine.step([Piece(whole, prompt)])
     num_ahead = engine.program.num_ahead
     wanted = [engine.ahead([Piece(whole, prompt[depth:], "all")], depth) for depth in range(1, num_ahead + 1)]
@@ -124,10 +124,10 @@ def test_the_routing_of_each_layer_is_heard() -> None:
         assert {number: len(found.weights_TM) for number, found in engine.routed().items()} == {layer: 7 - depth}
 
 
-@pytest.mark.parametrize("bits", [8, 4])
-def test_rounded_weights_and_a_bf16_cache_stay_near(bits: Any) -> None:
+@pytest.mark.parametrize(("bits", "cache_format"), [(8, None), (4, None), (8, "int8")])
+def test_rounded_weights_and_a_narrow_cache_stay_near(bits: Any, cache_format: Any) -> None:
     case, prompt = FAMILIES[2], PROMPTS[-1]
-    engine, text = engine_of(case, bits=bits), Text()
+    engine, text = engine_of(case, bits=bits, cache_format=cache_format), Text()
     engine.step([Piece(text, prompt)])
     found, wanted = engine.ahead([Piece(text, prompt[1:], "all")]), wanted_of(model_of(case), prompt)[1]
     assert torch.nn.functional.cosine_similarity(found, wanted, dim=-1).mean() > (0.99 if bits == 8 else 0.8)

@@ -72,15 +72,15 @@ def test_says_which_part_it_does_not_run(case: str) -> None:
         Engine(model_of(case))
 
 
-@pytest.mark.parametrize("bits", [None, 8, 4])
+@pytest.mark.parametrize("settings", [{}, {"bits": 8}, {"bits": 4}, {"cache_format": "int8"}])
 @pytest.mark.parametrize("case", ["mixtral/", "deepseek_v3/", "gpt_oss/", "llama4_text/"])
-def test_a_token_has_the_same_bits_however_it_runs(case: str, bits: Any) -> None:
+def test_a_token_has_the_same_bits_however_it_runs(case: str, settings: dict[str, Any]) -> None:
     model = model_of(next(name for name in OURS if name.startswith(case)))
     longest = PROMPTS[-1]
-    alone = Engine(model, bits=bits, threads=1)
+    alone = Engine(model, **settings, threads=1)
     wanted = rows(alone, Text(), longest)
     for threads in (1, 2, 3):
-        engine = Engine(model, bits=bits, threads=threads)
+        engine = Engine(model, **settings, threads=threads)
         held = Text()
         rows(engine, held, [7] * 40)  # other blocks of the cache are taken
         text, others = Text(), [Text(), Text()]
@@ -89,6 +89,21 @@ def test_a_token_has_the_same_bits_however_it_runs(case: str, bits: Any) -> None
             pieces = [Piece(others[0], [3, 4], "all"), Piece(text, longest[start:end], "all"), Piece(others[1], [9])]
             found.append(engine.step(pieces)[2:-1])
         assert torch.equal(torch.cat(found), wanted)
+
+
+@pytest.mark.parametrize("case", ["mixtral/", "deepseek_v3/", "gpt_oss/", "llama4_text/"])
+def test_a_cache_of_8_bits_stays_near_one_of_fp32(case: str) -> None:
+    """Nearer than half the distance that weights of 8 bits bring, which are rounded alike; the experts are the same."""
+    model = model_of(next(name for name in OURS if name.startswith(case)))
+    exact = Engine(model, threads=1)
+    wanted, places = rows(exact, Text(), PROMPTS[-1]), exact.routed()
+    told = {layer: found.expert_ids_TM for layer, found in places.items()}
+
+    def distance(**settings: Any) -> float:
+        engine = Engine(model, threads=1, **settings)
+        return float((engine.step([Piece(Text(), PROMPTS[-1], "all")], told) - wanted).norm() / wanted.norm())
+
+    assert 0 < distance(cache_format="int8") < 0.5 * distance(bits=8, cache_format="fp32")
 
 
 def test_routes_as_it_did_before_or_as_it_is_told() -> None:
@@ -104,6 +119,17 @@ def test_routes_as_it_did_before_or_as_it_is_told() -> None:
     assert torch.equal(rows(engine, Text(), PROMPTS[2]), wanted)
     with pytest.raises(ValueError, match="dictated for another number of tokens"):
         engine.step([Piece(Text(), PROMPTS[0])], told)
+
+
+@pytest.mark.parametrize("case", [OURS[0], next(case for case in OURS if case.startswith("deepseek_v3/"))])
+@torch.no_grad()
+def test_hidden_states_are_those_of_the_decoder(case: str) -> None:
+    model = model_of(case)
+    engine, prompt = Engine(model, threads=1), PROMPTS[2]
+    with pytest.raises(GenerationError, match="no hidden states are at hand"):
+        engine.hidden_states()
+    engine.step([Piece(Text(), [4, 4], "none"), Piece(Text(), prompt, "none")])
+    assert_near(engine.hidden_states()[2:], model.hidden(torch.tensor([prompt]))[0])
 
 
 def test_a_text_goes_on_where_it_ended() -> None:
@@ -189,6 +215,11 @@ def test_goes_on_after_what_it_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_refuses_another_dtype() -> None:
     with pytest.raises(ConfigError, match=r"dtype=torch\.float16; known: torch\.float32, torch\.bfloat16"):
         Engine(model_of(OURS[0]), dtype=torch.float16)
+
+
+def test_refuses_another_cache() -> None:
+    with pytest.raises(ConfigError, match="cache_format='fp8'; use fp32, bf16, int8, or leave it out"):
+        Engine(model_of(OURS[0]), cache_format="fp8")  # pyright: ignore[reportArgumentType]
 
 
 def test_refuses_other_bits() -> None:

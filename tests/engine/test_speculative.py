@@ -35,7 +35,7 @@ def repeater(config: ModelConfig = TWO_AHEAD) -> Decoder:
 
 
 @pytest.mark.parametrize("case", FAMILIES)
-@pytest.mark.parametrize("settings", [{}, {"bits": 4, "threads": 2}, {"bits": 8, "cache_in_bf16": False}])
+@pytest.mark.parametrize("settings", [{}, {"bits": 4, "threads": 2}, {"bits": 8, "cache_format": "fp32"}])
 def test_writes_what_it_writes_without(case: str, settings: dict[str, Any]) -> None:
     engine = engine_of(case, **settings)
     wanted = engine.generate_batch(PROMPTS, 14, eos_token_ids=())

@@ -16,12 +16,17 @@ constexpr Paged pages[] = {{6, 6, 2, 4, false, 0, 0, false},  {33, 17, 1, 3, fal
                            {16, 16, 3, 3, false, 0, 33, false}, {19, 13, 1, 5, true, 0, 0, false},
                            {64, 48, 1, 20, true, 40, 0, true},  {1, 1, 1, 1, false, 0, 0, false}};
 
-// Two sequences, one of 71 tokens and one of 3, whose blocks lie anywhere.
+// Two sequences, one of 71 tokens and one of 3, whose blocks lie anywhere. T: of the cache; bytes: numbers of 8 bits.
 template <class T>
 void paged(const Paged &p, float poison, const Kernels &kernels, int threads, Results &results) {
     constexpr int64_t num_blocks = 5, table_width = 3, lengths[2] = {71, 3};
-    PagedCache cache{nullptr, nullptr, sizeof(T) == 2, num_blocks, p.groups, p.key_dim, p.value_dim, p.shared};
-    const Guarded<T> keys(num_blocks * p.groups * cache.key_tile()), values(num_blocks * p.groups * cache.value_tile());
+    constexpr CacheFormat format = sizeof(T) == 4   ? CacheFormat::fp32
+                                   : sizeof(T) == 2 ? CacheFormat::bf16
+                                                    : CacheFormat::int8;
+    PagedCache cache{nullptr, nullptr, format, num_blocks, p.groups, p.key_dim, p.value_dim, p.shared};
+    constexpr auto width = static_cast<int64_t>(sizeof(T));
+    const Guarded<T> keys(num_blocks * cache.key_block_bytes() / width);
+    const Guarded<T> values(num_blocks * cache.value_block_bytes() / width);
     cache.keys = keys.data();
     cache.values = p.shared ? nullptr : values.data();
     Guarded<int32_t> tables(2 * table_width), sequence_of(lengths[0] + lengths[1]);
@@ -76,6 +81,9 @@ void check_attention(Suite &suite) {
             });
             suite.check(name + " bf16", of_fp32, [&](const Kernels &kernels, int threads, Results &results) {
                 paged<bf16>(p, poison, kernels, threads, results);
+            });
+            suite.check(name + " int8", of_fp32, [&](const Kernels &kernels, int threads, Results &results) {
+                paged<uint8_t>(p, poison, kernels, threads, results);
             });
         }
     for (int64_t length : {1, 5, 33, 70})

@@ -1,10 +1,8 @@
 import numpy as np
-import pytest
 import torch
 
 from moesaic.engine.engine import Engine
 from moesaic.models.decoder import route
-from moesaic.telemetry import engine as telemetry_engine
 from moesaic.telemetry.engine import EngineRecorder
 from moesaic.trace import Fingerprint, Trace, TraceWriter
 from tests.tiny import lively, tiny_config
@@ -32,9 +30,7 @@ def steps(engine: Engine, hear) -> list[torch.Tensor]:
     return logits
 
 
-@pytest.mark.parametrize("waiting", [3, 1024])
-def test_the_engine_counts_what_the_model_routes(waiting, monkeypatch):
-    monkeypatch.setattr(telemetry_engine, "WAITING", waiting)
+def test_the_engine_counts_what_the_model_routes():
     engine = Engine(MODEL, threads=1)
     recorder = EngineRecorder(engine)
     plain = steps(engine, lambda: None)

@@ -9,6 +9,8 @@ from typing import Literal, NamedTuple
 
 from moesaic.config import ModelConfig, MoeConfig
 from moesaic.kernels.blocks import Format
+from moesaic.kernels.paged import CacheFormat
+from moesaic.plan.formats import CACHE_BYTES
 from moesaic.tensor_spec import Role
 
 Number = Literal["fp32", "bf16", "int8"]
@@ -21,13 +23,13 @@ EXPERTS = "experts"
 @dataclass(frozen=True, kw_only=True)
 class Held:
     """What an engine holds of a model: bytes of packed matrices by part and what most of them are of, those of an
-    embedding's number and of a number that the cache keeps, and what products of experts, of the head and of other
-    matrices are made of."""
+    embedding's number, what numbers the cache keeps, and what products of experts, of the head and of other matrices
+    are made of."""
 
     config: ModelConfig
     packed_bytes: Mapping[str, int]
     embedding_element_bytes: int
-    cache_element_bytes: int
+    cache_format: CacheFormat
     of_experts: Number
     of_head: Number
     of_others: Number
@@ -84,7 +86,9 @@ def _work(held: Held, num_tokens: int, *, outputs: int, states: int, seen: float
         size * (distinct_experts(config, num_tokens) if part == EXPERTS else 1.0)
         for part, size in held.packed_bytes.items()
     )
-    num_bytes += num_tokens * config.hidden_size * held.embedding_element_bytes + states * held.cache_element_bytes
+    num_bytes += (
+        num_tokens * config.hidden_size * held.embedding_element_bytes + states * CACHE_BYTES[held.cache_format]
+    )
     operations: dict[Number, float] = dict.fromkeys(("fp32", "bf16", "int8"), 0.0)
     for spec in config.parameters():
         if len(spec.shape) > 1 and spec.role not in ("embedding", "norm"):

@@ -25,7 +25,7 @@ def held_formats(kept: Held) -> Formats:
         if part in kept.formats:
             by_role[role] = "fp8-128" if kept.formats[part] == "fp8" else kept.formats[part]
     by_role["router"] = "fp32"
-    return Formats(name="held", by_role=by_role, cache="bf16" if kept.cache_element_bytes == 2 else "fp32")
+    return Formats(name="held", by_role=by_role, cache=kept.cache_format)
 
 
 def step_of(case: Case, context: float) -> Step:

@@ -68,7 +68,7 @@ def held(engine: Engine, dtype: torch.dtype) -> Held:
         packed_bytes=program.packed_bytes,
         formats=program.formats,
         embedding_element_bytes=2 if dtype == torch.bfloat16 else 4,
-        cache_element_bytes=2 if engine.cache.in_bf16 else 4,
+        cache_format=engine.cache.format,
         of_experts=_PRODUCTS[program.formats["experts"]] if "experts" in program.formats else of_others,
         of_head=_PRODUCTS[program.formats["head"]],
         of_others=of_others,

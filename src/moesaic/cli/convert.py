@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from moesaic.cli import output
-from moesaic.cli.text import DTYPES, open_model, open_tokenizer
+from moesaic.cli.text import DTYPES, open_model
+from moesaic.data.open_tokenizer import open_tokenizer
 from moesaic.errors import CheckpointError, ConfigError, RunFolderError
 from moesaic.hub.checkpoint import CONFIG, some
 from moesaic.hub.layouts import LAYOUTS

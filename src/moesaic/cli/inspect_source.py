@@ -144,7 +144,7 @@ def open_routed(path: str) -> "Routed":
 
 
 def _tokenizer(path: str) -> "Tokenizer":
-    from moesaic.cli.text import open_tokenizer
+    from moesaic.data.open_tokenizer import open_tokenizer
 
     return open_tokenizer(path)
 

@@ -33,6 +33,8 @@ VERBS = {
     "convert": "turn a checkpoint into a Hugging Face safetensors folder",
     "quantize": "round a checkpoint's weights to 8 or 4 bits",
     "lint": "find out by experiment what a training set-up does to its experts",
+    "serve": "answer many users over HTTP, as OpenAI's and Anthropic's clients ask",
+    "loadtest": "load a server as its users would, and say what they would feel",
     "bench": "measure this machine, and how near to its limits a model runs",
 }
 EXAMPLE = "example: moesaic count mixtral-8x7b"

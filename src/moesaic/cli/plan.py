@@ -61,7 +61,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FORMAT",
         help=f"of the weights: {', '.join(PACKINGS)}; by role: bf16,experts=mxfp4 (as the model was released)",
     )
-    parser.add_argument("--cache", choices=["bf16", "fp8"], default="bf16", help="format of the cache (%(default)s)")
+    parser.add_argument(
+        "--cache", choices=["bf16", "fp8", "int8"], default="bf16", help="format of the cache (%(default)s)"
+    )
     parser.add_argument(
         "--context", metavar="N", help=f"tokens of a text, such as 8k ({CONTEXT}, or what the model takes)"
     )

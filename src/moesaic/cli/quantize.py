@@ -81,7 +81,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _quantize(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     from moesaic import hub
-    from moesaic.cli.text import open_tokenizer
+    from moesaic.data.open_tokenizer import open_tokenizer
     from moesaic.hub.resolve import weights_place
     from moesaic.quantize.files import quantize_checkpoint
     from moesaic.quantize.report import report

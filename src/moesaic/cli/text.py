@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
+from moesaic.data.open_tokenizer import open_tokenizer
 from moesaic.data.text_stream import TextStream
 from moesaic.errors import ConfigError, DataError
 
@@ -181,19 +182,6 @@ def open_model(
     importlib.import_module("moesaic.tune.upcycle")  # makes known the preset whose weights it makes
     tokenizer = open_tokenizer(path_or_preset)
     return Opened(hub.load(path_or_preset, dtype=torch_dtype(dtype), device=device), tokenizer)
-
-
-def open_tokenizer(path_or_preset: str) -> "Tokenizer":
-    """The tokenizer that a checkpoint carries. Raises CheckpointError when there is none that can be read."""
-    from moesaic.data.tokenizer import Tokenizer
-    from moesaic.hub.resolve import weights_place
-
-    place = weights_place(path_or_preset)
-    if place.kind == "folder":
-        return Tokenizer.load(place.path)
-    from moesaic.hub.gguf import read_metadata
-
-    return Tokenizer.from_gguf(read_metadata(place.path))
 
 
 def check_sampling(args: argparse.Namespace) -> None:

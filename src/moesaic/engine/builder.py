@@ -34,12 +34,16 @@ class Label(NamedTuple):
 
 
 class CacheShape(NamedTuple):
-    """What a layer keeps of a token: `groups` keys and values. shared: a value is the beginning of its key."""
+    """What a layer keeps of a token: `groups` keys and values. shared: a value is the beginning of its key.
+
+    taken: rows of one section that another takes as they are; they are never kept in 8 bits.
+    """
 
     groups: int
     key_dim: int
     value_dim: int
     shared: bool
+    taken: bool = False
 
 
 class Builder:

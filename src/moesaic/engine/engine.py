@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moesaic.engine.cache import BlockCache, Text
+from moesaic.engine.cache import BLOCK_TOKENS, BlockCache, Text
 from moesaic.engine.generate import check_prompts
 from moesaic.engine.memory import require_memory
 from moesaic.engine.packed_store import PackedStore
@@ -20,6 +20,7 @@ from moesaic.engine.weights import FileWeights, ModelWeights, Weights
 from moesaic.errors import ConfigError, GenerationError
 from moesaic.hub.resolve import weights_place
 from moesaic.hub.sources import open_source
+from moesaic.kernels.paged import CACHE_FORMATS, CacheFormat
 from moesaic.kernels.rounding import Bits
 from moesaic.models.base import LanguageModel
 
@@ -44,7 +45,8 @@ class Engine:
     these differ.
     dtype: of what is not rounded, fp32 or bf16; None: as the files have it, be it FP8 in blocks or MXFP4.
     threads: None: every processor that this process may use. max_length: the most tokens of a text; None: as many as
-    the model was made for. cache_in_bf16: None: where the model is in bf16, or is packed in few bits.
+    the model was made for. cache_format: of keys and values, "fp32", "bf16" or "int8" (8.5 bits a number, see
+    kernels.paged); None: bf16 where the model is in bf16, or is packed in few bits, else fp32.
     packed_file: where the packed weights are kept: mapped into memory if it is there, else written, so that the next
     start need not read and pack them. mtp: be ready to run the layers that predict further tokens (`ahead`), too; else
     they are not even read.
@@ -63,7 +65,7 @@ class Engine:
         dtype: torch.dtype | None = None,
         threads: int | None = None,
         max_length: int | None = None,
-        cache_in_bf16: bool | None = None,
+        cache_format: CacheFormat | None = None,
         packed_file: str | os.PathLike[str] | None = None,
         mtp: bool = False,
     ) -> None:
@@ -71,6 +73,8 @@ class Engine:
         for name, value in (("threads", threads), ("max_length", max_length)):
             if value is not None and value < 1:
                 raise ConfigError(f"{name}={value}; use 1 or more, or leave it out")
+        if cache_format not in (None, *CACHE_FORMATS):
+            raise ConfigError(f"cache_format={cache_format!r}; use {', '.join(CACHE_FORMATS)}, or leave it out")
         precision = Precision(bits=bits, experts_bits=experts_bits, dtype=dtype)
         dtype = dtype or weights.dtype
         require_memory(weights.config, precision, dtype.itemsize, weights.coded, mtp=mtp)
@@ -80,9 +84,9 @@ class Engine:
         if store is not None:
             store.write(packer)
         self.config, self.max_length = weights.config, self.program.max_length
-        if cache_in_bf16 is None:
-            cache_in_bf16 = bits is not None or dtype == torch.bfloat16
-        self.cache = BlockCache(self.program.caches, in_bf16=cache_in_bf16)
+        if cache_format is None:
+            cache_format = "bf16" if bits is not None or dtype == torch.bfloat16 else "fp32"
+        self.cache = BlockCache(self.program.caches, format=cache_format)
         self.program.connect(self.cache)
         self._routed = (0, 0)
 
@@ -124,11 +128,25 @@ class Engine:
         num_tokens, depth = self._routed
         return self.program.routed(num_tokens, depth=depth)
 
+    def hidden_states(self) -> Tensor:
+        """x_TD of the newest `step`'s tokens, fp32: what comes of the last norm, from which logits are made.
+
+        Of pieces that want no logits, too. Raises GenerationError where `ahead` came since, or no step.
+        """
+        if not self.num_routed:
+            raise GenerationError("no hidden states are at hand; they are those of the newest step")
+        return self.program.hidden_states(self.num_routed)
+
     @property
     def num_routed(self) -> int:
         """How many tokens the newest `step` had; 0 after `ahead`."""
         num_tokens, depth = self._routed
         return 0 if depth else num_tokens
+
+    def reserve(self, num_tokens: int) -> None:
+        """Make room for so many tokens in the cache now, and for no more later. Raises GenerationError as it does."""
+        self.cache.reserve(-(-num_tokens // BLOCK_TOKENS))
+        self.program.connect(self.cache)
 
     def free(self, text: Text) -> None:
         """Forget a text; its blocks serve others."""
@@ -230,16 +248,17 @@ class Engine:
         counts = [len(piece.token_ids) for piece in pieces]
         starts = [_places(piece.text, depth) for piece in pieces]
         for piece, start, count in zip(pieces, starts, counts, strict=True):
-            if self.cache.make_room(piece.text, start + count):
+            if self.cache.make_room(piece.text, start + count, start):
                 self.program.connect(self.cache)  # at once: the blocks that it knew are gone
         tables_SW = np.zeros((len(pieces), max((len(piece.text.blocks) for piece in pieces), default=0)), np.int32)
         for table, piece in zip(tables_SW, pieces, strict=True):
             table[: len(piece.text.blocks)] = piece.text.blocks
-        places = [np.arange(start, start + count) for start, count in zip(starts, counts, strict=True)]
+        text_of_T = np.repeat(np.arange(len(pieces), dtype=np.int32), counts)
+        before = np.array(starts, np.int64) - np.cumsum([0, *counts[:-1]])[: len(counts)]
         return Batch(
             token_ids_T,
-            np.concatenate(places) if places else np.zeros(0, np.int64),
-            np.repeat(np.arange(len(pieces), dtype=np.int32), counts),
+            np.arange(len(token_ids_T)) + before[text_of_T],
+            text_of_T,
             tables_SW,
             np.fromiter(_output_rows(pieces), np.int64),
         )

@@ -57,7 +57,7 @@ class Program:
         self.max_length = min(longest(config), max_length or longest(config))
         self.num_ahead = len(config.mtp) if mtp else 0
         build = Builder(packer, threads, self.max_length)
-        self.native, self.caches = build.native, build.caches
+        self.native, self.caches, self._normed = build.native, build.caches, build.normed
         _lower(build, self.num_ahead)
         self.packed_bytes = {part: formats.total() for part, formats in packer.bytes_by_format.items()}
         self.formats: dict[str, Format] = {
@@ -66,7 +66,7 @@ class Program:
 
     def connect(self, cache: BlockCache) -> None:
         """Read and write this cache's blocks from now on."""
-        self.native.set_caches(cache.layers, cache.in_bf16)
+        self.native.set_caches(cache.layers, cache.format)
 
     def run(self, batch: Batch, choices: Mapping[int, Tensor] | None = None, *, depth: int = 0) -> Tensor:
         """logits_NV in fp32. choices: experts [T, M] that stand in for what layers would choose, weighed anew.
@@ -98,6 +98,12 @@ class Program:
             self.native.read_choices(layer, *found[layer])
         return found
 
+    def hidden_states(self, num_tokens: int) -> Tensor:
+        """x_TD of the newest batch's tokens, so many: what the head reads, in fp32."""
+        x_TD = torch.empty(num_tokens, self.config.hidden_size)
+        self.native.read_rows(self._normed, x_TD)
+        return x_TD
+
     @property
     def routing_columns(self) -> dict[int, int]:
         """How many experts a token may choose, by layer that routes; those that look further ahead are left out."""
@@ -106,6 +112,13 @@ class Program:
     def read_choices(self, layer: int, expert_ids_TM: np.ndarray, weights_TM: np.ndarray) -> None:
         """Copy what the tokens of the newest batch chose in a layer into arrays of that size, int64 and fp32."""
         self.native.read_choices(layer, expert_ids_TM, weights_TM)
+
+    def count_choices(self, counts_N: np.ndarray, distinct_L: np.ndarray) -> None:
+        """Add what the tokens of the newest batch chose: in one call for all layers that route (`routing_columns`).
+
+        counts_N: rows of each expert, layer after layer. distinct_L: experts of each layer that got any. Both int64.
+        """
+        self.native.count_choices(counts_N, distinct_L)
 
     def _not_finite(self, batch: Batch, depth: int) -> str:
         """Where the first number is that is infinite or none: the batch is run again, looking at all that is written.
@@ -147,7 +160,7 @@ def _lower(build: Builder, num_ahead: int) -> None:
 def _kept(build: Builder) -> int:
     """The number of the cache where the program keeps what is normed now, of every token, for another section."""
     number, size = len(build.caches), build.config.hidden_size
-    build.caches.append(CacheShape(1, size, size, shared=True))
+    build.caches.append(CacheShape(1, size, size, shared=True, taken=True))
     build.native.keep(Label("further tokens"), build.normed, number, build.caches[number])
     return number
 

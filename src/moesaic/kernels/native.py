@@ -443,7 +443,8 @@ def paged_attention(
 def _is_paged(cache: PagedCache) -> bool:
     """Whether the kernels know such a cache; it is written in place, so that it must lie without gaps."""
     parts = [tensor for tensor in (cache.keys, cache.values) if tensor is not None]
-    return all(_takes(tensor, cache.keys) and tensor.is_contiguous() for tensor in parts)
+    known = cache.keys.dtype == torch.uint8 or cache.keys.dtype in _FLOATS
+    return known and all(part.is_cpu and part.dtype == cache.keys.dtype and part.is_contiguous() for part in parts)
 
 
 def _of_cache(cache: PagedCache) -> tuple[object, ...]:

@@ -16,7 +16,7 @@ from torch import Tensor
 from moesaic.config.activation import Activation, ClampedSwiglu
 from moesaic.kernels.adam import AdamStep
 from moesaic.kernels.blocks import ExpertRows, PackedExperts, PackedMatrices, unpack, whole_numbers
-from moesaic.kernels.paged import PagedCache, PagedTokens
+from moesaic.kernels.paged import PagedCache, PagedTokens, round_numbers
 
 
 def select_topk(scores_TE: Tensor, top_k: int) -> Tensor:
@@ -207,12 +207,29 @@ def attention_with_sinks(
 def write_cache(cache: PagedCache, tokens: PagedTokens, k_TGA: Tensor, v_TGV: Tensor | None) -> None:
     """Put the keys and values of new tokens where their tables say; v_TGV is None where the cache shares them."""
     ids_T, slots_T = tokens.places()
+    if cache.keys.dtype == torch.uint8:
+        _write_rounded(cache, (ids_T, slots_T), k_TGA, v_TGV)
+        return
     if cache.values is None:
         cache.keys[ids_T, slots_T, : cache.key_dim] = k_TGA[:, 0].to(cache.keys.dtype)
         return
     assert v_TGV is not None, "values"
     cache.keys[ids_T, :, :, slots_T] = k_TGA.to(cache.keys.dtype)
     cache.values[ids_T, :, slots_T, : cache.value_dim] = v_TGV.to(cache.values.dtype)
+
+
+def _write_rounded(cache: PagedCache, places: tuple[Tensor, Tensor], k_TGA: Tensor, v_TGV: Tensor | None) -> None:
+    ids_T, slots_T = places
+    keys, key_scales_NGCS = cache.rounded_keys
+    k_TGA, key_scales_NGCS[ids_T, :, :, slots_T] = round_numbers(k_TGA)
+    if cache.values is None:
+        keys[ids_T, :, slots_T, : cache.key_dim] = k_TGA
+        return
+    assert v_TGV is not None, "values"
+    keys[ids_T, :, :, slots_T] = k_TGA
+    values_NGSV, value_scales_NGCS = cache.rounded_values
+    v_TGV, value_scales_NGCS[ids_T, :, :, slots_T] = round_numbers(v_TGV)
+    values_NGSV[ids_T, :, slots_T, : cache.value_dim] = v_TGV
 
 
 def paged_attention(

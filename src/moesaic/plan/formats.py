@@ -42,7 +42,7 @@ DeepSeek-V3 (sec. 3.3.1) and gpt-oss, and in GPTQ's and AWQ's."""
 
 @dataclass(frozen=True, kw_only=True)
 class Formats:
-    """The packing of each role's matrices, and how numbers of the cache are kept ("bf16" or "fp8").
+    """The packing of each role's matrices, and how numbers of the cache are kept (CACHE_BYTES).
 
     Vectors, and the biases of experts, are kept in 16 bits whatever the matrices have. bits: of a weight, where files
     say so, in place of the packing's.
@@ -74,7 +74,8 @@ class Formats:
         )
 
 
-CACHE_BYTES = {"fp32": 4.0, "bf16": 2.0, "fp8": 1.0}
+CACHE_BYTES = {"fp32": 4.0, "bf16": 2.0, "fp8": 1.0, "int8": 1 + 2 / 32}
+"""Of a number. int8: as moesaic's engine keeps it, a scale in bf16 for each 32 numbers of a token."""
 
 
 def layer_state_bytes(attention, num_tokens: int, cache: str) -> float:

@@ -29,7 +29,7 @@ class Request:
     eos_token_ids: end it and are not part of its text. stop: so do these texts (kept in it with include_stop).
     top_logprobs: None: no log probabilities; N: of the chosen token and of the N likeliest. prompt_logprobs: the same
     of the prompt's tokens. priority: smaller goes first. speculate: may drafts be used. experts: tell which experts its
-    tokens went to. timeout_s: after which it ends as it stands.
+    tokens went to. timeout_s: after which it ends as it stands. client: whose it is; those of one priority take turns.
     """
 
     prompt_ids: tuple[int, ...]
@@ -46,6 +46,7 @@ class Request:
     speculate: bool = True
     experts: bool = False
     timeout_s: float | None = None
+    client: str = ""
 
     def __post_init__(self) -> None:
         if not self.prompt_ids:

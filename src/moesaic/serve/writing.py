@@ -3,7 +3,9 @@
 from collections.abc import Callable
 
 from moesaic.data.text_stream import TextStream
+from moesaic.serve.guidance import Guide
 from moesaic.serve.request import Finished, Progress, Request, TokenInfo, Usage
+from moesaic.serve.rules import Rules
 
 
 class Writing:
@@ -12,8 +14,11 @@ class Writing:
     token_ids: the prompt's and the new ones. most: the longest it may get, prompt included.
     """
 
-    def __init__(self, request: Request, decode: Callable[[list[int]], str], max_length: int) -> None:
-        self.request = request
+    def __init__(
+        self, request: Request, decode: Callable[[list[int]], str], max_length: int, guide: Guide | None = None
+    ) -> None:
+        self.request, self.guide = request, guide
+        self.rules = Rules(request)
         self.token_ids = list(request.prompt_ids)
         self.most = min(max_length, len(self.token_ids) + request.max_new_tokens)
         self.cached_tokens = self.drafted = self.accepted = 0
@@ -28,13 +33,14 @@ class Writing:
 
     @property
     def ended(self) -> bool:
-        return self.stopped_by is not None or len(self.token_ids) >= self.most
+        stopped = self.stopped_by is not None or (self.guide is not None and self.guide.ended)
+        return stopped or len(self.token_ids) >= self.most
 
     def add(self, tokens: list[TokenInfo]) -> Progress:
         """Take tokens up to where the text ends; the rest is dropped."""
         taken: list[TokenInfo] = []
         for info in tokens:
-            if self.ended:
+            if self.ended or (self.guide is not None and not self.guide.add(info.token_id)):
                 break
             self.token_ids.append(info.token_id)
             taken.append(info)
@@ -48,9 +54,19 @@ class Writing:
         text, self._ready = self._ready, ""
         return Progress(tuple(taken), text)
 
+    def give_up(self) -> str:
+        """End it as it stands: the text that was held back."""
+        if self.stopped_by is None:
+            self._stream.close()
+        text, self._ready, self._held = self._ready + self._held, "", ""
+        return text
+
     def finished(self) -> Finished:
         """Raises nothing; only for one that has ended."""
-        return Finished("length" if self.stopped_by is None else "stop", self.usage(), self.stopped_by)
+        if self.guide is not None and self.guide.error:
+            return Finished("error", self.usage(), error=self.guide.error)
+        stopped = self.stopped_by is not None or (self.guide is not None and self.guide.ended)
+        return Finished("stop" if stopped else "length", self.usage(), self.stopped_by)
 
     def usage(self) -> Usage:
         return Usage(len(self.request.prompt_ids), self.num_new, self.cached_tokens, self.drafted, self.accepted)

@@ -6,7 +6,7 @@ no package is needed to write it; the tests read it back with the official clien
 
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -46,19 +46,33 @@ _DEAD = _Family(
 )
 
 
-def exposition(total: StepLoad, window: StepLoad | None = None, labels: Mapping[str, str] | None = None) -> str:
-    """Prometheus text. total: everything since the start, for counters; window: the newest part of it, for gauges.
+class Exposed(NamedTuple):
+    """What is exposed of one model or run. total: everything since the start, for counters; window: the newest part of
+    it, for gauges; labels: added to every sample, such as {"run": "first"}."""
 
-    labels: added to every sample, such as {"run": "first"}. What is unknown (NaN) is left out.
-    """
-    health = RouterHealth.of(window or total).layers
-    fixed = dict(labels or {})
+    total: StepLoad
+    window: StepLoad | None = None
+    labels: Mapping[str, str] | None = None
+
+
+def exposition(total: StepLoad, window: StepLoad | None = None, labels: Mapping[str, str] | None = None) -> str:
+    """Prometheus text of one model, see `Exposed`. What is unknown (NaN) is left out."""
+    return exposition_of([Exposed(total, window, labels)])
+
+
+def exposition_of(exposed: Sequence[Exposed]) -> str:
+    """Prometheus text of several models, whose labels tell them apart. What is unknown (NaN) is left out."""
+    found: dict[_Family, _Samples] = {}
+    for total, window, labels in exposed:
+        fixed = dict(labels or {})
+        for family, samples in _families(total, RouterHealth.of(window or total).layers):
+            known = [({**fixed, **own}, value) for own, value in samples if not math.isnan(value)]
+            found.setdefault(family, []).extend(known)
     lines: list[str] = []
-    for family, samples in _families(total, health):
-        found = [(own, value) for own, value in samples if not math.isnan(value)]
-        if found:
+    for family, samples in found.items():
+        if samples:
             lines += [f"# HELP {family.name} {family.help}", f"# TYPE {family.name} {family.kind}"]
-            lines += [f"{family.name}{_labels({**fixed, **own})} {_number(value)}" for own, value in found]
+            lines += [f"{family.name}{_labels(own)} {_number(value)}" for own, value in samples]
     return "".join(f"{line}\n" for line in lines)
 
 

@@ -43,12 +43,14 @@ def write_report(data: ReportData, path: str | Path) -> Path:
 def render_page(data: ReportData) -> str:
     """The whole page as text."""
     page = files("moesaic.telemetry") / "page"
-    style, script = ((page / name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
+    colours, style, script = (
+        (page / name).read_text(encoding="utf-8") for name in ("colours.css", "page.css", "page.js")
+    )
     sections = (_head(data), _comparison(data), _curves(data), _load(data), _domains(data), _samples(data), _next(data))
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{_text(data.title)}</title>\n<style>\n{style}</style>\n</head>\n<body>\n<main>\n"
+        f"<title>{_text(data.title)}</title>\n<style>\n{colours}{style}</style>\n</head>\n<body>\n<main>\n"
         + "\n".join(section for section in sections if section)
         + f'\n</main>\n<div id="tip" role="status" hidden></div>\n<script>\n{script}</script>\n</body>\n</html>\n'
     )

@@ -45,7 +45,7 @@ def render(inspection: Inspection, facts: Sequence[tuple[str, str]] = ()) -> str
     names = [subject.name for subject in inspection.subjects]
     title = f"The experts of {names[0]}" + (f" and {names[1]}" if len(names) > 1 else "")
     page = files("moesaic.telemetry") / "page"
-    style = "".join((page / name).read_text(encoding="utf-8") for name in ("page.css", "inspect.css"))
+    style = "".join((page / name).read_text(encoding="utf-8") for name in ("colours.css", "page.css", "inspect.css"))
     scripts = "".join(
         f"<script>\n{(page / name).read_text(encoding='utf-8')}</script>\n" for name in ("page.js", "inspect.js")
     )

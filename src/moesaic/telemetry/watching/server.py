@@ -86,7 +86,7 @@ class _Handler(BaseHTTPRequestHandler):
 def render(name: str) -> str:
     """The page as text; what it shows comes later."""
     page = files("moesaic.telemetry") / "page"
-    style = "".join((page / part).read_text(encoding="utf-8") for part in ("page.css", "watch.css"))
+    style = "".join((page / part).read_text(encoding="utf-8") for part in ("colours.css", "page.css", "watch.css"))
     body, script = ((page / part).read_text(encoding="utf-8") for part in ("watch.html", "watch.js"))
     body = body.replace("<!-- scale -->", color_bar())
     settings = json.dumps({"bins": HEAT_BINS, "octaves": HEAT_OCTAVES})

@@ -1,0 +1,114 @@
+"""What users of one model feel while the server loads another beside it.
+
+    python benchmarks/load_beside.py MODEL OTHER [--bits 4] [--clients 8] [--rounds 3] [--json]
+
+A server with MODEL is loaded by clients that wait for their answers; then the same while OTHER is loaded, over and over
+again (and unloaded in between). Printed: the 99th percentile of the time between tokens, of both, and their ratio.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+import threading
+import time
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+from servers import ServerProcess, load
+
+from moesaic.cli import output
+
+WANTED = 2.0
+TOML = """
+load_models = true
+[models.one]
+path = "{one}"
+{bits}
+[models.two]
+path = "{two}"
+at_start = false
+{bits}
+"""
+
+
+def main() -> None:
+    """Measure both in turns, and print their ratio."""
+    args = parser_of(__doc__).parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        settings = Path(folder) / "serve.toml"
+        bits = f"bits = {args.bits}" if args.bits else ""
+        settings.write_text(TOML.format(one=args.model, two=args.other, bits=bits))
+        command = [sys.executable, "-m", "moesaic", "serve", "--config", str(settings), "--port", "{port}"]
+        server = ServerProcess("moesaic", [*command, "--log-format", "none"], ready="/ready")
+        try:
+            rounds = [measure(server, args) for _ in range(args.rounds)]
+        finally:
+            server.stop()
+    result = {name: statistics.median(each[name] for each in rounds) for name in rounds[0]}
+    result["ratio"] = result["loading_p99_s"] / result["alone_p99_s"]
+    if args.json:
+        print(json.dumps({"rounds": rounds, **result}))
+        return
+    alone, loading = (result[name] * 1e3 for name in ("alone_p99_s", "loading_p99_s"))
+    print(f"p99 between tokens: {alone:.1f} ms alone, {loading:.1f} ms while another model loads, which took")
+    print(f"{output.duration(result['load_s'])}; ratio {result['ratio']:.2f} (wanted: {WANTED} or less)")
+
+
+def parser_of(description: str | None) -> argparse.ArgumentParser:
+    """With the models and the load."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("other")
+    parser.add_argument("--bits", type=int, choices=(4, 8))
+    parser.add_argument("--clients", type=int, default=8)
+    parser.add_argument("--seconds", type=float, default=30.0, help="of load without loading (%(default)s)")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--json", action="store_true")
+    return parser
+
+
+def measure(server: ServerProcess, args: argparse.Namespace) -> dict[str, float]:
+    """One round: alone, then while the other model is loaded."""
+    alone = _load(server.url, args.clients, args.seconds)
+    found: dict[str, Any] = {}
+    stop = time.monotonic() + args.seconds
+
+    def load_again() -> None:
+        times = []
+        while not times or time.monotonic() < stop:
+            began = time.monotonic()
+            _post(server.url, "load")
+            times.append(time.monotonic() - began)
+            _post(server.url, "unload")
+        found["load_s"] = statistics.median(times)
+
+    loading = threading.Thread(target=load_again)
+    loading.start()
+    beside = _load(server.url, args.clients, args.seconds)
+    loading.join()
+    return {
+        "alone_p99_s": alone["inter_token_s"]["p99"],
+        "loading_p99_s": beside["inter_token_s"]["p99"],
+        "alone_tokens_per_s": alone["output_tokens_per_s"],
+        "loading_tokens_per_s": beside["output_tokens_per_s"],
+        "load_s": found["load_s"],
+    }
+
+
+def _load(url: str, clients: int, seconds: float) -> dict[str, Any]:
+    options = ("--model", "one", "--concurrency", str(clients), "--duration", str(seconds))
+    return load(url, *options, "--prompt-tokens", "64", "--output-tokens", "64", "--seed", str(time.time_ns() % 10**6))
+
+
+def _post(url: str, what: str) -> None:
+    body = json.dumps({"model": "two"}).encode()
+    request = urllib.request.Request(f"{url}/v1/models/{what}", body, {"content-type": "application/json"})
+    with urllib.request.urlopen(request, timeout=3600):
+        pass
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,178 @@
+"""Tokens a second of servers under load, ours and llama.cpp's, taking turns.
+
+    python benchmarks/serving.py MODEL --gguf MODEL-Q4_0.gguf --llama-server PATH [--rounds 5] [--json FILE]
+        [--clients 1,8,16,32] [--lengths 64:64,512:64,64:128,512:128] [--other vllm=http://127.0.0.1:8001]
+
+For each number of clients all servers are started; one is loaded at a time, while the others are stopped (SIGSTOP). In
+each round each server gets the same prompts, which no earlier round had. Clients wait for their answers, answers have
+exactly the length that was asked (greedy, without an end), and come as a stream. Printed: medians over the rounds of
+output tokens a second and of the 95th percentile of the time to the first token, and ours over the best other's.
+"""
+
+import argparse
+import json
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from servers import ServerProcess, load, moesaic
+
+from moesaic.cli import output
+
+REQUESTS_PER_CLIENT = 3
+LEAST_REQUESTS = 6
+
+
+class Lengths(NamedTuple):
+    """Tokens of a prompt and of its answer."""
+
+    prompt: int
+    answer: int
+
+
+class Other:
+    """A server that somebody else has started."""
+
+    def __init__(self, name: str, url: str) -> None:
+        self.name, self.url = name, url
+
+    def rest(self) -> None: ...
+    def go(self) -> None: ...
+    def stop(self) -> None: ...
+
+
+Contender = ServerProcess | Other
+
+
+def main() -> None:
+    """Measure, and print a table."""
+    args = parser_of(__doc__).parse_args()
+    samples: list[dict[str, Any]] = []
+    lengths = [Lengths(*map(int, word.split(":"))) for word in args.lengths.split(",")]
+    for clients in map(int, args.clients.split(",")):
+        contenders = start(args, clients, max(sum(each) for each in lengths))
+        try:
+            samples += measure(contenders, clients, lengths, args.rounds)
+        finally:
+            for each in contenders:
+                each.stop()
+    rows = summarize(samples)
+    show(rows)
+    if args.json:
+        args.json.write_text(json.dumps({"samples": samples, "medians": rows}, indent=1))
+
+
+def parser_of(description: str | None) -> argparse.ArgumentParser:
+    """With the servers and the cases."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="a checkpoint folder in bf16")
+    parser.add_argument("--ours", default="4,bf16", help="ways to pack it: 4, 8, bf16 (%(default)s)")
+    parser.add_argument("--gguf", type=Path, help="the same model for llama.cpp")
+    parser.add_argument("--llama-server", type=Path, help="its llama-server")
+    parser.add_argument("--flash-attention", default="on,off", help="of llama-server, each a contender (%(default)s)")
+    parser.add_argument("--other", action="append", default=[], metavar="NAME=URL", help="a server that runs already")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--clients", default="1,8,16,32")
+    parser.add_argument("--lengths", default="64:64,512:64,64:128,512:128", help="prompt:answer, tokens")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    return parser
+
+
+def start(args: argparse.Namespace, clients: int, context: int) -> list[Contender]:
+    """All servers, at rest."""
+    threads = str(args.threads)
+    found: list[Contender] = []
+    for way in args.ours.split(","):
+        bits = [] if way == "bf16" else ["--bits", way]
+        found.append(moesaic(f"moesaic {way}", args.model, *bits, "--threads", threads, "--max-running", "32"))
+        found[-1].rest()
+    if args.gguf is not None:
+        room = str(clients * (context + 64))  # a slot holds a whole request
+        command = [str(args.llama_server), "-m", str(args.gguf), "--port", "{port}", "-t", threads, "-tb", threads]
+        command += ["--parallel", str(clients), "-c", room, "-cb", "-b", "2048", "-ub", "512"]
+        for flash in args.flash_attention.split(","):
+            name = f"llama.cpp {args.gguf.stem.rpartition('-')[2]}, flash attention {flash}"
+            found.append(ServerProcess(name, [*command, "-fa", flash]))
+            found[-1].rest()
+    return found + [Other(*word.split("=", 1)) for word in args.other]
+
+
+def measure(
+    contenders: Sequence[Contender], clients: int, lengths: Sequence[Lengths], rounds: int
+) -> list[dict[str, Any]]:
+    """One sample of each server for each case and round; who begins changes."""
+    samples, requests = [], max(LEAST_REQUESTS, REQUESTS_PER_CLIENT * clients)
+    for turn in range(rounds):
+        for length in lengths:
+            for each in (*contenders[turn % len(contenders) :], *contenders[: turn % len(contenders)]):
+                each.go()
+                options = {
+                    "--concurrency": clients,
+                    "--requests": requests,
+                    "--prompt-tokens": length.prompt,
+                    "--output-tokens": length.answer,
+                    "--seed": 1000 * turn + clients,
+                }
+                found = load(each.url, *(str(word) for pair in options.items() for word in pair))
+                each.rest()
+                case = {"server": each.name, "clients": clients, "prompt": length.prompt, "answer": length.answer}
+                samples.append(case | {"round": turn, **found})
+                output.talk(f"{case}: {found['output_tokens_per_s']:.1f} tokens/s, errors {found['errors']}")
+    return samples
+
+
+def summarize(samples: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Medians of each case and server, and ours over the best of the others."""
+    groups: dict[tuple, list[dict[str, Any]]] = {}
+    for sample in samples:
+        case = (sample["clients"], sample["prompt"], sample["answer"], sample["server"])
+        groups.setdefault(case, []).append(sample)
+    rows = []
+    for (clients, prompt, answer, server), group in groups.items():
+        rows.append(
+            {
+                "clients": clients,
+                "prompt": prompt,
+                "answer": answer,
+                "server": server,
+                "tokens_per_s": statistics.median(each["output_tokens_per_s"] for each in group),
+                "first_p95_s": statistics.median(each["first_token_s"]["p95"] or float("nan") for each in group),
+                "inter_token_p50_s": statistics.median(each["inter_token_s"]["p50"] or float("nan") for each in group),
+                "errors": sum(sum(each["errors"].values()) for each in group),
+            }
+        )
+    for row in rows:
+        peers = [
+            each
+            for each in rows
+            if each["server"].split()[0] != "moesaic"
+            and (each["clients"], each["prompt"], each["answer"]) == (row["clients"], row["prompt"], row["answer"])
+        ]
+        if peers and row["server"].startswith("moesaic"):
+            row["speed_ratio"] = row["tokens_per_s"] / max(each["tokens_per_s"] for each in peers)
+            row["first_ratio"] = row["first_p95_s"] / min(each["first_p95_s"] for each in peers)
+    return rows
+
+
+def show(rows: Sequence[dict[str, Any]]) -> None:
+    """The table."""
+    columns = ("clients", "prompt", "answer", "server", "tokens/s", "first p95", "between", "errors", "speed", "first")
+    output.table(columns, [_cells(row) for row in rows], "speed and first: over the best other's")
+
+
+def _cells(row: dict[str, Any]) -> list[str]:
+    ratios = [f"{row[name]:.2f}" if name in row else "-" for name in ("speed_ratio", "first_ratio")]
+    return [
+        *(str(row[name]) for name in ("clients", "prompt", "answer", "server")),
+        f"{row['tokens_per_s']:.1f}",
+        f"{row['first_p95_s']:.3f} s",
+        f"{row['inter_token_p50_s'] * 1e3:.1f} ms",
+        str(row["errors"]),
+        *ratios,
+    ]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,19 @@
+"""How long an answer may be."""
+
+from moesaic.serve.http.errors import refused
+from moesaic.serve.http.settings import HttpSettings
+from moesaic.serve.served import Served
+
+
+def room(served: Served, settings: HttpSettings, num_prompt: int, asked: int | None, param: str = "max_tokens") -> int:
+    """New tokens that a request may have; `asked`: by the client. Raises ApiError where the context is too short."""
+    left = served.max_length - num_prompt
+    too_long = (
+        f"This model's maximum context length is {served.max_length} tokens, but the prompt has {num_prompt}"
+        f"{'' if asked is None else f' and {asked} more are asked for'}. Shorten the prompt or ask for fewer."
+    )
+    if left < 1 or (asked or 0) > left:
+        raise refused(too_long, param if left >= 1 else None, "context_length_exceeded")
+    if asked is not None:
+        return asked
+    return left if settings.default_max_tokens is None else min(left, settings.default_max_tokens)

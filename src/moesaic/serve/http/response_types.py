@@ -1,0 +1,171 @@
+"""What /v1/responses takes and gives."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import ConfigDict, Field
+
+from moesaic.serve.http.bodies import Answer, Body
+from moesaic.serve.http.generation import MAX_INT, Schema, StreamOptions
+from moesaic.serve.request import MAX_TOP_LOGPROBS
+
+LOGPROBS = "message.output_text.logprobs"
+
+
+class ItemText(Body):
+    """annotations and logprobs come back in answers that clients send on as they are."""
+
+    type: Literal["input_text", "output_text", "text"]
+    text: str
+    annotations: list[Any] | None = None
+    logprobs: list[Any] | None = None
+
+
+class ItemRefusal(Body):
+    type: Literal["refusal"]
+    refusal: str
+
+
+class ItemMedia(Body):
+    """Taken only to be refused by name."""
+
+    model_config = ConfigDict(extra="allow")
+
+    type: Literal["input_image", "input_file", "input_audio"]
+
+
+ItemContent = Annotated[ItemText | ItemRefusal | ItemMedia, Field(discriminator="type")]
+
+
+class InputMessage(Body):
+    type: Literal["message"] = "message"
+    role: Literal["user", "assistant", "system", "developer"]
+    content: str | list[ItemContent]
+    id: str | None = None
+    status: str | None = None
+    phase: str | None = None
+
+
+class FunctionCall(Body):
+    type: Literal["function_call"]
+    call_id: str
+    name: str = Field(min_length=1, max_length=256)
+    arguments: str
+    id: str | None = None
+    status: str | None = None
+
+
+class FunctionOutput(Body):
+    type: Literal["function_call_output"]
+    call_id: str
+    output: str | list[ItemContent]
+    id: str | None = None
+    status: str | None = None
+
+
+class ReasoningText(Body):
+    type: Literal["reasoning_text", "summary_text"]
+    text: str
+
+
+class Reasoning(Body):
+    type: Literal["reasoning"]
+    id: str | None = None
+    summary: list[ReasoningText] | None = None
+    content: list[ReasoningText] | None = None
+    encrypted_content: str | None = None
+    status: str | None = None
+
+
+InputItem = FunctionCall | FunctionOutput | Reasoning | InputMessage
+
+
+class ResponseTool(Body):
+    type: Literal["function"]
+    name: str = Field(pattern=r"^[a-zA-Z0-9_.-]{1,128}$")
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class ResponseNamedTool(Body):
+    type: Literal["function"]
+    name: str
+
+
+class TextFormat(Body):
+    type: Literal["text", "json_object", "json_schema"]
+    name: str | None = None
+    description: str | None = None
+    schema_: Schema | None = Field(None, alias="schema")
+    strict: bool | None = None
+
+
+class TextConfig(Body):
+    format: TextFormat | None = None
+    verbosity: str | None = None
+
+
+class ReasoningConfig(Body):
+    effort: str | None = None
+    summary: str | None = None
+
+
+class ResponseBody(Body):
+    """The fields of the last block are taken, and change nothing."""
+
+    model: str
+    input: str | list[InputItem]
+    instructions: str | None = None
+    max_output_tokens: Annotated[int, Field(ge=1, le=MAX_INT)] | None = None
+    temperature: float | None = Field(None, ge=0, le=2)
+    top_p: float | None = Field(None, gt=0, le=1)
+    tools: list[ResponseTool] | None = Field(None, max_length=1024)
+    tool_choice: Literal["none", "auto", "required"] | ResponseNamedTool | None = None
+    parallel_tool_calls: bool | None = None
+    text: TextConfig | None = None
+    reasoning: ReasoningConfig | None = None
+    previous_response_id: str | None = None
+    store: bool | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
+    include: list[str] | None = None
+    metadata: dict[str, str] | None = None
+    experts: bool = False
+
+    truncation: Literal["disabled"] | None = None
+    background: Literal[False] | None = None
+    service_tier: str | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+    prompt_cache_retention: str | None = None
+    user: str | None = None
+
+
+class ResponseAnswer(Answer):
+    """output: messages, calls and reasoning, as OpenAI's clients read them."""
+
+    id: str
+    object: Literal["response"]
+    created_at: float
+    status: Literal["in_progress", "completed", "incomplete"]
+    model: str
+    output: list[dict[str, Any]]
+    error: None
+    incomplete_details: dict[str, str] | None
+    instructions: str | None
+    metadata: dict[str, str]
+    parallel_tool_calls: bool
+    previous_response_id: str | None
+    temperature: float
+    top_p: float
+    text: dict[str, Any]
+    tool_choice: str | dict[str, Any]
+    tools: list[dict[str, Any]]
+    usage: dict[str, Any] | None
+
+
+class Deleted(Answer):
+    id: str
+    object: Literal["response"]
+    deleted: bool

@@ -1,0 +1,104 @@
+"""POST /tokenize and /detokenize, as vLLM has them, and /v1/embeddings, which none of the models here can answer."""
+
+from typing import Annotated, Any, NoReturn
+
+from fastapi import APIRouter
+from pydantic import Field
+
+from moesaic.serve.http.access import ServedModels, Settings
+from moesaic.serve.http.bodies import Answer, Body, BodyRoute
+from moesaic.serve.http.chat_call import dialogue_of
+from moesaic.serve.http.chat_types import ChatBody, ChatMessage, ChatTool
+from moesaic.serve.http.declared import ERRORS
+from moesaic.serve.http.errors import refused
+from moesaic.serve.http.prompts import TokenId, known_ids
+from moesaic.serve.served import Models, Served
+
+router = APIRouter(route_class=BodyRoute)
+
+
+class TokenizeBody(Body):
+    """A text, or a conversation."""
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: list[ChatMessage] | None = Field(None, min_length=1)
+    tools: list[ChatTool] | None = None
+    add_special_tokens: bool | None = None
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
+    chat_template_kwargs: dict[str, Any] | None = None
+    return_token_strs: bool | None = None
+
+
+class TokenizeAnswer(Answer):
+    count: int
+    max_model_len: int
+    tokens: list[int]
+    token_strs: list[str] | None
+
+
+class DetokenizeBody(Body):
+    model: str | None = None
+    tokens: list[TokenId]
+
+
+class DetokenizeAnswer(Answer):
+    prompt: str
+
+
+class EmbeddingBody(Body):
+    model: str
+    input: str | list[str] | list[TokenId] | list[list[TokenId]]
+    encoding_format: str | None = None
+    dimensions: Annotated[int, Field(ge=1)] | None = None
+    user: str | None = None
+
+
+@router.post("/tokenize", response_model=TokenizeAnswer, responses=ERRORS)
+def tokenize(body: TokenizeBody, models: ServedModels, settings: Settings) -> dict[str, Any]:
+    """The token ids of a text or a conversation. In a thread of its own, as long texts take a while."""
+    served = _served(models, body.model)
+    if (body.prompt is None) == (body.messages is None):
+        raise refused("give a prompt or messages, and not both", "prompt")
+    ids = served.tokenizer.encode(body.prompt or "", add_special_tokens=body.add_special_tokens is not False)
+    if body.messages is not None:
+        ids = _conversation(body, served, settings.template_time_s)
+    strings = [served.tokenizer.backend.id_to_token(token_id) or "" for token_id in ids]
+    return {
+        "count": len(ids),
+        "max_model_len": served.max_length,
+        "tokens": ids,
+        "token_strs": strings if body.return_token_strs else None,
+    }
+
+
+def _conversation(body: TokenizeBody, served: Served, time_s: float) -> list[int]:
+    shared = ("messages", "tools", "chat_template_kwargs", "add_generation_prompt", "continue_final_message")
+    chat = ChatBody.model_validate({"model": served.name, **{name: getattr(body, name) for name in shared}})
+    return list(served.speaker.prepare(dialogue_of(chat), None, time_s).prompt_ids)
+
+
+@router.post("/detokenize", response_model=DetokenizeAnswer, responses=ERRORS)
+def detokenize(body: DetokenizeBody, models: ServedModels) -> dict[str, Any]:
+    """The text of token ids, special tokens with their names."""
+    served = _served(models, body.model)
+    ids = known_ids(body.tokens, served, "tokens")
+    return {"prompt": served.tokenizer.decode(ids, skip_special_tokens=False)}
+
+
+def _served(models: Models, name: str | None) -> Served:
+    """The first one where the client names none."""
+    return models.find(next(iter(models), "") if name is None else name)
+
+
+@router.post("/v1/embeddings", response_model=None, responses=ERRORS)
+async def embed(body: EmbeddingBody, models: ServedModels) -> NoReturn:
+    """Refused: decoders predict tokens."""
+    served = models.find(body.model)
+    raise refused(
+        f"the model {served.name!r} makes no embeddings: it is a decoder, trained to predict tokens; "
+        "use a model that was trained for embeddings",
+        "model",
+        "model_not_supported",
+    )
