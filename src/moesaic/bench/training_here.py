@@ -88,7 +88,7 @@ def take(cell: TrainingCell, steps: int = STEPS) -> Taken:
         start = time.perf_counter()
         stepper.run(number, batches)
         times.append(time.perf_counter() - start)
-    return Taken(min(times[1:]), peak_memory_bytes(_CPU) - before)
+    return Taken(statistics.median(times[1:]), peak_memory_bytes(_CPU) - before)
 
 
 def measure_training(*, keep: bool = True) -> TrainingRates:
