@@ -1,11 +1,15 @@
 """Does the doctor mend a router that has collapsed, and leave a healthy one alone?
 
 A small model is trained on real text until it works. Then the same moment goes on four ways: as it is (healthy), and
-with one of three illnesses seeded into every routed layer; each without a doctor and with `doctor=act`:
+with one of four illnesses seeded into every routed layer; each without a doctor and with `doctor=act`:
 
   takeover     one expert's router row is scaled so that it wins every token with a probability near 1
   killed       a quarter of the experts get weights of 0 and a router row that no token follows
   identical    one expert becomes a copy of another: weights, router row and what the optimizer keeps
+  doubled      every second expert becomes a copy of the one before it, as in a model whose experts were doubled without
+               noise: a pair is always chosen together, gets the same gradients, and stays one expert for ever
+
+One copy alone parts from its original by itself: where the two are second and third for a token only one is chosen.
 
 Held-out bits per byte, and how many experts are dead, oversized or duplicates, are read at the end; a run is mended
 when its loss is within the spread of the healthy seeds (or better), and nobody is ill. "clear after": the steps from
@@ -94,11 +98,24 @@ def killed(trainer: Trainer) -> None:
 def identical(trainer: Trainer) -> None:
     """Expert 1 becomes expert 0."""
     for layer in routed_layers(trainer.model):
+        _copy(Theatre(trainer.model, trainer.optimizer, layer), 0, 1)
+
+
+def doubled(trainer: Trainer) -> None:
+    """Experts 1, 3, ... become experts 0, 2, ..."""
+    for layer, module in routed_layers(trainer.model).items():
         theatre = Theatre(trainer.model, trainer.optimizer, layer)
-        weight = theatre.router_weight("weight")
-        assert weight is not None
-        for part in (*theatre.expert_weights, weight):
-            theatre.write(part, 1, part.master[0], state_of=0)
+        for expert in range(0, module.router.config.num_experts - 1, 2):
+            _copy(theatre, expert, expert + 1)
+
+
+def _copy(theatre: Theatre, source: int, target: int) -> None:
+    """Weights and router row; moments, too, so that both take the same steps."""
+    weight = theatre.router_weight("weight")
+    assert weight is not None
+    for part in (*theatre.expert_weights, weight):
+        for row in (target, source):  # first moments begin anew in both
+            theatre.write(part, row, part.master[source], state_of=source)
 
 
 ILLNESSES: dict[str, Illness] = {
@@ -106,6 +123,7 @@ ILLNESSES: dict[str, Illness] = {
     "takeover": takeover,
     "killed": killed,
     "identical": identical,
+    "doubled": doubled,
 }
 
 
@@ -246,6 +264,7 @@ def main() -> None:
     add_corpus_argument(parser)
     parser.add_argument("--out", type=Path, required=True, help="where results and the tokenizer are kept")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--illnesses", nargs="+", choices=list(ILLNESSES), default=list(ILLNESSES))
     parser.add_argument("--before", type=int, default=160, help="steps before the illness")
     parser.add_argument("--after", type=int, default=160, help="steps after it")
     parser.add_argument("--threads", type=int, default=1)
@@ -259,7 +278,7 @@ def main() -> None:
     with place.open("a", buffering=1) as file:
         for seed in args.seeds:
             recipe = recipe_of(seed, args.before, args.after)
-            missing = [(i, d) for i in ILLNESSES for d in ("off", "act") if (seed, i, d) not in done]
+            missing = [(i, d) for i in args.illnesses for d in ("off", "act") if (seed, i, d) not in done]
             moment = trained(recipe, text, args.before) if missing else {}
             for illness, doctor in missing:
                 result = {"seed": seed, **go_on(moment, recipe, text, illness, doctor, args.after)}

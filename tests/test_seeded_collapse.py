@@ -13,6 +13,22 @@ TEXT: Any = SimpleNamespace(tokenizer=SimpleNamespace(vocab_size=61), packed=pac
 
 
 @pytest.mark.slow
+def test_doubled_experts_stay_one_without_the_doctor() -> None:
+    with imported(["seeded_collapse"]) as programs:
+        study = programs.seeded_collapse
+        tree = study.recipe_of(0, 20, 60).to_dict()
+        tree["model"] |= {"hidden_size": 32, "moe_intermediate_size": 16}
+        tree["vocab_size"], tree["train"]["sequence_length"] = 61, 32
+        recipe = Recipe.from_dict(tree)
+        moment = study.trained(recipe, TEXT, 20)
+        left = study.go_on(moment, recipe, TEXT, "doubled", "off", 60)
+        treated = study.go_on(moment, recipe, TEXT, "doubled", "act", 60)
+    assert left["twins"] == 8 and left["clear_since"] is None  # four pairs in each of two layers
+    remedies = {line["remedy"] for line in treated["log"] if line["doctor"] == "treated"}
+    assert "merge" in remedies and treated["twins"] < 8
+
+
+@pytest.mark.slow
 def test_the_doctor_mends_killed_experts_or_leaves_them_as_they_were() -> None:
     with imported(["seeded_collapse"]) as programs:
         study = programs.seeded_collapse

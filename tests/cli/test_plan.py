@@ -93,6 +93,25 @@ def test_predictions_of_one_file_go_into_a_page(moesaic, tmp_path):
     assert moesaic("plan", "verify", tmp_path / "none").exit_code == 2
 
 
+def test_a_whole_life_with_every_multiplier(moesaic):
+    work = "input=2k,output=500,requests=1M,reasoning=3,retries=1.1,cached=0.5,batch_discount=0.5"
+    options = ("--machine", "8xh200", "--users", "64", "--against", "deepseek-v3-2025-02", "--workload", work)
+    life = ("--tokens", "14.8T", "--set", "train_machine=2048xh800,served=10T")
+    ran = moesaic("plan", "deepseek-v3", *options, *life)
+    assert "14.8T tokens (2048xh800" in ran.out and "a whole life" in ran.out and "J an output token" in ran.out
+    found = moesaic("plan", "deepseek-v3", *options, *life, "--json").json
+    assert found["lifetime"]["served"] == 1e13 and found["lifetime"]["others"][0]["name"] == "deepseek-v3-2025-02"
+    month = 1.1e6 * (2000 * (0.5 * 0.07 + 0.5 * 0.27) + 1500 * 1.10) * 0.5 / 1e6
+    assert found["prices"][0]["month"] == pytest.approx(month)
+    assert moesaic("plan", "deepseek-v3", *options, "--set", "served=1T").exit_code == 2
+
+
+def test_a_price_of_another_unit_is_told_its_unit_with_a_machine_or_without(moesaic):
+    for machine in ((), ("--machine", "8xh100")):
+        ran = moesaic("plan", "deepseek-v3", *machine, "--price", "3 $/Mtok")
+        assert ran.exit_code == 2 and "is a unit of $/Mtok, and this is in $/h" in ran.err
+
+
 def test_prices_are_listed_and_compared_with(moesaic):
     assert "deepseek-v3-2025-02" in moesaic("plan", "--against", "all").out
     options = ("--machine", "8xh200", "--against", "deepseek-v3-2025-02", "--workload", "output=500,requests=1M")
@@ -112,7 +131,7 @@ def test_prices_are_listed_and_compared_with(moesaic):
         (["mixtral-8x7b", "--users", "many"], "give a whole number above 0"),
         (["mixtral-8x7b", "--set", "overlop=1"], "did you mean 'overlap'"),
         (["mixtral-8x7b", "--workload", "input=1,input=2"], "write input=VALUE once"),
-        (["mixtral-8x7b", "--tokens", "1T"], "add --task train"),
+        (["mixtral-8x7b", "--set", "served=1T"], "give the budget"),
         (["compare", "mixtral-8x7b"], "takes two models"),
         ([], "plan takes a MODEL"),
     ],

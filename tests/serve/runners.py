@@ -11,7 +11,7 @@ from moesaic.models.decoder import Decoder
 from moesaic.serve.loop_settings import LoopSettings
 from moesaic.serve.request import Event, Finished, Request
 from moesaic.serve.runner import Runner
-from moesaic.serve.turns import Drafter
+from moesaic.serve.speculation.drafter import Drafter, Wanted
 from moesaic.serve.writing import Writing
 from tests.families.cases import CASES, COMMON
 from tests.serve import tiny
@@ -111,13 +111,16 @@ def alone(case: str, request: Request, **options: Any) -> Outcome:
     return found
 
 
-class HalfRight:
+class HalfRight(Drafter):
     """Drafts what will be written behind a prompt, but for a token now and then."""
 
     def __init__(self, wanted: dict[tuple[int, ...], list[int]], wrong_every: int = 3) -> None:
         self.wanted, self.wrong_every = wanted, wrong_every
 
-    def propose(self, writing: Writing) -> list[int]:
+    def propose(self, wanted: Sequence[Wanted]) -> list[list[int]]:
+        return [self._of(each.writing) for each in wanted]
+
+    def _of(self, writing: Writing) -> list[int]:
         written = writing.num_new
         coming = self.wanted[writing.request.prompt_ids][written : written + 4]
         return [(token + (written + place) % self.wrong_every // 2) % VOCAB for place, token in enumerate(coming)]

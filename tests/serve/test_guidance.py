@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import jsonschema
@@ -12,10 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moesaic.data.tokenizer import Tokenizer
+from moesaic.engine.sampling import Sampling
 from moesaic.errors import GenerationError, MissingDependencyError
 from moesaic.serve import guidance as guidance_module
 from moesaic.serve.guidance import Guidance, Guide
-from moesaic.serve.request import Grammar, GrammarKind, Request
+from moesaic.serve.loop import Loop
+from moesaic.serve.request import Event, Finished, Grammar, GrammarKind, Request
+from moesaic.serve.speculation.ngram import NgramDrafter
 from tests.serve import tiny
 from tests.serve.schemas import schema
 
@@ -213,3 +217,80 @@ def test_a_tokenizer_of_a_gguf_file() -> None:
     written = write(guided(made, "json_schema", json.dumps(schema(3))), 0, most=2000)
     check(tokenizer.decode(written), schema(3))
     made.close()
+
+
+def served(requests: list[Request], **settings: Any) -> list[list[Event]]:
+    listener = tiny.Listener()
+    guidance = Guidance(tiny.tokenizer(), VOCAB)
+    loop = Loop(tiny.engine(), tiny.tokenizer().decode, listener, guidance=guidance, **settings)
+    try:
+        return tiny.run(loop, listener, requests)
+    finally:
+        loop.close()
+
+
+def requests_of(numbers: range) -> list[Request]:
+    return [
+        Request(
+            prompt_ids=(1, 2 + number % 50),
+            max_new_tokens=450,
+            sampling=Sampling(temperature=1.0, seed=number),
+            grammar=Grammar("json_schema", json.dumps(schema(number))),
+            eos_token_ids=frozenset({END}),
+        )
+        for number in numbers
+    ]
+
+
+def check_served(numbers: range) -> None:
+    """Valid, or a beginning that the grammar accepts."""
+    num_ended, guidance = 0, Guidance(tiny.tokenizer(), VOCAB)
+    for number, events in zip(numbers, served(requests_of(numbers)), strict=True):
+        last = events[-1]
+        assert isinstance(last, Finished) and last.reason in ("stop", "length"), last
+        if last.reason == "stop":
+            num_ended += 1
+            check(tiny.text_of(events), schema(number))
+        else:
+            guide = guided(guidance, "json_schema", json.dumps(schema(number)))
+            assert all(guide.add(token) for token in tiny.new_ids(events))
+    guidance.close()
+    assert num_ended > 0.9 * len(numbers)
+
+
+def test_the_model_writes_by_schemas() -> None:
+    check_served(range(12))
+
+
+@pytest.mark.slow
+def test_the_model_writes_by_300_schemas() -> None:
+    check_served(range(300))
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_guided_texts_are_the_same_with_drafts(temperature: float) -> None:
+    requests = [replace(each, sampling=Sampling(temperature=temperature, seed=3)) for each in requests_of(range(8))]
+    plain, drafted = served(requests), served(requests, drafter=NgramDrafter(shortest=1))
+    assert [tiny.new_ids(events) for events in plain] == [tiny.new_ids(events) for events in drafted]
+    last = [events[-1] for events in drafted]
+    assert sum(each.usage.accepted for each in last if isinstance(each, Finished)) > 0
+
+
+def test_a_request_that_writes_nothing_of_its_grammar() -> None:
+    """Its length is reached at once, or it asks for an end before the grammar has one."""
+    grammar = Grammar("regex", "[0-9]{2}")
+    short = Request(prompt_ids=(1,), max_new_tokens=1, grammar=grammar)
+    early = Request(
+        prompt_ids=(1,), max_new_tokens=20, min_new_tokens=9, grammar=grammar, eos_token_ids=frozenset({END})
+    )
+    first, second = served([short, early])
+    assert re.fullmatch("[0-9]", tiny.text_of(first)) and re.fullmatch("[0-9]{2}", tiny.text_of(second))
+    assert [event.reason for event in (first[-1], second[-1]) if isinstance(event, Finished)] == ["length", "stop"]
+
+
+def test_a_loop_without_guidance() -> None:
+    listener = tiny.Listener()
+    loop = Loop(tiny.engine(), tiny.tokenizer().decode, listener)
+    with pytest.raises(GenerationError, match="without guidance"):
+        loop.submit(Request(prompt_ids=(1,), max_new_tokens=1, grammar=Grammar("json_object")))
+    loop.close()

@@ -57,3 +57,13 @@ def test_a_layer_grown_from_copies_has_no_duplicates():
     grown = OUTPUTS.copy()
     grown[1:3] = grown[0]
     assert duplicates(grown) == ()
+
+
+def test_copies_that_the_router_cannot_tell_apart_are_told_however_many_there_are():
+    """Every expert doubled, its router row with it: a pair is always chosen together, and never parts."""
+    rows = np.random.default_rng(1).standard_normal((len(OUTPUTS), 16))
+    outputs, router = np.repeat(OUTPUTS, 2, axis=0), np.repeat(rows, 2, axis=0)
+    pairs = [(pair.first, pair.second) for pair in duplicates(outputs, router)]
+    assert sorted(pairs) == [(first, first + 1) for first in range(0, len(outputs), 2)]
+    router[1::2] = np.random.default_rng(2).standard_normal(rows.shape)  # as upcycling makes them
+    assert duplicates(outputs, router) == ()

@@ -32,6 +32,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = (
         "example: moesaic plan deepseek-v3 --machine 8xh200 --users 64\n"
         "         moesaic plan --machine 8xh100 --task serve --users 50 --context 8k\n"
+        "         moesaic plan deepseek-v3 --machine 16xh200 --users 256 --against deepseek-v3-2025-02 "
+        "--workload input=2k,output=500,requests=10M,reasoning=3,retries=1.1,cached=0.5,batch_discount=0.5\n"
+        "         moesaic plan deepseek-v3 --machine 16xh200 --users 256 --tokens 14.8T "
+        "--set train_machine=2048xh800,served=10T --against deepseek-v3-2025-02\n"
         "         moesaic plan compare mixtral-8x7b llama-2-70b --machine 2xh100 --plot FILE\n"
         "         moesaic plan simulate deepseek-v3 --machine 2048xh800 --set rate=1500\n"
         "         moesaic plan verify\n"
@@ -83,14 +87,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--price", metavar="AMOUNT", help="of one device, such as '2.5 $/h' (as the table has it)")
     parser.add_argument("--against", metavar="NAME,..", help="API prices to compare with; `all` lists them")
-    parser.add_argument("--tokens", metavar="N", help="with --task train: a budget, such as 14.8T")
+    parser.add_argument(
+        "--tokens",
+        metavar="N",
+        help="trained on so many, such as 14.8T: what that takes (--task train), or a whole life of it and of serving",
+    )
     parser.add_argument(
         "--set",
         action="append",
         metavar="NAME=VALUE",
         default=[],
         help="a finer setting: overlap, utilisation, quality, host_memory, ssd, ssd_bandwidth, recompute, zero, "
-        "micro_batch, batch_tokens",
+        "micro_batch, batch_tokens; of a whole life (--tokens): served (output tokens), train_machine",
     )
     parser.add_argument(
         "--report", metavar="FILE", help="write a page with pictures (HTML; with disclosed and claims Markdown)"
@@ -132,8 +140,8 @@ def run(args: argparse.Namespace) -> int:
 def plan_of(model: str, args: argparse.Namespace) -> ServingPlan | TrainingPlan:
     """The plan that the options ask for. Raises ConfigError for those that make no sense."""
     settings = read_settings(args.set)
-    if args.tokens and args.task != "train":
-        raise ConfigError("--tokens is a budget of training; add --task train")
+    if not args.tokens and (settings.served is not None or settings.train_machine is not None):
+        raise ConfigError("served or train_machine without --tokens; give the budget it is trained on, such as 14.8T")
     return make_plan(
         model,
         machine=machine_of(args.machine, args.price, settings),
@@ -153,18 +161,21 @@ def plan_of(model: str, args: argparse.Namespace) -> ServingPlan | TrainingPlan:
         training=_training(settings),
         batch_tokens=settings.batch_tokens,
         train_tokens=None if args.tokens is None else quantity(args.tokens, "tokens", "--tokens"),
+        train_machine=settings.train_machine,
+        served=settings.served,
     )
 
 
 def machine_of(text: str | None, price: str | None, settings: Settings) -> hardware.Machine | None:
     """The machine of this name with what the options say of it; None where none is named."""
+    dollars = None if price is None else quantity(price, "$/h", "--price")
     if text is None:
         if price is not None or settings.host_memory or settings.ssd:
             raise ConfigError("--price, host_memory or ssd without --machine; name one, such as 8xh100")
         return None
     machine = _here() if text.strip().lower() == "here" else hardware.find_machine(text)
     return replace(
-        machine.with_price(None if price is None else quantity(price, "$/h", "--price")),
+        machine.with_price(dollars),
         host_bytes=settings.host_memory or machine.host_bytes,
         host_bandwidth=settings.host_bandwidth or machine.host_bandwidth,
         ssd_bytes=settings.ssd or machine.ssd_bytes,

@@ -26,6 +26,8 @@ class Settings:
     zero: Literal[0, 1, 2, 3] | None = None
     micro_batch: int | None = None
     batch_tokens: float | None = None
+    served: float | None = None
+    train_machine: str | None = None
 
 
 _UNITS: dict[str, Unit] = {
@@ -36,8 +38,10 @@ _UNITS: dict[str, Unit] = {
     "ssd_bandwidth": "bytes/s",
     "batch_tokens": "tokens",
     "micro_batch": "tokens",
+    "served": "tokens",
 }
 _WHOLE = ("zero", "micro_batch")
+_WORDS = ("recompute", "train_machine")
 
 
 def read_count(option: str, text: str, *, binary: bool = False) -> int:
@@ -100,7 +104,7 @@ def read_settings(pairs: Sequence[str]) -> Settings:
 
 
 def _setting(name: str, value: str) -> Any:
-    if name == "recompute":
+    if name in _WORDS:
         return value
     if name in _UNITS:
         number = quantity(value, _UNITS[name], f"--set {name}")

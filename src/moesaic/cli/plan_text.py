@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from moesaic.cli import output
+from moesaic.plan.lifetime import Lifetime, Other
 from moesaic.plan.memory import DeviceMemory
 from moesaic.plan.plan import ServingPlan, TrainingPlan
 from moesaic.plan.roofline import StepTime
@@ -39,6 +40,9 @@ def _show_serving(plan: ServingPlan) -> None:
         output.table(["instead of it a dense model of", "parameters", "the MoE's step is"], dense_rows(plan))
         output.write("\n")
     output.table(["how much?", ""], cost_rows(plan))
+    if plan.lifetime is not None:
+        output.write("\n")
+        output.table(LIFETIME_COLUMNS, lifetime_rows(plan.lifetime, plan.model), lifetime_title(plan.lifetime))
     device = serving.machine.device
     output.talk(f"{device.name}: {device.source} ({device.date}); price {device.price_range or 'not stated'} $/h")
     output.next_command(f"moesaic plan {plan.model} --machine {serving.machine.name} --report plan.html")
@@ -143,6 +147,36 @@ def cost_rows(plan: ServingPlan) -> list[list[str]]:
     for price in plan.prices:
         rows.append([f"$ a month at {price.name} ({price.date}: {price.source})", f"{price.month(work):,.0f}"])
     return rows
+
+
+LIFETIME_COLUMNS = ["a whole life", "$ training", "$ a million tokens", "$ in all", "this one is cheaper from"]
+
+
+def lifetime_title(found: Lifetime) -> str:
+    """What is trained and served."""
+    return (
+        f"trained on {output.number(found.training.tokens)} tokens ({found.training_machine}, "
+        f"{found.training.days:,.0f} days), then {output.number(found.served)} output tokens ({found.months:,.0f} "
+        "months of the workload; what is read for them is counted in)"
+    )
+
+
+def lifetime_rows(found: Lifetime, model: str) -> list[list[str]]:
+    """The model, and what else would write the same."""
+    own = found.training.dollars or 0.0
+    rows = [[model, f"{own:,.0f}", f"{found.per_million:,.2f}", f"{found.total:,.0f}", "-"]]
+    for other in found.others:
+        figures = [f"{other.training:,.0f}", f"{other.per_million:,.2f}", f"{other.total:,.0f}"]
+        rows.append([other.name, *figures, _cheaper(other)])
+    return rows
+
+
+def _cheaper(other: Other) -> str:
+    if other.ours_from is None:
+        return "never"
+    if other.ours_from:
+        return f"from {output.number(other.ours_from)} tokens on"
+    return "always" if other.ours_until is None else f"up to {output.number(other.ours_until)} tokens"
 
 
 def _show_offload(plan: ServingPlan) -> None:

@@ -30,7 +30,8 @@ class Text:
 
     def forget_ahead(self) -> None:
         """Forget what those layers made of tokens that the text does not hold."""
-        self.ahead = {depth: min(places, max(0, self.length - depth)) for depth, places in self.ahead.items()}
+        if self.ahead:
+            self.ahead = {depth: min(places, max(0, self.length - depth)) for depth, places in self.ahead.items()}
 
 
 class BlockCache:
@@ -94,6 +95,8 @@ class BlockCache:
         first = (text.length if start is None else start) // BLOCK_TOKENS
         shared = [place for place in range(first, len(text.blocks)) if self._holders[text.blocks[place]] > 1]
         missing = -(-length // BLOCK_TOKENS) - len(text.blocks)
+        if missing <= 0 and not shared:
+            return False
         grown = self._have_free(max(missing, 0) + len(shared))
         for place in shared:
             text.blocks[place] = self._copy(text.blocks[place])
@@ -116,7 +119,8 @@ class BlockCache:
         if num_blocks < self.num_blocks:
             raise GenerationError(f"{num_blocks} blocks for a cache that has {self.num_blocks}; reserve them at first")
         self.max_blocks = num_blocks
-        self._extend(num_blocks)
+        if num_blocks > self.num_blocks:
+            self._extend(num_blocks)
 
     def _take(self) -> int:
         block = self._free.pop()

@@ -253,11 +253,12 @@ class Engine:
         tables_SW = np.zeros((len(pieces), max((len(piece.text.blocks) for piece in pieces), default=0)), np.int32)
         for table, piece in zip(tables_SW, pieces, strict=True):
             table[: len(piece.text.blocks)] = piece.text.blocks
-        places = [np.arange(start, start + count) for start, count in zip(starts, counts, strict=True)]
+        text_of_T = np.repeat(np.arange(len(pieces), dtype=np.int32), counts)
+        before = np.array(starts, np.int64) - np.cumsum([0, *counts[:-1]])[: len(counts)]
         return Batch(
             token_ids_T,
-            np.concatenate(places) if places else np.zeros(0, np.int64),
-            np.repeat(np.arange(len(pieces), dtype=np.int32), counts),
+            np.arange(len(token_ids_T)) + before[text_of_T],
+            text_of_T,
             tables_SW,
             np.fromiter(_output_rows(pieces), np.int64),
         )

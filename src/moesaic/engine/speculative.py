@@ -58,11 +58,20 @@ def generate_batch(
     return Speculated([each.token_ids[each.num_prompt :] for each in texts], drafted, accepted)
 
 
-def draft(engine: Engine, texts: Sequence[tuple[Text, Sequence[int]]]) -> list[list[int]]:
-    """What may follow the newest token of each text: the likeliest of each layer that predicts further tokens, in turn.
+Choose = Callable[[Tensor, Sequence[Sequence[int]]], Sequence[int]]
+"""The tokens for rows of logits [N, V], given the drafts of each text so far."""
+
+
+def _likeliest(logits_NV: Tensor, drafts: Sequence[Sequence[int]]) -> Sequence[int]:
+    return likeliest(logits_NV).tolist()
+
+
+def draft(engine: Engine, texts: Sequence[tuple[Text, Sequence[int]]], choose: Choose = _likeliest) -> list[list[int]]:
+    """What may follow the newest token of each text, by each layer that predicts further tokens, in turn.
 
     texts: each with all of its tokens, of which the engine has run all but the newest. The layers first run at all
-    places where they have not yet. Raises GenerationError for a text with other tokens than that.
+    places where they have not yet. choose: a layer's drafts from its logits; else the likeliest. Raises GenerationError
+    for a text with other tokens than that.
     """
     for text, token_ids in texts:
         if not 0 < text.length == len(token_ids) - 1:
@@ -78,7 +87,7 @@ def draft(engine: Engine, texts: Sequence[tuple[Text, Sequence[int]]]) -> list[l
                 for (text, token_ids), drafted in zip(texts, drafts, strict=True)
             ]
             logits_NV = torch.cat([engine.ahead(pieces, depth) for pieces in in_steps(new)])
-            for drafted, token in zip(drafts, likeliest(logits_NV).tolist(), strict=True):
+            for drafted, token in zip(drafts, choose(logits_NV, drafts), strict=True):
                 drafted.append(token)
     finally:
         for text, _ in texts:

@@ -17,6 +17,7 @@ from moesaic.plan.hardware import Machine, find_machine
 from moesaic.plan.kernels import EngineStep, engine_step, measured_rates
 from moesaic.plan.kinds import with_shared_layers
 from moesaic.plan.layout import Layout
+from moesaic.plan.lifetime import Lifetime, lifetime
 from moesaic.plan.memory import DeviceMemory, Training
 from moesaic.plan.offload import Offload, offload
 from moesaic.plan.roofline import Speculation, StepTime
@@ -44,6 +45,7 @@ class ServingPlan:
 
     engine: on a machine whose kernels were measured, what moesaic's own engine takes; None elsewhere.
     dense: against dense models of equal active size, quality and total size; empty for a dense model.
+    lifetime: training on a budget of tokens, then serving; None without a budget.
     """
 
     model: str
@@ -63,6 +65,7 @@ class ServingPlan:
     prices: tuple[Price, ...]
     offload: Offload | None
     engine: EngineTimes | None = None
+    lifetime: Lifetime | None = None
 
     @property
     def fits(self) -> bool:
@@ -95,6 +98,7 @@ class ServingPlan:
             "prices": [asdict(price) | {"month": price.month(self.workload)} for price in self.prices],
             "engine": None if self.engine is None else self.engine._asdict() | {"decode": self.engine.decode._asdict()},
             "offload": None if self.offload is None else _offload(self.offload, decode.seconds),
+            "lifetime": None if self.lifetime is None else _lifetime(self.lifetime),
         }
 
 
@@ -163,6 +167,8 @@ def make_plan(
     training: Training | None = None,
     batch_tokens: float | None = None,
     train_tokens: float | None = None,
+    train_machine: str | None = None,
+    served: float | None = None,
 ) -> ServingPlan | TrainingPlan:
     """What a model needs of a machine and gets from it. Loads no weights and no torch.
 
@@ -171,7 +177,8 @@ def make_plan(
     context: tokens of a text, or of a training sequence; None: 8,192, or what the model takes. users: texts at once.
     layout: None: the best of the usual ones. routing: None: even. quality: parameters of a dense model as good.
     overlap: the share of the shorter of computing and sending that hides behind the longer; None: 0 serving, 0.5
-    training. train_tokens: a budget.
+    training. train_tokens: a budget; with task "serve" the cost of a whole life is counted: training on train_machine
+    (None: where it serves), then writing `served` output tokens (None: the workload's in three years).
     Raises ConfigError or CheckpointError for a model, machine, format, layout or context that cannot be.
     """
     name, config = read_model(model)
@@ -194,7 +201,14 @@ def make_plan(
     }  # fmt: skip
     found = machine if isinstance(machine, Machine) else _machine(machine, config, formats, settings)
     serving = make_serving(config, formats, found, layout=layout, **settings)
-    return _serving_plan(name, serving, workload or Workload(), utilisation, prices, quality)
+    plan = _serving_plan(name, serving, workload or Workload(), utilisation, prices, quality)
+    if train_tokens is None:
+        return plan
+    whole = lifetime(
+        serving, tokens=train_tokens, workload=plan.workload, utilisation=utilisation, served=served, prices=prices,
+        machine=None if train_machine is None else find_machine(train_machine), quality=quality,
+    )  # fmt: skip
+    return replace(plan, lifetime=whole)
 
 
 def _formats(
@@ -342,6 +356,14 @@ def _step(time: StepTime) -> dict[str, Any]:
         "operations": [
             op.op._asdict() | {"seconds": op.seconds, "by": op.by, "intensity": op.op.intensity} for op in time.ops
         ],
+    }
+
+
+def _lifetime(found: Lifetime) -> dict[str, Any]:
+    return {
+        **{name: getattr(found, name) for name in ("training_machine", "served", "months", "per_million", "total")},
+        "training": asdict(found.training),
+        "others": [other._asdict() for other in found.others],
     }
 
 

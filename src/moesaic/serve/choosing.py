@@ -29,9 +29,7 @@ def choose(logits_NV: Tensor, rows: Sequence[Row], program: Program | None = Non
     program: whose threads do it; None: this one.
     """
     all_V = list(logits_NV.numpy())
-    changed = [_by_rules(logits_V, row) for logits_V, row in zip(all_V, rows, strict=True)]
-    samplings, numbers = [row.writing.rules.sampling for row in rows], [_number(row) for row in rows]
-    infos = [TokenInfo(token) for token in draw_rows(changed, samplings, numbers, program)]
+    infos = [TokenInfo(token) for token in chosen_ids(logits_NV, rows, program)]
     counts = [row.writing.request.top_logprobs for row in rows]
     wanted = [place for place, count in enumerate(counts) if count is not None]
     found = scored(
@@ -43,6 +41,13 @@ def choose(logits_NV: Tensor, rows: Sequence[Row], program: Program | None = Non
     for place, info in zip(wanted, found, strict=True):
         infos[place] = info
     return infos
+
+
+def chosen_ids(logits_NV: Tensor, rows: Sequence[Row], program: Program | None = None) -> list[int]:
+    """The token of each row alone."""
+    changed = [_by_rules(logits_V, row) for logits_V, row in zip(logits_NV.numpy(), rows, strict=True)]
+    samplings, numbers = [row.writing.rules.sampling for row in rows], [_number(row) for row in rows]
+    return draw_rows(changed, samplings, numbers, program)
 
 
 def _by_rules(logits_V: np.ndarray, row: Row) -> np.ndarray:

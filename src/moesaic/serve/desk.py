@@ -4,11 +4,12 @@ import asyncio
 from collections.abc import AsyncGenerator, Callable, Sequence
 
 from moesaic.engine.engine import Engine
+from moesaic.serve.guidance import Guidance
 from moesaic.serve.loop import Loop
 from moesaic.serve.loop_settings import LoopSettings
 from moesaic.serve.request import Event, Finished, Heard, Request
 from moesaic.serve.seen import Stats
-from moesaic.serve.turns import Drafter
+from moesaic.serve.speculation.drafter import Drafter
 
 
 class Desk:
@@ -21,13 +22,16 @@ class Desk:
         *,
         settings: LoopSettings | None = None,
         drafter: Drafter | None = None,
+        guidance: Guidance | None = None,
     ) -> None:
         self._asyncio = asyncio.get_running_loop()
         self._waiting: dict[int, asyncio.Queue[Event]] = {}
-        self.loop = Loop(engine, decode, self._hear, settings=settings, drafter=drafter)
+        self.loop = Loop(engine, decode, self._hear, settings=settings, drafter=drafter, guidance=guidance)
 
     async def run(self, request: Request) -> AsyncGenerator[Event, None]:
         """The events of a request; leaving early cancels it. Raises GenerationError before the first."""
+        if request.grammar is not None:
+            await asyncio.to_thread(self.loop.prepare, request)
         number = self.loop.submit(request)
         events = self._waiting[number] = asyncio.Queue()
         ended = False

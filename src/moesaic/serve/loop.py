@@ -12,11 +12,12 @@ from functools import partial
 from moesaic.engine.cache import BLOCK_TOKENS
 from moesaic.engine.engine import Engine
 from moesaic.errors import QueueFullError, ServerClosingError
+from moesaic.serve.guidance import Guidance
 from moesaic.serve.loop_settings import LoopSettings
 from moesaic.serve.request import Finished, Heard, Request
 from moesaic.serve.runner import Runner
 from moesaic.serve.seen import Stats, StepSeen
-from moesaic.serve.turns import Drafter
+from moesaic.serve.speculation.drafter import Drafter
 from moesaic.serve.writing import Writing
 
 _log = logging.getLogger(__name__)
@@ -26,7 +27,8 @@ class Loop:
     """Runs requests through an engine, many together. Thread-safe but for what its own thread does.
 
     hear: told, in the loop's thread, everything that came of a step at once. decode: token ids to text.
-    drafter: guesses how texts go on, for requests that may `speculate`.
+    drafter: guesses how texts go on, for requests that may `speculate`. guidance: for those with a grammar; closed with
+    the loop.
 
     A request gets the same tokens alone, beside any others, with blocks that others have computed, after it had to
     give way to others, and with drafts.
@@ -40,9 +42,10 @@ class Loop:
         *,
         settings: LoopSettings | None = None,
         drafter: Drafter | None = None,
+        guidance: Guidance | None = None,
     ) -> None:
         self.engine, self.hear, self.settings = engine, hear, settings or LoopSettings()
-        self._runner = Runner(engine, decode, self.settings, drafter)
+        self._runner = Runner(engine, decode, self.settings, drafter, guidance)
         self._numbers = itertools.count(1)
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._changed = threading.Condition()  # of the two that follow
@@ -63,6 +66,13 @@ class Loop:
     def alive(self) -> bool:
         """Whether the thread runs. Where it does not, all requests have ended."""
         return self._thread.is_alive()
+
+    def prepare(self, request: Request) -> None:
+        """Have a request's grammar compiled, which may take seconds, so that `submit` finds it.
+
+        Raises GenerationError as `submit` does.
+        """
+        self._runner.writing(request)
 
     def submit(self, request: Request) -> int:
         """Take a request; its number.
@@ -108,6 +118,8 @@ class Loop:
             self._closing = True
         self._inbox.put(self._stop)
         self._thread.join()
+        if self._runner.guidance is not None:
+            self._runner.guidance.close()
 
     def listen(self, listener: Callable[[StepSeen], None]) -> Callable[[], None]:
         """Have a function told of every step, in the loop's thread; what is returned ends that."""

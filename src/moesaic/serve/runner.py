@@ -4,6 +4,7 @@ N rows of logits, V vocab.
 """
 
 import itertools
+import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Literal
@@ -15,16 +16,20 @@ from moesaic.engine.cache import BLOCK_TOKENS
 from moesaic.engine.engine import Engine
 from moesaic.errors import GenerationError
 from moesaic.serve.choosing import Row, choose
+from moesaic.serve.guidance import Guidance, Guide
 from moesaic.serve.loop_settings import LoopSettings
 from moesaic.serve.prefix_cache import PrefixCache
 from moesaic.serve.prompt_scores import PromptScores, rows_at_once
 from moesaic.serve.request import Event, Finished, Heard, Progress, Request, TokenInfo
 from moesaic.serve.rules import check_rules
 from moesaic.serve.scheduler import Scheduler
+from moesaic.serve.speculation.drafter import Drafter, Wanted
 from moesaic.serve.stepping import Stepping
-from moesaic.serve.turns import Check, Drafter, Running, Turn, add_drafts, turn_of
+from moesaic.serve.turns import Check, Running, Turn, add_drafts, turn_of
 from moesaic.serve.waiting import Job
 from moesaic.serve.writing import Writing
+
+_log = logging.getLogger(__name__)
 
 _CACHE_TOKENS = 65_536
 _AFTER_ALL = 2**62  # the priority of what only verifies
@@ -45,8 +50,9 @@ class Runner:
         decode: Callable[[list[int]], str],
         settings: LoopSettings | None = None,
         drafter: Drafter | None = None,
+        guidance: Guidance | None = None,
     ) -> None:
-        self.engine, self.decode, self.drafter = engine, decode, drafter
+        self.engine, self.decode, self.drafter, self.guidance = engine, decode, drafter, guidance
         self.settings = settings or LoopSettings()
         self.max_length = min(engine.max_length, self._reserve())
         self.scheduler = Scheduler(
@@ -56,6 +62,8 @@ class Runner:
             scored_tokens=rows_at_once(engine.config.vocab_size),
         )
         self.stepping = Stepping(engine)
+        if drafter is not None:
+            self.stepping.listen(drafter.hear)
         self.running: dict[int, Running] = {}
         self.counts: Counter[str] = Counter()
         self._checks: dict[int, Check] = {}
@@ -71,7 +79,7 @@ class Runner:
     def writing(self, request: Request) -> Writing:
         """What is to be added of a request; from any thread. Raises GenerationError for one that can never run here."""
         self._check(request)
-        return Writing(request, self.decode, self.max_length)
+        return Writing(request, self.decode, self.max_length, self._guide(request))
 
     def add(self, number: int, writing: Writing) -> None:
         """Take a request. Numbers are above 0 and grow."""
@@ -125,12 +133,13 @@ class Runner:
         if not turns:
             raise RuntimeError("requests wait, and none can run")
         if self.drafter is not None:
-            for turn in turns:
-                self._draft(turn, self.drafter)
+            self._draft(turns, self.drafter)
+        if self.guidance is not None:
+            self.guidance.look_ahead(list(_guided(turns)))
         turns, logits_NV, failed = self.stepping.run(turns)
         for turn, error in failed:
             self._fail(turn, error)
-        rows = list(_split(turns, logits_NV))
+        rows = _split(turns, logits_NV)
         chosen = self._choose(turns, rows, logits_NV)
         for turn, rows_NV, infos in zip(turns, rows, chosen, strict=True):
             if isinstance(turn.owner, Check):
@@ -164,18 +173,36 @@ class Runner:
     def _owner(self, job: Job) -> Running | Check:
         return self.running.get(job.number) or self._checks[job.number]
 
-    def _draft(self, turn: Turn, drafter: Drafter) -> None:
-        """Have as many drafts run behind a newest token as there is room for."""
+    def _guide(self, request: Request) -> Guide | None:
+        if request.grammar is None:
+            return None
+        if self.guidance is None:
+            raise GenerationError("a schema, expression or grammar for a server without guidance; leave it out")
+        return self.guidance.guide(request)
+
+    def _draft(self, turns: Sequence[Turn], drafter: Drafter) -> None:
+        """Have drafts run behind newest tokens, as many as there is room for."""
+        takers = [(turn, writing, room) for turn in turns for writing, room in self._draft_room(turn)]
+        try:
+            proposed = drafter.propose([Wanted(writing, turn.piece.text, room) for turn, writing, room in takers])
+        except GenerationError:
+            _log.exception("the drafter failed; this step has no drafts")
+            return
+        for (turn, writing, room), drafts in zip(takers, proposed, strict=True):
+            drafts = drafts[: min(room, self.scheduler.spare_tokens)]
+            if writing.guide is not None:
+                drafts = drafts[: writing.guide.num_valid(drafts)]
+            if drafts and self.scheduler.add_drafts(turn.owner.job, len(drafts)):
+                add_drafts(turn, drafts)
+
+    def _draft_room(self, turn: Turn) -> Iterator[tuple[Writing, int]]:
+        """Whose newest token is run, and how many drafts at the most; nothing where there may be none."""
         owner = turn.owner
-        if isinstance(owner, Check) or turn.piece.wants != "last" or len(turn.piece.token_ids) > 1:
-            return
-        writing = owner.writing
-        room = min(writing.most - len(writing.token_ids) - 1, self.scheduler.spare_tokens)
-        if room <= 0 or not writing.request.speculate:
-            return
-        drafts = drafter.propose(writing)[:room]
-        if drafts and self.scheduler.add_drafts(owner.job, len(drafts)):
-            add_drafts(turn, drafts)
+        if isinstance(owner, Running) and turn.piece.wants == "last" and len(turn.piece.token_ids) == 1:
+            writing = owner.writing
+            room = min(writing.most - len(writing.token_ids) - 1, self.scheduler.spare_tokens)
+            if room > 0 and writing.request.speculate:
+                yield writing, room
 
     def _choose(self, turns: Sequence[Turn], rows: Sequence[Tensor], logits_NV: Tensor) -> list[list[TokenInfo] | None]:
         """The tokens of each turn; None for one that none can be chosen for, which is ended."""
@@ -266,6 +293,8 @@ class Runner:
     def _forget(self, running: Running, last: Event) -> None:
         del self.running[running.job.number]
         self.scheduler.end(running.job)
+        if self.drafter is not None:
+            self.drafter.forget(running.writing)
         self._heard.append(Heard(running.job.number, last))
 
 
@@ -274,8 +303,15 @@ def can_share(engine: Engine) -> bool:
     return not engine.program.num_ahead and all(state.can_share_prefix for state in engine.config.states())
 
 
-def _split(turns: Sequence[Turn], logits_NV: Tensor) -> Iterator[Tensor]:
-    first = 0
+def _guided(turns: Sequence[Turn]) -> Iterator[tuple[Guide, Sequence[int]]]:
+    """Those whose next tokens will be chosen by a grammar, and their drafts."""
     for turn in turns:
-        yield logits_NV[first : first + turn.num_rows]
-        first += turn.num_rows
+        if isinstance(turn.owner, Running) and turn.owner.writing.guide is not None:
+            job = turn.owner.job
+            if job.left == len(turn.piece.token_ids) - len(turn.drafts):
+                yield turn.owner.writing.guide, turn.drafts
+
+
+def _split(turns: Sequence[Turn], logits_NV: Tensor) -> Sequence[Tensor]:
+    """The rows of each turn."""
+    return logits_NV.split([turn.num_rows for turn in turns])

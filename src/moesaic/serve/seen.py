@@ -55,9 +55,10 @@ class RowsSeen(NamedTuple):
 class StepSeen(NamedTuple):
     """A step of the engine, told in the loop's thread while `engine.routed()` is still of this step.
 
-    drafts are among its tokens, whether they are accepted or not.
+    num_drafts of its tokens are drafts, whether they are accepted or not.
     """
 
     num_tokens: int
     seconds: float
     rows: tuple[RowsSeen, ...]
+    num_drafts: int = 0

@@ -10,6 +10,7 @@ from moesaic.engine.engine import Engine
 from moesaic.errors import ConfigError, MoesaicError
 from moesaic.serve.desk import Desk
 from moesaic.serve.dialogue import Speaker
+from moesaic.serve.guidance import Guidance
 from moesaic.serve.kept_text import KeptText
 from moesaic.serve.live_routing import LiveRouting
 from moesaic.serve.request import Event, Request
@@ -68,7 +69,8 @@ class Served:
         routing = LiveRouting(engine)
 
         def open_desk() -> Desk:
-            desk = Desk(engine, KeptText(tokenizer))
+            guidance = Guidance(tokenizer, engine.config.vocab_size)
+            desk = Desk(engine, KeptText(tokenizer), guidance=guidance)
             desk.loop.listen(routing.hear)
             return desk
 

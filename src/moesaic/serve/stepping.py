@@ -71,7 +71,7 @@ class Stepping:
         self.tokens_run += num_tokens
         self.engine_s += seconds
         if self._listeners:
-            seen = StepSeen(num_tokens, seconds, _rows(turns))
+            seen = StepSeen(num_tokens, seconds, _rows(turns), sum(len(turn.drafts) for turn in turns))
             for listener in self._listeners:
                 listener(seen)
         if any(turn.wants_experts for turn in turns):

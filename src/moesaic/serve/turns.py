@@ -7,7 +7,6 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from operator import eq
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -21,14 +20,6 @@ from moesaic.serve.waiting import Job
 from moesaic.serve.writing import Writing
 
 _log = logging.getLogger(__name__)
-
-
-class Drafter(Protocol):
-    """Guesses how texts go on. What it drafts changes how fast they are written, and nothing of what is written."""
-
-    def propose(self, writing: Writing) -> list[int]:
-        """Tokens that may follow; none where a longer step would not be worth it."""
-        ...
 
 
 @dataclass(eq=False)

@@ -57,8 +57,8 @@ def duplicates(
     large, the most alike first.
 
     None where the median pair is that alike, too, or more than half of the experts (of three or more) are so: then the
-    layer was grown from copies, or does nothing yet. router_ED: the router's rows, which tell whether two experts are
-    also chosen alike.
+    layer was grown from copies, or does nothing yet. But copies whose router rows are alike, too, are always told:
+    chosen together, with the same gradients, they never part. router_ED: the router's rows.
     """
     outputs = np.asarray(outputs_EPD, dtype=np.float64)
     if len(outputs) < 2 or not outputs.shape[1]:
@@ -82,7 +82,8 @@ def duplicates(
             Duplicate(first=one, second=other, similarity=similarity, usual=usual, has_same_router=same_router)
         )
     alike_experts = {expert for pair in found for expert in (pair.first, pair.second)}
-    return () if len(alike_experts) > max(2, len(outputs) / 2) else tuple(found)
+    is_grown = len(alike_experts) > max(2, len(outputs) / 2)
+    return tuple(pair for pair in found if pair.has_same_router or not is_grown)
 
 
 def _cosine(rows_2D: NDArray[np.floating]) -> float:

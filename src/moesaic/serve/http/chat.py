@@ -15,7 +15,7 @@ from moesaic.serve.http.chat_call import ChatCall, chat_call
 from moesaic.serve.http.chat_types import ChatAnswer, ChatBody
 from moesaic.serve.http.declared import answers
 from moesaic.serve.http.logprobs import chat_logprobs, prompt_logprobs
-from moesaic.serve.http.running import From, Outcome, check_ended_well, events_of, run_all, started
+from moesaic.serve.http.running import From, Outcome, check_ended_well, run_all, start
 from moesaic.serve.http.token_experts import token_experts
 from moesaic.serve.http.usage import Used
 from moesaic.serve.request import Finished, Progress, PromptScored, TokenInfo
@@ -29,7 +29,7 @@ async def chat(body: ChatBody, http: HttpRequest, models: ServedModels, settings
     """Answer a conversation."""
     call = await chat_call(body, models.find(body.model), settings)
     if body.stream:
-        events = await started(events_of(call.served.desk, call.requests))
+        events = await start(call.served.desk, call.requests)
         return sse.stream(http.url.path, _chunks(call, events))
     outcomes = await run_all(http, call.served.desk, call.requests)
     return JSONResponse(_answer(call, outcomes))

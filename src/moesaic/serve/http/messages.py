@@ -16,7 +16,7 @@ from moesaic.serve.http.bodies import BodyRoute
 from moesaic.serve.http.declared import ANTHROPIC_ERRORS, answers
 from moesaic.serve.http.message_call import MessageCall, message_call, prepare
 from moesaic.serve.http.message_types import CountAnswer, CountBody, MessageAnswer, MessagesBody
-from moesaic.serve.http.running import From, Outcome, check_ended_well, events_of, run_all, started
+from moesaic.serve.http.running import From, Outcome, check_ended_well, run_all, start
 from moesaic.serve.http.usage import activation
 from moesaic.serve.request import Finished, Progress, Usage
 from moesaic.serve.tools.parts import CallBegun, Part, Said, Thought
@@ -29,7 +29,7 @@ async def create(body: MessagesBody, http: HttpRequest, models: ServedModels, se
     """Answer a conversation."""
     call = await asyncio.to_thread(message_call, body, models.find(body.model), settings)
     if body.stream:
-        events = await started(events_of(call.served.desk, [call.request]))
+        events = await start(call.served.desk, [call.request])
         return sse.stream(http.url.path, _events(call, events))
     outcomes = await run_all(http, call.served.desk, [call.request])
     return JSONResponse(_answer(call, outcomes[0]))

@@ -146,11 +146,7 @@ def joined(messages: Sequence[Message]) -> list[Message]:
     """Thoughts, words and calls of the assistant, which are items of their own, as one message."""
     found: list[Message] = []
     for message in messages:
-        if (
-            found
-            and message["role"] == found[-1]["role"] == "assistant"
-            and not (message["content"] and _ended(found[-1]))
-        ):
+        if found and _goes_on(found[-1], message):
             last = found.pop()
             calls = [*last.get("tool_calls", ()), *message.get("tool_calls", ())]
             message = {**last, **message, "content": last["content"] or message["content"]}

@@ -65,8 +65,8 @@ class Items:
             return self._event("reasoning_text.delta", self._open, content_index=0, delta=part.text)
         return self._event("output_text.delta", self._open, content_index=0, delta=part.text, logprobs=logprobs)
 
-    def _event(self, name: str, item: Fields, **more: Any) -> Fields:
-        return {"type": f"response.{name}", "item_id": item["id"], "output_index": len(self.output) - 1, **more}
+    def _event(self, kind: str, item: Fields, **more: Any) -> Fields:
+        return {"type": f"response.{kind}", "item_id": item["id"], "output_index": len(self.output) - 1, **more}
 
 
 def _kind(part: Part) -> str:

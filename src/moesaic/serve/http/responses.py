@@ -20,7 +20,7 @@ from moesaic.serve.http.response_call import ResponseCall, joined, response_call
 from moesaic.serve.http.response_items import Fields, Items
 from moesaic.serve.http.response_store import ResponseStore, Stored
 from moesaic.serve.http.response_types import Deleted, ResponseAnswer, ResponseBody
-from moesaic.serve.http.running import From, check_ended_well, events_of, started, unless_gone
+from moesaic.serve.http.running import From, check_ended_well, start, unless_gone
 from moesaic.serve.http.usage import Used
 from moesaic.serve.request import Finished, Progress
 
@@ -47,7 +47,7 @@ async def respond(
     """Answer an input, or go on from an earlier response."""
     before = store.before(body.previous_response_id, owner)
     call = await asyncio.to_thread(response_call, body, before, models.find(body.model), settings)
-    events = _events(call, await started(events_of(call.served.desk, [call.request])), store, owner)
+    events = _events(call, await start(call.served.desk, [call.request]), store, owner)
     if body.stream:
         return sse.stream(http.url.path, _numbered(events))
     return JSONResponse(await unless_gone(http, _last_response(events)))

@@ -17,9 +17,10 @@ from moesaic.serve.served import Runs
 
 T = TypeVar("T")
 
-# Streams wait this long for their first event before their status goes out, so that what the desk refuses at once is
-# an error with a status of its own.
+# Streams wait this long for their first event before their status goes out, so that what the desk refuses is an error
+# with a status of its own: at once, or when a grammar has been compiled.
 FIRST_EVENT_S = 0.05
+GRAMMAR_S = 6.0
 
 
 class From(NamedTuple):
@@ -105,17 +106,25 @@ async def _gone(http: HttpRequest) -> None:
         pass
 
 
-async def started(events: AsyncGenerator[T, None]) -> AsyncGenerator[T, None]:
-    """The same events. Raises at once what would be raised before the first of them."""
+async def start(desk: Runs, requests: Sequence[Request]) -> AsyncGenerator[From, None]:
+    """The events of several requests. Raises at once what the desk refuses: its status can then be an error's."""
+    events = events_of(desk, requests)
     first = asyncio.ensure_future(anext(events, None))
-    await asyncio.wait({first}, timeout=FIRST_EVENT_S)
-    if first.done() and first.exception() is not None:
+    compiles = any(request.grammar is not None for request in requests)
+    try:
+        await asyncio.wait({first}, timeout=GRAMMAR_S if compiles else FIRST_EVENT_S)
+    except asyncio.CancelledError:
+        first.cancel()
+        raise
+    if first.done() and (error := first.exception()) is not None:
         await events.aclose()
-        raise first.exception() or AssertionError
+        raise error
     return _going_on(first, events)
 
 
-async def _going_on(first: "asyncio.Future[T | None]", events: AsyncGenerator[T, None]) -> AsyncGenerator[T, None]:
+async def _going_on(
+    first: "asyncio.Future[From | None]", events: AsyncGenerator[From, None]
+) -> AsyncGenerator[From, None]:
     try:
         event = await first
         if event is not None:

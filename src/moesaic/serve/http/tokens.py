@@ -74,14 +74,8 @@ def tokenize(body: TokenizeBody, models: ServedModels, settings: Settings) -> di
 
 
 def _conversation(body: TokenizeBody, served: Served, time_s: float) -> list[int]:
-    chat = ChatBody(
-        model=served.name,
-        messages=body.messages or [],
-        tools=body.tools,
-        chat_template_kwargs=body.chat_template_kwargs,
-        add_generation_prompt=body.add_generation_prompt,
-        continue_final_message=body.continue_final_message,
-    )
+    shared = ("messages", "tools", "chat_template_kwargs", "add_generation_prompt", "continue_final_message")
+    chat = ChatBody.model_validate({"model": served.name, **{name: getattr(body, name) for name in shared}})
     return list(served.speaker.prepare(dialogue_of(chat), None, time_s).prompt_ids)
 
 

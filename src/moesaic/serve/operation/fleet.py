@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import Callable, Mapping
 
 from moesaic.serve.desk import Desk
+from moesaic.serve.guidance import Guidance
 from moesaic.serve.http.errors import ApiError
 from moesaic.serve.kept_text import KeptText
 from moesaic.serve.live_routing import LiveRouting
@@ -84,7 +85,12 @@ class Fleet:
 
         def open_desk() -> CountedRuns:
             decode = KeptText(tokenizer)
-            desk = Desk(engine, decode, settings=_loop_settings(settings, cache_tokens))
+            desk = Desk(
+                engine,
+                decode,
+                settings=_loop_settings(settings, cache_tokens),
+                guidance=Guidance(tokenizer, engine.config.vocab_size),
+            )
             desk.loop.listen(routing.hear)
             runs = CountedRuns(
                 name,

@@ -32,7 +32,7 @@ export class LoadStrip {
 
   draw() {
     if (!this.num || !this.canvas.parentElement.clientWidth) return;
-    const height = Math.max(60, Math.min(140, this.num * 8));
+    const height = Math.max(60, Math.min(180, this.num * 8));
     const { context, width } = blank(this.canvas, BARS + GAP + height);
     const most = Math.max(1, ...this.columns.map(({ seconds, tokens }) => tokens / seconds));
     const colours = palette();

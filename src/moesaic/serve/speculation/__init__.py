@@ -1,0 +1,1 @@
+"""Drafts: tokens guessed ahead, which a longer step of the engine then confirms or not."""
