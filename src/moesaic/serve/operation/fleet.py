@@ -80,7 +80,7 @@ class Fleet:
         return True
 
     async def _serve(self, name: str, settings: ModelSettings, opened: Opened) -> None:
-        engine, tokenizer, cache_tokens = opened
+        engine, tokenizer, drafter, cache_tokens = opened
         routing = LiveRouting(engine)
 
         def open_desk() -> CountedRuns:
@@ -89,6 +89,7 @@ class Fleet:
                 engine,
                 decode,
                 settings=_loop_settings(settings, cache_tokens),
+                drafter=drafter,
                 guidance=Guidance(tokenizer, engine.config.vocab_size),
             )
             desk.loop.listen(routing.hear)
