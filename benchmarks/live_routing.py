@@ -1,4 +1,4 @@
-"""What it costs a server to know which experts work: steps of an engine whose choices are counted, and the same without.
+"""What it costs a server to know which experts work: an engine's steps whose choices are counted, and the same without.
 
 Both kinds take turns on one engine with 1, 8 and 32 texts, a token of each a step; reported are medians over rounds and
 the median of the rounds' ratios. Counted are rows and distinct experts of every layer, by windows, as /v1/routing,

@@ -66,6 +66,7 @@ OPTIONS = {
     "watch": ["RUN", "--port N", "--no-browser", "--json"],
     "doctor": [
         "CHECKPOINT",
+        "--against EARLIER",
         "--data TEXT",
         "--max-tokens N",
         "--sequence-length N",

@@ -1,10 +1,12 @@
 """What training steps take on this machine: made-up models of many shapes, and the least squares of what is counted."""
 
+import ctypes
 import gc
 import json
 import statistics
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import NamedTuple
 
 import numpy as np
@@ -79,7 +81,7 @@ def made_up(shape: Shape) -> ModelConfig:
 
 def take(cell: TrainingCell, steps: int = STEPS) -> Taken:
     """A few steps of a cell on random tokens, after one that warms up: the quickest, and what memory they took."""
-    gc.collect()
+    _give_back()
     reset_peak_memory(_CPU)
     before = peak_memory_bytes(_CPU)
     stepper = Stepper(Decoder(cell.config).initialize(0), _settings(cell))
@@ -88,7 +90,14 @@ def take(cell: TrainingCell, steps: int = STEPS) -> Taken:
         start = time.perf_counter()
         stepper.run(number, batches)
         times.append(time.perf_counter() - start)
-    return Taken(min(times[1:]), peak_memory_bytes(_CPU) - before)
+    return Taken(statistics.median(times[1:]), peak_memory_bytes(_CPU) - before)
+
+
+def _give_back() -> None:
+    """What is freed goes back to the system: glibc keeps it, and steps that find it there seem to take no memory."""
+    gc.collect()
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def measure_training(*, keep: bool = True) -> TrainingRates:
@@ -99,6 +108,7 @@ def measure_training(*, keep: bool = True) -> TrainingRates:
     seconds: dict[str, list[float]] = {}
     num_bytes: dict[str, list[float]] = {}
     take(_cell(SHAPES[0], "fp32"), 1)  # what libraries allocate once
+    _give_back()
     reset_peak_memory(_CPU)
     base = peak_memory_bytes(_CPU)
     shares: list[float] = []

@@ -336,7 +336,7 @@ def test_a_model_without_a_template_goes_on_with_the_text(browser):
         page.wait_for_selector("#model:enabled")
         ask(page, "Once upon")
         assert answered(page, "tokens").locator(".body").inner_text() == "Hello there."
-        assert script.asked[-1]["prompt"] == "Once upon"
+        assert (script.asked[-1]["prompt"], script.asked[-1]["max_tokens"]) == ("Once upon", 256)
         page.wait_for_selector("#mode:text('no chat template')")
         ask(page, " And then")
         page.wait_for_selector(".message.assistant:nth-of-type(4) .facts:text('tokens')")

@@ -73,7 +73,7 @@ def as_api_error(error: Exception) -> ApiError:
     if isinstance(error, UnknownModelError):
         return ApiError(404, str(error), param="model", code="model_not_found")
     if isinstance(error, QueueFullError):
-        return ApiError(429, str(error), headers={"Retry-After": "5"})
+        return ApiError(429, str(error), headers={"Retry-After": "1"})
     if isinstance(error, ServerClosingError):
         return ApiError(503, str(error), code="shutting_down", headers={"Retry-After": "5"})
     if isinstance(error, MoesaicError):

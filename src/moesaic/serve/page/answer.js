@@ -4,6 +4,7 @@ import { short } from "./numbers.js";
 import { sampling, systemPrompt, wantsExperts } from "./settings.js";
 import { tokensOf } from "./tokens.js";
 
+const PLAIN_TOKENS = 256;
 const NO_TEMPLATE = /chat.template/i;
 
 /** Have `message` written as the answer to the messages before it. Calls `changed` for every piece.
@@ -20,7 +21,8 @@ export async function write(model, before, message, { signal, changed, routes })
     }
   }
   message.plain = true;
-  await take(chunks("v1/completions", { ...common, prompt: before.map(({ text }) => text).join("") }, signal));
+  // That protocol stops after 16 tokens where nothing is said.
+  await take(chunks("v1/completions", { max_tokens: PLAIN_TOKENS, ...common, prompt: before.map(({ text }) => text).join("") }, signal));
   return true;
 }
 
