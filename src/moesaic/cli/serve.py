@@ -84,6 +84,7 @@ def run(args: argparse.Namespace) -> int:
     _require_packages()
     from moesaic.kernels import backend
     from moesaic.serve.operation.keys import read_keys
+    from moesaic.serve.operation.logs import set_up_logging
     from moesaic.serve.operation.server import Server, address_of, listen
 
     backend.choose("native")  # the engine has no other kernels: what is missing is said here
@@ -94,6 +95,7 @@ def run(args: argparse.Namespace) -> int:
         server = Server(settings, keys, sock, output.talk)
         for name, model in settings.models.items():
             _say_needs(name, model)
+        set_up_logging(settings.log)
         server.run(_announcement(address, settings, bool(keys), args.json))
     return 0
 
