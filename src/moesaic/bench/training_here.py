@@ -1,12 +1,13 @@
 """What training steps take on this machine: made-up models of many shapes, and the least squares of what is counted."""
 
-import ctypes
 import gc
 import json
+import math
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
-from contextlib import suppress
 from typing import NamedTuple
 
 import numpy as np
@@ -80,8 +81,8 @@ def made_up(shape: Shape) -> ModelConfig:
 
 
 def take(cell: TrainingCell, steps: int = STEPS) -> Taken:
-    """A few steps of a cell on random tokens, after one that warms up: the quickest, and what memory they took."""
-    _give_back()
+    """A few steps of a cell on random tokens, after one that warms up: the median, and what memory they took."""
+    gc.collect()
     reset_peak_memory(_CPU)
     before = peak_memory_bytes(_CPU)
     stepper = Stepper(Decoder(cell.config).initialize(0), _settings(cell))
@@ -93,13 +94,6 @@ def take(cell: TrainingCell, steps: int = STEPS) -> Taken:
     return Taken(statistics.median(times[1:]), peak_memory_bytes(_CPU) - before)
 
 
-def _give_back() -> None:
-    """What is freed goes back to the system: glibc keeps it, and steps that find it there seem to take no memory."""
-    gc.collect()
-    with suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)
-
-
 def measure_training(*, keep: bool = True) -> TrainingRates:
     """Steps of all shapes, in fp32 and where the machine multiplies bf16 faster in that, too; takes a few minutes.
 
@@ -107,27 +101,41 @@ def measure_training(*, keep: bool = True) -> TrainingRates:
     """
     seconds: dict[str, list[float]] = {}
     num_bytes: dict[str, list[float]] = {}
-    take(_cell(SHAPES[0], "fp32"), 1)  # what libraries allocate once
-    _give_back()
-    reset_peak_memory(_CPU)
-    base = peak_memory_bytes(_CPU)
+    base = math.inf
     shares: list[float] = []
     for precision in precisions():
         cells = [_cell(shape, precision) for shape in SHAPES]
         taken: list[Taken] = []
-        for cell in cells:
-            taken.append(take(cell))
+        for number in range(len(cells)):
+            start, found = _apart(number, precision)
+            base = min(base, start)
+            taken.append(found)
             shares.append(_processor_share())
         seconds[precision] = fitted(np.array([time_counts(cell) for cell in cells]), [each.seconds for each in taken])
         counts = np.array([memory_counts(cell) for cell in cells])
         num_bytes[precision] = fitted(counts, [max(1.0, each.num_bytes) for each in taken])
     share = statistics.median(shares)
-    rates = TrainingRates(seconds=seconds, num_bytes=num_bytes, base_bytes=float(base), share=share)
+    rates = TrainingRates(seconds=seconds, num_bytes=num_bytes, base_bytes=base, share=share)
     if keep:
         path = here_file().with_name("training.json")
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(rates.to_dict()), encoding="utf-8")
     return rates
+
+
+def _apart(number: int, precision: Precision) -> tuple[float, Taken]:
+    """A shape in a process of its own, as memory that one model has left behind would hide what the next one takes:
+    bytes that the process begins with, and what was taken beyond them."""
+    code = f"from moesaic.bench import training_here; training_here.report({number}, {precision!r})"
+    done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, check=True)
+    start, *taken = json.loads(done.stdout)
+    return start, Taken(*taken)
+
+
+def report(number: int, precision: Precision) -> None:
+    """Print what `_apart` reads."""
+    start = peak_memory_bytes(_CPU)
+    print(json.dumps([start, *take(_cell(SHAPES[number], precision))]))
 
 
 def precisions() -> tuple[Precision, ...]:
