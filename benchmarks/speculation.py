@@ -6,8 +6,8 @@
 Workloads: "edit": a file of code, and the beginning of the same file once more; greedy. Only a model that copies gives
 drafts from the text a chance: `right` says how many of the drafts were. "loop": a few tokens over and over; greedy.
 "drawn": the edit at temperature 1. "wrong": a prompt in which all pairs of a few tokens occur, at temperature 2: drafts
-are found everywhere, and hardly one is right. "known": the edit again, with drafts from what was written the first time,
-which is what perfect drafts would give. Ratios are of tokens a second, with drafts over without, medians of the rounds.
+are found everywhere, and hardly one is right. Drafts: "n-gram"; "model"; "known": what was written the first time,
+which is what perfect drafts would give. Ratios: tokens a second with drafts over those without, medians of the rounds.
 """
 
 import argparse
@@ -29,10 +29,9 @@ from moesaic.serve.loop_settings import LoopSettings
 from moesaic.serve.request import Progress, Request
 from moesaic.serve.runner import Runner
 from moesaic.serve.speculation.drafter import Drafter, Wanted
-from moesaic.serve.speculation.guard import Guard
+from moesaic.serve.speculation.guard import guarded
 from moesaic.serve.speculation.model import ModelDrafter, check_same_tokens
 from moesaic.serve.speculation.ngram import NgramDrafter
-from moesaic.serve.speculation.times import StepTimes, bytes_touched
 
 Texts = dict[tuple[int, ...], list[int]]
 """What was written behind each prompt."""
@@ -105,12 +104,11 @@ def drafters_of(args: argparse.Namespace, engine: Engine, tokenizer: Tokenizer) 
         found["model"] = lambda _: ModelDrafter(smaller, engine.config.vocab_size)
     if args.no_guard:
         return found
-    touched = bytes_touched(engine.config, engine.program.packed_bytes)
 
-    def guarded(make: Make) -> Make:
-        return lambda texts: Guard(make(texts), StepTimes(touched))
+    def under_guard(make: Make) -> Make:
+        return lambda texts: guarded(make(texts), engine)
 
-    return {name: guarded(make) for name, make in found.items()}
+    return {name: under_guard(make) for name, make in found.items()}
 
 
 def workloads(tokenizer: Tokenizer, clients: int, num_tokens: int) -> dict[str, list[Request]]:
