@@ -154,6 +154,8 @@ OPTIONS = {
         "--tls-cert FILE",
         "--tls-key FILE",
         "--drain-seconds S",
+        "--replicas N",
+        "--ray-address ADDRESS",
         "--log-format {text,json,none}",
         "--log-prompts",
         "--config FILE",

@@ -110,7 +110,7 @@ def test_any_json(client: openai.OpenAI) -> None:
         ({"guided_json": {"const": 17}}, {"17"}),
         ({"guided_grammar": 'start: "up" | "down"'}, {"up", "down"}),
     ],
-    ids=str,
+    ids=["structured_outputs", "guided_choice", "guided_regex", "guided_json", "guided_grammar"],
 )
 def test_vllms_fields(client: openai.OpenAI, field: dict[str, Any], texts: set[str]) -> None:
     found = client.completions.create(model=MODEL, prompt="so", max_tokens=30, seed=1, extra_body=field)
