@@ -59,7 +59,8 @@ def fuzz(server: ServerProcess, cases: int, seed: int) -> dict[str, Any]:
         if good_text(server.url, "model") != expected:
             wrong.append(f"a good request is answered otherwise after batch {batch + 1}")
         memory.append(server.memory_bytes())
-        output.talk(f"{findings.statuses.total()} cases, {output.size(memory[-1])}: {dict(findings.wrong) or 'all well'}")
+        well = dict(findings.wrong) or "all well"
+        output.talk(f"{findings.statuses.total()} cases, {output.size(memory[-1])}: {well}")
     settled = memory[BATCHES // 3 - 1]
     growth = memory[-1] / settled - 1
     wrong += [f"memory grew by {growth:.1%}"] if growth > GROWTH else []

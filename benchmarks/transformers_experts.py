@@ -8,9 +8,10 @@ Random weights in the sizes of released models, of which --layers layers are kep
 so that the head weighs what it does in the whole model. One model serves all implementations: only the experts'
 function changes between two measurements, and they take turns within every round. Prefill: one forward of --prompt
 tokens. Decode: --new greedy tokens after --context of them, one by one, from transformers' own cache. Printed are the
-medians of the rounds, and the median of the ratios within a round of ours to the best of theirs. Logits of the prompt
-are compared, as a part of the largest. batched_mm copies the experts of every token, and is left out of the prefill of
-more than --most-copied tokens.
+medians of the rounds, and the median of the ratios within a round of ours to the best of theirs; of whole forwards, and
+of the experts alone, with the share of a forward that theirs take (ours can save no more than that). Logits of the
+prompt are compared, as a part of the largest. batched_mm copies the experts of every token, and is left out of the
+prefill of more than --most-copied tokens.
 """
 
 import argparse
@@ -25,6 +26,7 @@ import transformers
 from torch import Tensor
 
 from moesaic.hub.transformers import use_moesaic_experts
+from moesaic.hub.transformers.modules import experts_by_layer
 from moesaic.kernels import backend
 
 OURS = "moesaic"
@@ -101,41 +103,74 @@ def model_of(shape: Shape, layers: int, dtype: torch.dtype) -> Any:
         torch.set_default_dtype(before)
 
 
-def prefill_s(model: Any, ids: Tensor) -> float:
-    started = time.perf_counter()
+class Spent(NamedTuple):
+    """Seconds of a forward (or several), and those of them that its experts took."""
+
+    whole: float
+    experts: float
+
+
+class ExpertsWatch:
+    """Adds up what the experts of a model take."""
+
+    def __init__(self, model: Any) -> None:
+        self.seconds, self._began = 0.0, 0.0
+        for module in experts_by_layer(model).values():
+            module.register_forward_pre_hook(self._begin)
+            module.register_forward_hook(self._end)
+
+    def _begin(self, *_: Any) -> None:
+        self._began = time.perf_counter()
+
+    def _end(self, *_: Any) -> None:
+        self.seconds += time.perf_counter() - self._began
+
+
+def prefill_s(model: Any, watch: ExpertsWatch, ids: Tensor) -> Spent:
+    started, before = time.perf_counter(), watch.seconds
     model(ids, logits_to_keep=1, use_cache=True)
-    return time.perf_counter() - started
+    return Spent(time.perf_counter() - started, watch.seconds - before)
 
 
-def decode_s(model: Any, ids: Tensor, new: int) -> float:
+def decode_s(model: Any, watch: ExpertsWatch, ids: Tensor, new: int) -> Spent:
     """Of the tokens after the first, which comes with the prompt."""
     output = model(ids, logits_to_keep=1, use_cache=True)
-    started = time.perf_counter()
+    started, before = time.perf_counter(), watch.seconds
     for _ in range(new):
         token = output.logits[:, -1].argmax(-1, keepdim=True)
         output = model(token, past_key_values=output.past_key_values, use_cache=True)
-    return time.perf_counter() - started
+    return Spent(time.perf_counter() - started, watch.seconds - before)
 
 
 def rounds(args: argparse.Namespace, model: Any, ids: Tensor, names: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """Tokens a second of each implementation, in turn; the first of the order moves on from round to round."""
+    """What each implementation takes, in turn; the first of the order moves on from round to round."""
+    watch = ExpertsWatch(model)
     for number in range(args.rounds + 1):
         found: dict[str, Any] = {}
         for name in (*names[number % len(names) :], *names[: number % len(names)]):
             model.set_experts_implementation(name)
-            found[name] = {"decode": len(ids) * args.new / decode_s(model, ids[:, : args.context], args.new)}
+            found[name] = {"decode": decode_s(model, watch, ids[:, : args.context], args.new)}
             if name != "batched_mm" or ids.numel() <= args.most_copied:
-                found[name]["prefill"] = ids.numel() / prefill_s(model, ids)
+                found[name]["prefill"] = prefill_s(model, watch, ids)
         if number:  # the first one warms up
             yield found
 
 
-def summary(found: list[dict[str, Any]], what: str) -> dict[str, Any]:
-    """Medians, and the median ratio of ours to the best of the others in the same round."""
+def summary(found: list[dict[str, Any]], what: str, tokens: int) -> dict[str, Any]:
+    """Medians, and the median ratios of the best of the others to ours in the same round; experts: of these alone.
+    experts_share: of the time of the best of the others."""
     names = [name for name in found[0] if what in found[0][name]]
-    medians = {name: statistics.median(each[name][what] for each in found) for name in names}
-    ratios = [each[OURS][what] / max(each[name][what] for name in names if name != OURS) for each in found]
-    return {"tokens_per_s": medians, "ratio": statistics.median(ratios), "ratios": ratios}
+    medians = {name: tokens / statistics.median(each[name][what].whole for each in found) for name in names}
+    best = [min((each[name][what] for name in names if name != OURS), key=lambda spent: spent.whole) for each in found]
+    ratios = [theirs.whole / each[OURS][what].whole for theirs, each in zip(best, found, strict=True)]
+    alone = [theirs.experts / each[OURS][what].experts for theirs, each in zip(best, found, strict=True)]
+    return {
+        "tokens_per_s": medians,
+        "ratio": statistics.median(ratios),
+        "ratios": ratios,
+        "experts": statistics.median(alone),
+        "experts_share": statistics.median(theirs.experts / theirs.whole for theirs in best),
+    }
 
 
 def error_of(model: Any, ids: Tensor, names: Sequence[str]) -> float:
@@ -161,8 +196,8 @@ def measure(args: argparse.Namespace, name: str, dtype: str) -> dict[str, Any]:
         "dtype": dtype,
         "weight_bytes": sum(weight.nbytes for weight in model.parameters()),
         "logit_error": error,
-        "prefill": summary(found, "prefill"),
-        "decode": summary(found, "decode"),
+        "prefill": summary(found, "prefill", ids.numel()),
+        "decode": summary(found, "decode", len(ids) * args.new),
     }
 
 
@@ -174,7 +209,9 @@ def show(result: dict[str, Any]) -> None:
         rates = ", ".join(f"{name} {rate:.1f}" for name, rate in part["tokens_per_s"].items())
         low, high = min(part["ratios"]), max(part["ratios"])
         print(
-            f"  {what}: {part['ratio']:.2f} times their best ({low:.2f} to {high:.2f}); tokens/s: {rates}", flush=True
+            f"  {what}: {part['ratio']:.2f} times their best ({low:.2f} to {high:.2f}); experts alone "
+            f"{part['experts']:.2f} times, {part['experts_share']:.0%} of their time; tokens/s: {rates}",
+            flush=True,
         )
 
 

@@ -16,13 +16,13 @@ TEXT: Any = SimpleNamespace(tokenizer=SimpleNamespace(vocab_size=61), packed=pac
 def test_doubled_experts_stay_one_without_the_doctor() -> None:
     with imported(["seeded_collapse"]) as programs:
         study = programs.seeded_collapse
-        tree = study.recipe_of(0, 20, 60).to_dict()
+        tree = study.recipe_of(0, 20, 100).to_dict()
         tree["model"] |= {"hidden_size": 32, "moe_intermediate_size": 16}
         tree["vocab_size"], tree["train"]["sequence_length"] = 61, 32
         recipe = Recipe.from_dict(tree)
         moment = study.trained(recipe, TEXT, 20)
-        left = study.go_on(moment, recipe, TEXT, "doubled", "off", 60)
-        treated = study.go_on(moment, recipe, TEXT, "doubled", "act", 60)
+        left = study.go_on(moment, recipe, TEXT, "doubled", "off", 100)
+        treated = study.go_on(moment, recipe, TEXT, "doubled", "act", 100)
     assert left["twins"] == 8 and left["clear_since"] is None  # four pairs in each of two layers
     remedies = {line["remedy"] for line in treated["log"] if line["doctor"] == "treated"}
     assert "merge" in remedies and treated["twins"] < 8

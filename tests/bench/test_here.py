@@ -36,8 +36,18 @@ def test_training_steps_are_timed_and_kept(monkeypatch):
     shapes = (shape, shape._replace(experts=0, top_k=1, layers=2), shape._replace(sequences=3))
     monkeypatch.setattr(training_here, "SHAPES", shapes)
     monkeypatch.setattr(training_here, "fast_bf16", lambda device: False)
+    cells = [training_here._cell(each, "fp32") for each in shapes]
+    monkeypatch.setattr(training_here, "_apart", lambda number, _: (1e6, training_here.take(cells[number])))
     rates = training_here.measure_training()
     assert measured_training() == rates and set(rates.seconds) == {"fp32"} == set(rates.num_bytes)
     cell = training_here._cell(shapes[2], "fp32")
     assert 0 < rates.step_seconds(cell) < 60 and rates.peak_bytes(cell) > rates.base_bytes > 0
     assert 0 < rates.share <= 1
+
+
+@pytest.mark.slow
+def test_a_shape_is_timed_in_a_process_of_its_own():
+    start, taken = training_here._apart(3, "fp32")
+    model = training_here.made_up(training_here.SHAPES[3])
+    assert 5e7 < start < 2e9 and taken.seconds > 0
+    assert 16 * model.total < taken.num_bytes < 2e9  # weights, gradients and both moments, in fp32

@@ -1,6 +1,7 @@
 """`moesaic doctor`, and `moesaic train --doctor`."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,20 @@ def test_a_copied_and_a_closed_expert_are_named(moesaic, moe_folder, text_file, 
     assert shown.err.splitlines()[-1].startswith("next: moesaic train --doctor act")
 
 
+def test_a_router_that_was_drawn_anew_has_not_settled(moesaic, moe_folder, text_file, tmp_path):
+    model = hub.load(moe_folder)
+    with torch.no_grad():
+        weight = routed_layers(model)[1].router.weight
+        assert weight is not None
+        weight.normal_(generator=torch.Generator().manual_seed(4))
+    hub.save(model, tmp_path / "tuned", tokenizer=open_tokenizer(str(moe_folder)))
+    options = ("--data", text_file, "--against", moe_folder)
+    states = [each["state"] for each in moesaic("doctor", tmp_path / "tuned", *options, "--json").json["changes"]]
+    assert states == ["settled", "unsettled"]
+    shown = moesaic("doctor", tmp_path / "tuned", *options)
+    assert f"since {moe_folder}" in shown.out and "layer 1: " in shown.out and "goes to other tokens" in shown.out
+
+
 @pytest.mark.parametrize("folder", ["dense_folder"])
 def test_a_model_without_experts_is_said_to_have_none(moesaic, folder, text_file, request):
     ran = moesaic("doctor", request.getfixturevalue(folder), "--data", text_file)
@@ -70,6 +85,11 @@ def test_training_keeps_a_log_and_a_run_that_still_writes_can_be_looked_at(moesa
     looked = moesaic("doctor", out, "--data", text_file, "--json")
     assert looked.exit_code == 0, looked.err
     assert looked.json["checkpoint"].endswith("checkpoints/step-000002") and "is a run; this is" in looked.err
+    assert "changes" not in looked.json  # it is the only checkpoint
+    shutil.copytree(out / "checkpoints" / "step-000002", out / "checkpoints" / "step-000001")
+    looked = moesaic("doctor", out, "--data", text_file, "--json")
+    assert looked.json["against"].endswith("checkpoints/step-000001")
+    assert {change["state"] for change in looked.json["changes"]} == {"settled"}
     for folder in (out / "checkpoints").iterdir():
         folder.rename(tmp_path / folder.name)
     assert "a run without a checkpoint yet" in moesaic("doctor", out, "--data", text_file).err

@@ -66,6 +66,7 @@ OPTIONS = {
     "watch": ["RUN", "--port N", "--no-browser", "--json"],
     "doctor": [
         "CHECKPOINT",
+        "--against EARLIER",
         "--data TEXT",
         "--max-tokens N",
         "--sequence-length N",
@@ -153,6 +154,8 @@ OPTIONS = {
         "--tls-cert FILE",
         "--tls-key FILE",
         "--drain-seconds S",
+        "--replicas N",
+        "--ray-address ADDRESS",
         "--log-format {text,json,none}",
         "--log-prompts",
         "--config FILE",

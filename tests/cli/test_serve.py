@@ -188,3 +188,20 @@ def test_a_port_that_is_taken(moesaic, moe_folder) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         ran = moesaic("serve", moe_folder, "--port", str(taken.getsockname()[1]))
     assert ran.exit_code == 2 and "Address already in use; choose another" in ran.err
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_replicas_answer_as_one_server() -> None:
+    pytest.importorskip("ray")
+    environment = {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path), "RAY_ADDRESS": ""}
+    serving = Serving(f"tiny={tiny.folder()}", "--replicas", "2", "--cache", "2048", environment=environment)
+    try:
+        answers = [serving.ask(prompt="the quick brown fox " * 30, temperature=0).json() for _ in range(2)]
+        assert answers[0]["choices"] == answers[1]["choices"]
+        assert answers[1]["usage"]["prompt_tokens_details"]["cached_tokens"] > 0, "sent where its beginning was seen"
+        assert httpx.get(f"{serving.url}/ready", timeout=60).json()["replicas"] == 2
+        assert 'replica="1"' in httpx.get(f"{serving.url}/metrics", timeout=60).text
+        assert "ending" in serving.end()
+    finally:
+        serving.close()

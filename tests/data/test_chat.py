@@ -133,7 +133,9 @@ def test_a_final_message_to_continue(oracle: PreTrainedTokenizerFast, words: str
 
 def test_tools_documents_and_variables(oracle: PreTrainedTokenizerFast) -> None:
     template = "{{ tools | tojson }}{{ documents | tojson }}{{ enable_thinking }}"
-    tools: list[Any] = [{"type": "function", "function": {"name": "now", "description": "é", "parameters": {"type": "object"}}}]
+    tools: list[Any] = [
+        {"type": "function", "function": {"name": "now", "description": "é", "parameters": {"type": "object"}}}
+    ]
     documents = [{"title": "t", "text": "x"}]
     expected = oracle.apply_chat_template(
         MESSAGES, tools=tools, documents=documents, chat_template=template, tokenize=False, enable_thinking=False

@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <limits>
 
+#include "draw.h"
 #include "row_ops.h"
 #include "suite.h"
 
@@ -57,6 +58,21 @@ void sums(Suite &suite, int64_t size) {
         });
 }
 
+// Weights are at most 1, their sums of fp64.
+void weights(Suite &suite, int64_t size) {
+    suite.check(named("weigh_logits", size), of_fp32, [=](const Kernels &kernels, int, Results &results) {
+        const int64_t blocks = (size + draw_block - 1) / draw_block;
+        const Floats logits = random_floats(size, 1), greatest(blocks), weights(size);
+        const Guarded<double> sums(blocks);
+        logits[size / 2] = -std::numeric_limits<float>::infinity();
+        kernels.greatest_logits(logits.data(), size, greatest.data());
+        kernels.weigh_logits(logits.data(), size, 1.0f, 3.0f, weights.data(), sums.data());
+        results.add(greatest);
+        results.add(weights);
+        for (int64_t block = 0; block < blocks; ++block) results.add(static_cast<float>(sums[block]));
+    });
+}
+
 // Not compiled per instruction set, and run by all the same: held against a stable sort, whose answer is subtracted.
 void choices(Suite &suite, int64_t num_experts) {
     const int64_t tokens = 7, top_k = std::min<int64_t>(num_experts, 8);
@@ -85,6 +101,7 @@ void check_rows(Suite &suite) {
         sums(suite, size);
         rotations(suite, 2 * size);
         choices(suite, size);
+        weights(suite, size + 60);
     }
 }
 

@@ -17,10 +17,9 @@ from moesaic.engine.sampling import Sampling
 from moesaic.errors import ConfigError
 from moesaic.serve.request import Request
 from moesaic.serve.speculation.drafter import Drafter, Wanted
-from moesaic.serve.speculation.guard import Guard
+from moesaic.serve.speculation.guard import guarded
 from moesaic.serve.speculation.model import AheadDrafter, ModelDrafter, check_same_tokens
 from moesaic.serve.speculation.ngram import NgramDrafter
-from moesaic.serve.speculation.times import StepTimes, bytes_touched
 from moesaic.serve.writing import Writing
 from tests.serve import tiny
 from tests.serve.runners import CONTEXT, KINDS, VOCAB, Stepped, alone, engine_of, model_of, prompt_of
@@ -44,8 +43,7 @@ def drafter_of(kind: str, case: str, engine: Engine) -> Drafter:
     if kind == "another model":
         other = model_of(KINDS[2] if case == KINDS[0] else KINDS[0])
         return ModelDrafter(Engine(other, threads=1, max_length=90), VOCAB)
-    times = StepTimes(bytes_touched(engine.config, engine.program.packed_bytes))
-    return Guard(drafter_of(kind.removeprefix("guarded "), case, engine), times)
+    return guarded(drafter_of(kind.removeprefix("guarded "), case, engine), engine)
 
 
 @pytest.mark.parametrize("sampling", RULES, ids=["greedy", "drawn"])

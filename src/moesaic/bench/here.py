@@ -10,7 +10,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -40,7 +40,12 @@ from moesaic.plan.kernels import Curve, KernelRates
 ROWS = (1, 4, 8, 16, 32, 64, 128, 256, 512)
 WAITING_ROWS = 128
 """Up to so many rows of a step products may wait for memory; beyond them they compute."""
-ROUNDS = 4
+ROUNDS = 3
+"""Passes over all numbers of rows: samples of one of them lie seconds apart, so that no mood of the machine is all of
+them. Medians are taken all over: what is foretold is held against medians, too."""
+_SUSTAINED = 0.05
+"""Seconds for which a step is repeated in a pass, at the least: what a processor does in its first milliseconds it may
+not keep up."""
 _SHORT, _LONG, _TEXTS, _PIECE = 64, 1024, 4, 512
 
 
@@ -127,10 +132,10 @@ class _Bench:
     def products(self, setting: Setting) -> Iterator[tuple[str, str, Curve]]:
         """Curves of projections, experts and head, by what they are made of."""
         cold_engine = made_up_engine(made_up_config(), bits=setting.bits, codes=setting.codes, threads=self.threads)
-        cold = {rows: self._cold(cold_engine, rows) for rows in ROWS if rows <= WAITING_ROWS}
+        cold = self._cold(cold_engine, [rows for rows in ROWS if rows <= WAITING_ROWS])
         del cold_engine
         small = made_up_engine(made_up_config(layers=1), bits=setting.bits, codes=setting.codes, threads=self.threads)
-        hot = {rows: _repeated(small, rows) for rows in ROWS}
+        hot = _hot(small, ROWS)
         for kind, part, packing in (
             ("linear", "projections", setting.linear),
             ("experts", "experts", setting.experts),
@@ -138,17 +143,16 @@ class _Bench:
         ):
             yield kind, packing, _curve(part, cold, hot, self.usual)
 
-    def _cold(self, engine: Engine, rows: int) -> Cold:
-        """A step that finds nothing in the caches: of a few that whose bytes took least of the memory's bandwidth."""
-
-        def once() -> Cold:
-            return Cold(parts=_parts_of_step(engine, rows), bandwidth=self.probe.bandwidth(self.flood))
-
+    def _cold(self, engine: Engine, numbers: Sequence[int]) -> dict[int, Cold]:
+        """Steps that find nothing in the caches, by rows: of a few the middle one by the bandwidth it took."""
+        samples: dict[int, list[Cold]] = {rows: [] for rows in numbers}
+        for rows in numbers:
+            _parts_of_step(engine, rows)  # buffers grow
         self.probe.bandwidth(self.flood)
-        _parts_of_step(engine, rows)  # buffers grow
-        self.probe.bandwidth(self.flood)
-        samples = [once() for _ in range(ROUNDS)]
-        return min(samples, key=lambda sample: sum(sample.parts.values()) * sample.bandwidth)
+        for _ in range(ROUNDS):
+            for rows in numbers:
+                samples[rows].append(Cold(_parts_of_step(engine, rows), self.probe.bandwidth(self.flood)))
+        return {rows: sorted(found, key=_bytes_of_time)[ROUNDS // 2] for rows, found in samples.items()}
 
     def small_parts(self) -> dict[str, Any]:
         """Seconds of what is no product with weights, for each number that it touches."""
@@ -163,7 +167,8 @@ class _Bench:
             rows.append(row)
             prompt_rows.append(prompt_row)
         engine = made_up_engine(made_up_config(layers=2), threads=self.threads)
-        many, one = _repeated(engine, 256), _repeated(engine, 1)
+        hot = _hot(engine, (1, 256))
+        many, one = hot[256], hot[1]
         norm = many["norm"] / (256 * HIDDEN * 5)
         route = many["router"] / (256 * 2 * EXPERTS * HIDDEN)
         rest = one["norm"] - 5 * norm * HIDDEN + one["router"] - 2 * route * EXPERTS * HIDDEN
@@ -196,11 +201,26 @@ def _times(engine: Engine) -> dict[str, float]:
     return parts
 
 
-def _repeated(engine: Engine, rows: int) -> dict[str, float]:
-    """The least that each part takes in a few steps, which find in the caches what fits there."""
-    _parts_of_step(engine, rows)
-    samples = [_parts_of_step(engine, rows) for _ in range(6 if rows <= WAITING_ROWS else 2)]
-    return {part: min(sample[part] for sample in samples) for part in samples[0]}
+def _bytes_of_time(sample: Cold) -> float:
+    """What memory would have given in the time of a step."""
+    return sum(sample.parts.values()) * sample.bandwidth
+
+
+def _hot(engine: Engine, numbers: Sequence[int]) -> dict[int, dict[str, float]]:
+    """What each part takes in steps one after the other, which find in the caches what fits there, by rows."""
+    samples: dict[int, list[dict[str, float]]] = {rows: [] for rows in numbers}
+    for _ in range(ROUNDS):
+        for rows in numbers:
+            if rows <= WAITING_ROWS:
+                _parts_of_step(engine, rows)  # into the caches
+            started = time.perf_counter()
+            while True:
+                samples[rows].append(_parts_of_step(engine, rows))
+                if time.perf_counter() - started >= _SUSTAINED:
+                    break
+    return {
+        rows: {part: statistics.median(s[part] for s in found) for part in found[0]} for rows, found in samples.items()
+    }
 
 
 def _curve(part: str, cold: dict[int, Cold], hot: dict[int, dict[str, float]], usual: float) -> Curve:
@@ -251,7 +271,7 @@ def _attention_seconds(engine: Engine, length: int) -> float:
             engine.cache.cut(text, length)
     for text in texts:
         engine.free(text)
-    return min(samples)
+    return statistics.median(samples)
 
 
 def _prompt_scores(engine: Engine) -> tuple[float, float]:
@@ -272,7 +292,7 @@ def _prompt_seconds(engine: Engine, length: int) -> float:
         engine.step([Piece(text, [1] * length, "none")])
         samples.append(_times(engine)["attention"])
         engine.free(text)
-    return min(samples)
+    return statistics.median(samples)
 
 
 def _widths(engine: Engine) -> tuple[float, float]:
@@ -299,23 +319,23 @@ def _outside(engine: Engine) -> tuple[float, float]:
             engine.free(text)
         return seconds
 
-    one, many = (min(once(count) for _ in range(15)) for count in (1, 17))
+    one, many = (statistics.median(once(count) for _ in range(15)) for count in (1, 17))
     return one, max(0.0, many - one) / 16
 
 
 def _seconds_of_a_logit() -> float:
     logits, greedy = torch.zeros(16, 32768), Sampling()
     generator = greedy.generator()
-    return _best(lambda: sample(logits, greedy, generator)) / logits.numel()
+    return _median(lambda: sample(logits, greedy, generator)) / logits.numel()
 
 
-def _best(run: Callable[[], object]) -> float:
+def _median(run: Callable[[], object]) -> float:
     times = []
     for _ in range(9):
         start = time.perf_counter()
         run()
         times.append(time.perf_counter() - start)
-    return min(times)
+    return statistics.median(times)
 
 
 def _cache_curve(probe: WatchedProbe) -> tuple[list[float], list[float]]:

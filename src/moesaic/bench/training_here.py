@@ -2,7 +2,10 @@
 
 import gc
 import json
+import math
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -78,7 +81,7 @@ def made_up(shape: Shape) -> ModelConfig:
 
 
 def take(cell: TrainingCell, steps: int = STEPS) -> Taken:
-    """A few steps of a cell on random tokens, after one that warms up: the quickest, and what memory they took."""
+    """A few steps of a cell on random tokens, after one that warms up: the median, and what memory they took."""
     gc.collect()
     reset_peak_memory(_CPU)
     before = peak_memory_bytes(_CPU)
@@ -88,7 +91,7 @@ def take(cell: TrainingCell, steps: int = STEPS) -> Taken:
         start = time.perf_counter()
         stepper.run(number, batches)
         times.append(time.perf_counter() - start)
-    return Taken(min(times[1:]), peak_memory_bytes(_CPU) - before)
+    return Taken(statistics.median(times[1:]), peak_memory_bytes(_CPU) - before)
 
 
 def measure_training(*, keep: bool = True) -> TrainingRates:
@@ -98,26 +101,41 @@ def measure_training(*, keep: bool = True) -> TrainingRates:
     """
     seconds: dict[str, list[float]] = {}
     num_bytes: dict[str, list[float]] = {}
-    take(_cell(SHAPES[0], "fp32"), 1)  # what libraries allocate once
-    reset_peak_memory(_CPU)
-    base = peak_memory_bytes(_CPU)
+    base = math.inf
     shares: list[float] = []
     for precision in precisions():
         cells = [_cell(shape, precision) for shape in SHAPES]
         taken: list[Taken] = []
-        for cell in cells:
-            taken.append(take(cell))
+        for number in range(len(cells)):
+            start, found = _apart(number, precision)
+            base = min(base, start)
+            taken.append(found)
             shares.append(_processor_share())
         seconds[precision] = fitted(np.array([time_counts(cell) for cell in cells]), [each.seconds for each in taken])
         counts = np.array([memory_counts(cell) for cell in cells])
         num_bytes[precision] = fitted(counts, [max(1.0, each.num_bytes) for each in taken])
     share = statistics.median(shares)
-    rates = TrainingRates(seconds=seconds, num_bytes=num_bytes, base_bytes=float(base), share=share)
+    rates = TrainingRates(seconds=seconds, num_bytes=num_bytes, base_bytes=base, share=share)
     if keep:
         path = here_file().with_name("training.json")
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(rates.to_dict()), encoding="utf-8")
     return rates
+
+
+def _apart(number: int, precision: Precision) -> tuple[float, Taken]:
+    """A shape in a process of its own, as memory that one model has left behind would hide what the next one takes:
+    bytes that the process begins with, and what was taken beyond them."""
+    code = f"from moesaic.bench import training_here; training_here.report({number}, {precision!r})"
+    done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, check=True)
+    start, *taken = json.loads(done.stdout)
+    return start, Taken(*taken)
+
+
+def report(number: int, precision: Precision) -> None:
+    """Print what `_apart` reads."""
+    start = peak_memory_bytes(_CPU)
+    print(json.dumps([start, *take(_cell(SHAPES[number], precision))]))
 
 
 def precisions() -> tuple[Precision, ...]:

@@ -9,6 +9,7 @@ from moesaic.cli.trace import DTYPES, Batches, read_corpus, read_text, window_le
 from moesaic.errors import ConfigError, RunFolderError
 
 if TYPE_CHECKING:
+    from moesaic.train.doctor.change import LayerChange
     from moesaic.train.doctor.examination import Examination, LayerReport
 
 MAX_TOKENS = 8192
@@ -16,6 +17,7 @@ MAX_TOKENS = 8192
 EXAMPLES = """\
 example: moesaic doctor runs/first  # the newest checkpoint of a run, on the embedded text
 example: moesaic doctor OLMoE-1B-7B --data my-texts --json
+example: moesaic doctor tuned --against OLMoE-1B-7B --data my-texts  # what fine-tuning did to the routers
 To treat a model while it is trained: moesaic train --doctor act"""
 
 
@@ -23,6 +25,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `moesaic doctor`."""
     parser.epilog = EXAMPLES
     parser.add_argument("model", metavar="CHECKPOINT", help="a checkpoint folder, a .gguf file, or a run's folder")
+    parser.add_argument(
+        "--against",
+        metavar="EARLIER",
+        help="also say how its routers have changed since this checkpoint (of a run: since the checkpoint before)",
+    )
     parser.add_argument(
         "--data",
         metavar="TEXT",
@@ -43,11 +50,16 @@ def run(args: argparse.Namespace) -> int:
     if args.max_tokens < 1:
         raise ConfigError(f"--max-tokens {args.max_tokens}; give 1 or more")
     place = checkpoint_in(args.model)
+    against = checkpoint_in(args.against) if args.against else _one_before(args.model, place)
     examination = _examine(place, args)
+    changed = () if against is None else _changes(against, examination, args)
     if args.json:
-        output.print_json({"checkpoint": place, **examination.to_json()})
+        since = {} if against is None else {"against": against, "changes": [_change_json(each) for each in changed]}
+        output.print_json({"checkpoint": place, **examination.to_json(), **since})
     else:
         _show(place, examination)
+        if against is not None:
+            _show_changes(against, changed)
     if examination.findings:
         output.next_command("moesaic train --doctor act --out FOLDER --resume  # lets the doctor act while training")
     return 0
@@ -76,6 +88,57 @@ def checkpoint_in(model: str) -> str:
         )
     output.talk(f"{path} is a run; this is {found[0]}")
     return str(found[0])
+
+
+def _one_before(model: str, place: str) -> str | None:
+    """Of a run's folder the newest checkpoint that is older than what is looked at; None without one."""
+    if place == model:
+        return None
+    from moesaic.train.resume import RunFolder
+
+    run = RunFolder(Path(model))
+    older = [str(folder) for _, folder in run.checkpoints if str(folder) != place and (folder / "config.json").exists()]
+    if place == str(run.model):
+        older = older[:-1]  # the last checkpoint is the finished model
+    return older[-1] if older else None
+
+
+def _changes(against: str, later: "Examination", args: argparse.Namespace) -> "tuple[LayerChange, ...]":
+    from moesaic.train.doctor.change import changes
+
+    return changes(_examine(against, args), later)
+
+
+def _change_json(change: "LayerChange") -> dict[str, Any]:
+    return {
+        "layer": change.layer,
+        "shared": change.shared.share,
+        "chance": change.shared.chance,
+        "moved": change.moved,
+        "died": list(change.died),
+        "revived": list(change.revived),
+        "state": change.state,
+        "sentence": change.sentence,
+    }
+
+
+def _show_changes(against: str, changed: "tuple[LayerChange, ...]") -> None:
+    rows = [
+        [
+            str(each.layer),
+            f"{each.shared.share:.1%}",
+            f"{each.shared.chance:.1%}",
+            f"{each.moved:.1%}",
+            ", ".join(map(str, each.died)) or "-",
+            each.state,
+        ]
+        for each in changed
+    ]
+    output.write("\n")
+    output.table(("layer", "same choices", "by chance", "load moved", "died", "router"), rows, f"since {against}")
+    for each in changed:
+        if each.state == "unsettled" or each.died:
+            output.write(f"{each.sentence}.\n")
 
 
 def _examine(place: str, args: argparse.Namespace) -> "Examination":

@@ -4,7 +4,8 @@ import argparse
 import importlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,8 @@ from moesaic.cli.text import DTYPES
 from moesaic.errors import ConfigError, MissingDependencyError
 
 if TYPE_CHECKING:  # at run time these come in only once the options make sense
+    from starlette.types import ASGIApp
+
     from moesaic.serve.operation.keys import Keys
     from moesaic.serve.operation.settings import ModelSettings, ServeSettings
 
@@ -54,6 +57,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--drain-seconds", metavar="S", type=float, help="let running requests finish for S seconds at the end (30)"
     )
+    parser.add_argument("--replicas", metavar="N", type=int, help="serve from N processes of a Ray cluster")
+    parser.add_argument(
+        "--ray-address", metavar="ADDRESS", help="of that cluster ($RAY_ADDRESS, or a Ray of this machine alone)"
+    )
     parser.add_argument("--log-format", choices=("text", "json", "none"), help="of the line for each request (text)")
     parser.add_argument("--log-prompts", action="store_true", help="write prompts and answers to the log, too")
     parser.add_argument("--config", metavar="FILE", type=Path, help="settings as TOML; options go before them")
@@ -84,6 +91,7 @@ def run(args: argparse.Namespace) -> int:
     _require_packages()
     from moesaic.kernels import backend
     from moesaic.serve.operation.keys import read_keys
+    from moesaic.serve.operation.logs import set_up_logging
     from moesaic.serve.operation.server import Server, address_of, listen
 
     backend.choose("native")  # the engine has no other kernels: what is missing is said here
@@ -91,11 +99,29 @@ def run(args: argparse.Namespace) -> int:
     with listen(settings) as sock:
         address = address_of(settings, sock)
         _warn(settings, keys, address)
-        server = Server(settings, keys, sock, output.talk)
         for name, model in settings.models.items():
             _say_needs(name, model)
-        server.run(_announcement(address, settings, bool(keys), args.json))
+        set_up_logging(settings.log)
+        announce = _announcement(address, settings, bool(keys), args.json)
+        with _replicas(settings, args) as replicas:
+            Server(settings, keys, sock, output.talk, replicas).run(announce)
     return 0
+
+
+@contextmanager
+def _replicas(settings: "ServeSettings", args: argparse.Namespace) -> "Iterator[ASGIApp | None]":
+    """What stands for the models of this process; None: they do."""
+    if args.replicas is None:
+        if args.ray_address is not None:
+            raise ConfigError("--ray-address without --replicas N; give both")
+        yield None
+        return
+    from moesaic.serve.operation.replicated import cluster_of
+
+    cluster = cluster_of(settings, args.replicas, args.ray_address)
+    output.talk(f"starting {args.replicas} replicas on Ray")
+    with cluster:
+        yield cluster.app()
 
 
 def _settings(args: argparse.Namespace) -> "ServeSettings":

@@ -5,6 +5,9 @@ from moesaic.plan.formats import PACKINGS, Formats, total_bytes
 from moesaic.plan.kernels import KernelRates
 from moesaic.plan.kinds import layer_kinds, part_specs
 
+_GROWN = 1.5
+"""Blocks grow by doubling: while they are copied the old half is there, too, and malloc keeps it."""
+
 
 def engine_peak_bytes(
     rates: KernelRates, config: ModelConfig, formats: Formats, *, tokens: int, texts: int, cache_tokens: int
@@ -13,7 +16,7 @@ def engine_peak_bytes(
 
     tokens: of the largest step; texts: whose logits are computed at once; cache_tokens: for which there are blocks.
     """
-    cache = formats.state_bytes(config, 1) * cache_tokens
+    cache = _GROWN * formats.state_bytes(config, 1) * cache_tokens
     buffers = 4.0 * tokens * _buffer_widths(config)
     logits = 2 * 4.0 * texts * config.vocab_size  # beside what is sampled from them
     return rates.base_bytes + held_bytes(config, formats) + cache + buffers + logits

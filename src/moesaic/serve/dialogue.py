@@ -44,6 +44,8 @@ class Dialogue:
             raise GenerationError(f"the tool {self.called!r} is to be called, but is not among the tools")
         if self.choice == "required" and not names:
             raise GenerationError("a tool is to be called, but there are none")
+        for tool in self.tools:
+            _check_parameters(tool)
 
     @property
     def callable(self) -> Sequence[Tool]:
@@ -51,6 +53,13 @@ class Dialogue:
         if self.choice == "none":
             return ()
         return self.tools if self.called is None else [tool for tool in self.tools if tool.name == self.called]
+
+
+def _check_parameters(tool: Tool) -> None:
+    for name, kind in (("properties", dict), ("required", list)):
+        if not isinstance(tool.parameters.get(name, kind()), kind):
+            wanted = "an object" if kind is dict else "a list"
+            raise GenerationError(f"the parameters of the tool {tool.name!r} have {name} that are not {wanted}")
 
 
 class Prepared(NamedTuple):

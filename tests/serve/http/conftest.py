@@ -1,26 +1,40 @@
 """A server with a tiny model, and the official clients of it."""
 
+import dataclasses
 import socket
 import threading
 from collections.abc import Iterator
+from functools import cache
 
 import anthropic
 import openai
 import pytest
 import uvicorn
 
+from moesaic.engine.engine import Engine
 from moesaic.serve.http.app import create_app
 from moesaic.serve.served import Models, Served
 from tests.serve import tiny
+from tests.tiny import lively_decoder
 
 MODEL = "tiny"
+LONG = "tiny-long"  # with room for the descriptions of tools
+
+
+@cache
+def long_engine() -> Engine:
+    """The same model, made for longer texts."""
+    config = dataclasses.replace(tiny.engine().config, context_length=4096)
+    return Engine(lively_decoder(config), threads=1)
 
 
 class Server:
     """A uvicorn server in a thread, on a port that the system chose."""
 
     def __init__(self) -> None:
-        app = create_app(Models([Served.of_engine(MODEL, tiny.engine(), tiny.tokenizer(), created=1)]))
+        engines = {MODEL: tiny.engine(), LONG: long_engine()}
+        models = [Served.of_engine(name, engine, tiny.tokenizer(), created=1) for name, engine in engines.items()]
+        app = create_app(Models(models))
         self._server = uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="on"))
         listening = socket.create_server(("127.0.0.1", 0))  # who comes before the server has started waits in its queue
         self.url = f"http://127.0.0.1:{listening.getsockname()[1]}"

@@ -9,6 +9,7 @@ import httpx
 import pytest
 
 from moesaic.data.tokenizer import Tokenizer
+from moesaic.errors import QueueFullError, ServerClosingError
 from moesaic.serve.http.app import create_app
 from moesaic.serve.request import Event, Finished, Progress, Request, TokenInfo, Usage
 from moesaic.serve.served import Models, Served
@@ -124,6 +125,25 @@ def test_a_failure_is_told_without_its_insides(path: str, stream: bool, caplog: 
     assert "the server failed; its log says how" in answer.text
     assert "secret" not in answer.text and "Traceback" not in answer.text
     assert "secret place" in caplog.text
+
+
+class RefusingDesk(WaitingDesk):
+    """Takes nothing."""
+
+    async def run(self, request: Request) -> AsyncGenerator[Event, None]:
+        assert isinstance(self.then, Exception)
+        raise self.then
+        yield  # which makes it a generator
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("error", "status"), [(QueueFullError("full"), 429), (ServerClosingError("closing"), 503)], ids=["full", "closing"]
+)
+def test_what_the_desk_refuses(path: str, stream: bool, error: Exception, status: int) -> None:
+    answer = asyncio.run(ask(RefusingDesk(error), path, stream=stream))
+    assert answer.status_code == status and answer.headers["retry-after"]
 
 
 @pytest.mark.parametrize("path", PATHS)

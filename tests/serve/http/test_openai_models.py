@@ -6,11 +6,11 @@ import openai
 import pytest
 
 from tests.serve import tiny
-from tests.serve.http.conftest import MODEL, Server
+from tests.serve.http.conftest import LONG, MODEL, Server
 
 
 def test_models(client: openai.OpenAI) -> None:
-    assert [model.id for model in client.models.list()] == [MODEL]
+    assert [model.id for model in client.models.list()] == [MODEL, LONG]
     assert client.models.retrieve(MODEL).created == 1
     with pytest.raises(openai.NotFoundError):
         client.models.retrieve("nobody")

@@ -1,8 +1,6 @@
 """The whole application on a real socket, with models that come and go."""
 
 import asyncio
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import httpx
 import pytest
@@ -14,42 +12,11 @@ from moesaic.serve.operation.fleet import Fleet
 from moesaic.serve.operation.keys import Keys
 from moesaic.serve.operation.logs import RequestLog
 from moesaic.serve.operation.metrics import Metrics
-from moesaic.serve.operation.settings import LogSettings, ServeSettings, settings_of
+from moesaic.serve.operation.settings import LogSettings, settings_of
 from tests.serve import tiny
-from tests.serve.listening import listening
+from tests.serve.operation.whole import serving, settings
 
 KEY = {"x-api-key": "sk-a"}
-
-
-@contextmanager
-def serving(settings: ServeSettings, keys: Keys | None = None) -> Iterator[httpx.Client]:
-    readiness, metrics = Readiness(), Metrics()
-    fleet = Fleet(settings, metrics)
-    log = RequestLog(LogSettings(format="none"))
-    app = create_application(settings, fleet, keys or Keys([]), readiness, metrics, log)
-    with listening(Started(app, fleet, readiness), lifespan="on") as url, httpx.Client(base_url=url) as client:
-        yield client
-
-
-class Started:
-    """An application whose models are loaded before it takes requests, as `Server` does it."""
-
-    def __init__(self, app, fleet: Fleet, readiness: Readiness) -> None:
-        self.app, self.fleet, self.readiness = app, fleet, readiness
-
-    async def __call__(self, scope, receive, send) -> None:
-        async def send_when_loaded(message) -> None:
-            if message["type"] == "lifespan.startup.complete":
-                await self.fleet.start()
-                self.readiness.state = "ready"
-            await send(message)
-
-        await self.app(scope, receive, send_when_loaded)
-
-
-def settings(**fields) -> ServeSettings:
-    model = {"path": str(tiny.folder()), "threads": 1, "cache": 4096}
-    return settings_of({"models": {"one": model, "two": {**model, "at_start": False}}, **fields})
 
 
 def complete(client: httpx.Client, model: str = "one", **fields) -> httpx.Response:

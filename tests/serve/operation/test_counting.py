@@ -2,6 +2,8 @@
 
 import asyncio
 import json
+import logging
+import sys
 from collections.abc import AsyncGenerator
 
 import pytest
@@ -10,7 +12,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from moesaic.errors import GenerationError
 from moesaic.serve.http.errors import ApiError
 from moesaic.serve.operation.counting import CountedRuns, Pace
-from moesaic.serve.operation.logs import entry_of, text_of
+from moesaic.serve.operation.logs import _JsonLines, entry_of, text_of
 from moesaic.serve.operation.metrics import Metrics, ModelState
 from moesaic.serve.operation.notes import Notes, current
 from moesaic.serve.operation.observing import Exchange
@@ -172,3 +174,12 @@ def test_a_log_line_has_no_texts_unless_asked() -> None:
     assert (entry["id"], entry["model"], entry["key"], entry["completion_tokens"]) == ("req_1", "m", "alice", 2)
     with_texts = entry_of(exchange(), prompts=True)
     assert with_texts["prompts"] == ["secret"] and "answer" in text_of(with_texts)
+
+
+def test_failures_are_lines_of_the_same_form() -> None:
+    try:
+        raise ValueError("deep inside")
+    except ValueError:
+        record = logging.LogRecord("moesaic.serve", logging.ERROR, "x.py", 1, "%s failed", ("it",), sys.exc_info())
+    line = json.loads(_JsonLines().format(record))
+    assert (line["level"], line["message"]) == ("error", "it failed") and "deep inside" in line["traceback"]

@@ -34,6 +34,8 @@ def test_a_file_becomes_settings() -> None:
         ({"models": {"a": {"path": "x", "experts_bits": 4}}}, "experts_bits without bits"),
         ({"models": {"a": {"path": "x", "cache": "lots"}}}, "cache='lots'; give bytes such as"),
         ({"models": {"a": {"path": "x", "cache": 0}}}, "cache=0; give tokens"),
+        ({"models": {"a": {"path": "x", "speculation": "draft"}}}, 'speculation="draft" and draft=PATH'),
+        ({"models": {"a": {"path": "x", "draft": "y"}}}, 'speculation="draft" and draft=PATH'),
         ({"models": 3}, "models must be tables"),
         ({"tls_cert": "/none.pem"}, "TLS needs both"),
         ({"tls_cert": "/none.pem", "tls_key": "/none.key"}, "there is no such file"),

@@ -10,8 +10,8 @@ from moesaic.serve.served import Models, Served
 from tests.serve import tiny
 
 
-def make(name: str) -> FastAPI:
-    app = create_app(Models([Served.of_engine(name, tiny.engine(), tiny.tokenizer())]))
+def make(name: str, processors: int) -> FastAPI:
+    app = create_app(Models([Served.of_engine(name, tiny.engine(threads=processors), tiny.tokenizer())]))
 
     @app.get("/process")
     def process() -> int:

@@ -44,8 +44,9 @@ those that fit all other rows best (the smallest mean of |log(predicted / disclo
 constants fitted to rows of *other sources* only. *Compute*: the share of stated operations a second that matrix
 products get. *Network*: of what DeepEP's kernels reach, what messages get. *Training*: the share of *compute* that
 training gets. Not fitted, but taken from published micro-benchmarks: memory {memory:.0%} and attention {attention:.0%}
-(FlashMLA), messages {network:.0%} of the link (DeepEP). How unevenly experts are chosen is DeepSeek-V2-Lite's recorded
-routing. What is modelled and assumed was chosen with these rows in view; the constants were not."""
+(FlashMLA's README, read in 2026-11), messages {network:.0%} of the link (DeepEP: 43 of 50 GB/s over 16 ranks, read in
+2026-11; 43 to 47 over 16 to 64 in its first release [M]). How unevenly experts are chosen is DeepSeek-V2-Lite's
+recorded routing. What is modelled and assumed was chosen with these rows in view; the constants were not."""
 
 
 def page(rows: Sequence[Row], each: Sequence[Predicted], by_source: Sequence[Predicted]) -> str:

@@ -27,7 +27,7 @@ class AnthropicError(Answer):
 
 
 Responses = dict[int | str, dict[str, Any]]
-_STATUSES = (400, 401, 404, 405, 413, 422, 429, 500, 503)
+_STATUSES = (400, 401, 403, 404, 405, 408, 413, 422, 429, 431, 500, 503)
 ERRORS: Responses = {status: {"model": ErrorAnswer} for status in _STATUSES}
 
 ANTHROPIC_ERRORS: Responses = {status: {"model": AnthropicError} for status in _STATUSES}

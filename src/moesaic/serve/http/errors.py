@@ -9,7 +9,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException as StarletteHTTPException
 
-from moesaic.errors import MoesaicError
+from moesaic.errors import MoesaicError, QueueFullError, ServerClosingError
 from moesaic.serve.served import UnknownModelError
 
 log = logging.getLogger("moesaic.serve")
@@ -72,6 +72,10 @@ def as_api_error(error: Exception) -> ApiError:
         return error
     if isinstance(error, UnknownModelError):
         return ApiError(404, str(error), param="model", code="model_not_found")
+    if isinstance(error, QueueFullError):
+        return ApiError(429, str(error), headers={"Retry-After": "1"})
+    if isinstance(error, ServerClosingError):
+        return ApiError(503, str(error), code="shutting_down", headers={"Retry-After": "5"})
     if isinstance(error, MoesaicError):
         return refused(str(error))
     log.error("a request failed", exc_info=error)

@@ -7,12 +7,13 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from moesaic.engine.sampling import Sampling
-from moesaic.serve.http.bodies import Body
+from moesaic.serve.http.bodies import Body, parse
 from moesaic.serve.http.errors import refused
 from moesaic.serve.request import Grammar
 
 MAX_INT = 2**31 - 1
 MAX_STOPS = 16
+MAX_SCHEMA_DEPTH = 64
 
 StopText = Annotated[str, Field(min_length=1, max_length=1000)]
 Count = Annotated[int, Field(ge=0, le=MAX_INT)]
@@ -148,9 +149,7 @@ def _of_outputs(wanted: StructuredOutputs | None) -> list[Grammar]:
         return []
     found = []
     if wanted.json_ is not None:
-        found.append(
-            Grammar("json_schema", wanted.json_) if isinstance(wanted.json_, str) else schema_grammar(wanted.json_)
-        )
+        found.append(schema_grammar(_schema(wanted.json_)))
     if wanted.regex is not None:
         found.append(Grammar("regex", wanted.regex))
     if wanted.choice is not None:
@@ -160,6 +159,11 @@ def _of_outputs(wanted: StructuredOutputs | None) -> list[Grammar]:
     if wanted.json_object:
         found.append(Grammar("json_object"))
     return found
+
+
+def _schema(given: Schema | str) -> Schema:
+    """Schemas that come as text are JSON, as bodies are."""
+    return parse(given.encode(), MAX_SCHEMA_DEPTH) if isinstance(given, str) else given
 
 
 def schema_grammar(schema: Schema) -> Grammar:

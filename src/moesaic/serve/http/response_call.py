@@ -175,7 +175,7 @@ def _message(item: InputItem, where: str) -> Message:
 def _call(item: FunctionCall, where: str) -> Message:
     try:
         arguments = json.loads(item.arguments or "{}")
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise refused(f"Invalid value for '{where}.arguments': not JSON", f"{where}.arguments") from error
     return {"id": item.call_id, "type": "function", "function": {"name": item.name, "arguments": arguments}}
 

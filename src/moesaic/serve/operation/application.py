@@ -1,5 +1,6 @@
 """The whole application: the protocols behind everything that protects and watches them."""
 
+from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp
 
@@ -21,15 +22,27 @@ from moesaic.serve.operation.settings import ServeSettings
 def create_application(
     settings: ServeSettings, fleet: Fleet, keys: Keys, readiness: Readiness, metrics: Metrics, log: RequestLog
 ) -> ASGIApp:
-    """Layers from the outside in: log, names, other sites, readiness, keys, rates, bodies, routes."""
+    """The protocols in front of the models of this process, behind everything that protects and watches them."""
+    return protected(create_routes(settings, fleet, readiness, metrics), settings, keys, readiness, metrics, log)
+
+
+def create_routes(settings: ServeSettings, fleet: Fleet, readiness: Readiness, metrics: Metrics) -> FastAPI:
+    """The protocols and what machines ask, unprotected."""
     limits = settings.limits
-    most = {"max_choices": limits.choices, "default_max_tokens": limits.new_tokens}
-    routes = create_app(fleet.models, HttpSettings(**most))
+    routes = create_app(fleet.models, HttpSettings(max_choices=limits.choices, default_max_tokens=limits.new_tokens))
     routes.state.ending = lambda: readiness.state == "draining"
     routes.include_router(probes(readiness, metrics, fleet))
     if settings.load_models:
         routes.include_router(loading(fleet))
-    app: ASGIApp = LimitBody(routes, limits)
+    return routes
+
+
+def protected(
+    app: ASGIApp, settings: ServeSettings, keys: Keys, readiness: Readiness, metrics: Metrics, log: RequestLog
+) -> ASGIApp:
+    """Layers from the outside in: log, names, other sites, readiness, keys, rates, bodies, the application."""
+    limits = settings.limits
+    app = LimitBody(app, limits)
     if limits.requests_per_minute is not None:
         app = LimitRate(app, limits.requests_per_minute)
     app = RequireKey(app, keys, OPEN_PATHS if settings.metrics_key else {*OPEN_PATHS, "/metrics"})

@@ -1,6 +1,7 @@
 """The models of a server: which there are, loading and unloading them while others serve."""
 
 import asyncio
+import gc
 from collections.abc import Callable, Mapping
 
 from moesaic.serve.desk import Desk
@@ -66,6 +67,7 @@ class Fleet:
                 await self._runs.pop(name).end()
                 await self.models.remove(name)
                 self.metrics.forget(name)
+                gc.collect()  # an engine's parts refer to each other, and hold all its memory
                 self._say(f"{name} is unloaded")
 
     async def end_all(self) -> None:
@@ -80,7 +82,7 @@ class Fleet:
         return True
 
     async def _serve(self, name: str, settings: ModelSettings, opened: Opened) -> None:
-        engine, tokenizer, cache_tokens = opened
+        engine, tokenizer, drafter, cache_tokens = opened
         routing = LiveRouting(engine)
 
         def open_desk() -> CountedRuns:
@@ -89,6 +91,7 @@ class Fleet:
                 engine,
                 decode,
                 settings=_loop_settings(settings, cache_tokens),
+                drafter=drafter,
                 guidance=Guidance(tokenizer, engine.config.vocab_size),
             )
             desk.loop.listen(routing.hear)

@@ -1,6 +1,7 @@
 """One line for each request, on stderr: for people or for programs. Never keys; texts only where that is asked for."""
 
 import json
+import logging
 import sys
 from datetime import UTC, datetime
 from typing import Any, TextIO
@@ -26,12 +27,35 @@ class RequestLog:
         self.stream.flush()
 
 
+def set_up_logging(settings: LogSettings) -> None:
+    """Have what goes wrong inside the server written in the same form, but not what is wrong with clients' bytes."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(_JsonLines() if settings.format == "json" else logging.Formatter("%(levelname)s %(message)s"))
+    for name, level in (("moesaic", logging.WARNING), ("uvicorn.error", logging.ERROR)):
+        logger = logging.getLogger(name)
+        logger.handlers, logger.propagate = [handler], False
+        logger.setLevel(level)
+
+
+class _JsonLines(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        """One line, a traceback within it."""
+        entry = {"time": _now(), "level": record.levelname.lower(), "message": record.getMessage()}
+        if record.exc_info:
+            entry["traceback"] = self.formatException(record.exc_info)
+        return json.dumps(entry)
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="milliseconds")
+
+
 def entry_of(exchange: Exchange, *, prompts: bool) -> dict[str, Any]:
     """What a line says; what there was none of is left out."""
     notes = exchange.notes
     first = notes.first_token_at
     entry: dict[str, Any] = {
-        "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
+        "time": _now(),
         "id": notes.request_id,
         "method": exchange.method,
         "route": exchange.route,

@@ -25,7 +25,9 @@ from moesaic.errors import ConfigError
 from moesaic.hub.embedded import cache_folder
 from moesaic.hub.resolve import weights_place
 from moesaic.hub.sources import open_source
+from moesaic.serve.operation.drafting import drafter_of
 from moesaic.serve.operation.settings import ModelSettings, parse_bytes
+from moesaic.serve.speculation.drafter import Drafter
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 _PACK = "import sys; from moesaic.serve.operation.packing_aside import main; sys.exit(main(sys.argv[1], sys.argv[2]))"
@@ -36,6 +38,7 @@ class Opened(NamedTuple):
 
     engine: Engine
     tokenizer: Tokenizer
+    drafter: Drafter | None
     cache_tokens: int
 
 
@@ -73,7 +76,10 @@ def cache_tokens(settings: ModelSettings, bytes_per_token: float) -> int:
 
 
 def open_model(settings: ModelSettings, packed_file: Path | None = None, threads: int | None = None) -> Opened:
-    """The engine and the tokenizer. Raises MoesaicError for a model that is not there or cannot be run."""
+    """The engine and all that belongs to it. threads: instead of the settings', only to pack: without drafts.
+
+    Raises MoesaicError for a model that is not there or cannot be run.
+    """
     importlib.import_module("moesaic.tune.upcycle")
     tokenizer = open_tokenizer(settings.path)
     engine = Engine(
@@ -85,8 +91,10 @@ def open_model(settings: ModelSettings, packed_file: Path | None = None, threads
         max_length=settings.max_length,
         cache_format=settings.cache_format,
         packed_file=packed_file,
+        mtp=settings.speculation == "mtp",
     )
-    return Opened(engine, tokenizer, cache_tokens(settings, engine.cache.bytes_per_token))
+    drafter = None if threads is not None else drafter_of(settings, engine, tokenizer)
+    return Opened(engine, tokenizer, drafter, cache_tokens(settings, engine.cache.bytes_per_token))
 
 
 async def open_aside(settings: ModelSettings) -> Opened:

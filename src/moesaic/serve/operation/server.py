@@ -7,13 +7,15 @@ import signal
 import socket
 import ssl
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from types import FrameType
 from typing import Any
 
 import uvicorn
+from starlette.types import ASGIApp
 
 from moesaic.errors import ConfigError
-from moesaic.serve.operation.application import create_application
+from moesaic.serve.operation.application import create_routes, protected
 from moesaic.serve.operation.connection import guarded
 from moesaic.serve.operation.drain import Readiness
 from moesaic.serve.operation.fleet import Fleet
@@ -47,15 +49,23 @@ def address_of(settings: ServeSettings, sock: socket.socket) -> str:
 class Server:
     """A whole server on a socket; `run` returns when it has ended.
 
-    say: told what happens, in lines for people.
+    say: told what happens, in lines for people. replicas: answers in place of models of this process.
     """
 
-    def __init__(self, settings: ServeSettings, keys: Keys, sock: socket.socket, say: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        settings: ServeSettings,
+        keys: Keys,
+        sock: socket.socket,
+        say: Callable[[str], None],
+        replicas: ASGIApp | None = None,
+    ) -> None:
         self.settings, self.sock, self.say = settings, sock, say
         self.readiness, self.metrics = Readiness(), Metrics()
-        self.fleet = Fleet(settings, self.metrics, say)
+        self.fleet = Fleet(settings if replicas is None else replace(settings, models={}), self.metrics, say)
         log = RequestLog(settings.log)
-        app = create_application(settings, self.fleet, keys, self.readiness, self.metrics, log)
+        inner = replicas or create_routes(settings, self.fleet, self.readiness, self.metrics)
+        app = protected(inner, settings, keys, self.readiness, self.metrics, log)
         self._uvicorn = _Uvicorn(_config(app, settings), self._hear_signal)
         self._ending = False
         self._draining: asyncio.Future[None] | None = None

@@ -17,8 +17,9 @@ class ModelSettings:
 
     path: what `Engine` takes. bits, experts_bits, dtype, threads, max_length, cache_format: the engine's. cache: room
     for texts and for prefixes, taken at once: tokens (a number) or bytes ("4GiB"). max_running: requests in one step.
-    step_tokens: of all requests together in one step. share_prefixes, verify_hits: see `LoopSettings`. at_start: load
-    it when the server starts; else when a client says so (see `load_models`).
+    step_tokens: of all requests together in one step. share_prefixes, verify_hits: see `LoopSettings`. speculation:
+    who drafts tokens: the text itself, the model's layers that predict further tokens, or `draft`, another model.
+    at_start: load it when the server starts; else when a client says so (see `load_models`).
     """
 
     path: str
@@ -33,6 +34,8 @@ class ModelSettings:
     step_tokens: int = 256
     share_prefixes: bool = True
     verify_hits: float = 0.0
+    speculation: Literal["off", "ngram", "mtp", "draft"] = "ngram"
+    draft: str | None = None
     at_start: bool = True
 
     def __post_init__(self) -> None:
@@ -42,6 +45,8 @@ class ModelSettings:
                 raise ConfigError(f"{name}={getattr(self, name)}; use 4 or 8, or leave it out")
         if self.experts_bits is not None and self.bits is None:
             raise ConfigError("experts_bits without bits, which says how many the other weights get; give both")
+        if (self.draft is None) == (self.speculation == "draft"):
+            raise ConfigError('speculation="draft" and draft=PATH need each other; give both, or neither')
         _require_positive(self, "threads", "max_length", "max_running", "step_tokens")
         if isinstance(self.cache, str):
             parse_bytes("cache", self.cache)

@@ -19,8 +19,9 @@ _OBJECT_STORE_BYTES = 128 << 20
 
 
 class Settings(NamedTuple):
-    """maker, options: of the application (see Replica). address: of a cluster ("auto", "ray://host:10001"); None: the
-    one of RAY_ADDRESS, else a Ray of this machine. processors: for each replica; 0: what there is, shared out."""
+    """maker, options: of the application (see Replica), which is also told its `processors`. address: of a cluster
+    ("auto", "ray://host:10001"); None: the one of RAY_ADDRESS, else a Ray of this machine. processors: for each
+    replica; 0: what there is, shared out."""
 
     maker: str
     options: Mapping[str, Any]
@@ -54,19 +55,20 @@ class Cluster:
 
         serve.start(proxy_location="Disabled")
 
+        router: Any = PrefixRouter
+        processors = self._processors(ray)
         deployment = serve.deployment(
             Replica,
             name="replica",
             num_replicas=self.settings.replicas,
             max_ongoing_requests=_MOST_AT_ONCE,
-            ray_actor_options={"num_cpus": self._processors(ray)},
-            request_router_config=RequestRouterConfig(request_router_class=PrefixRouter),  # pyright: ignore[reportArgumentType]  a class is what it documents
+            ray_actor_options={"num_cpus": processors},
+            request_router_config=RequestRouterConfig(request_router_class=router),
             health_check_period_s=5,
             graceful_shutdown_timeout_s=30,
         )
-        self._handle = serve.run(
-            deployment.bind(self.settings.maker, dict(self.settings.options)), name=APPLICATION, route_prefix=None
-        )
+        options = {**self.settings.options, "processors": max(1, int(processors))}
+        self._handle = serve.run(deployment.bind(self.settings.maker, options), name=APPLICATION, route_prefix=None)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -151,7 +153,7 @@ def _import_ray() -> tuple[Any, Any]:
 
 def _connect(ray: Any, settings: Settings) -> None:
     address = settings.address or os.environ.get("RAY_ADDRESS")
-    if address is not None:
+    if address:
         ray.init(address=address, log_to_driver=False, namespace=APPLICATION)
         return
     ray.init(

@@ -9,9 +9,10 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from moesaic.engine.engine import Engine
 from moesaic.serve.seen import StepSeen
 from moesaic.serve.speculation.drafter import Drafter, Wanted
-from moesaic.serve.speculation.times import MOST_TOKENS, StepTimes
+from moesaic.serve.speculation.times import MOST_TOKENS, StepTimes, bytes_touched
 from moesaic.serve.writing import Writing
 
 MAY_LOSE = 0.015  # of the time of a text
@@ -20,6 +21,11 @@ _KEPT = 0.95  # weight of older drafts, per draft that was looked at
 _MARGIN = 0.05  # of a step; predicted gains below are not worth the risk
 _DEEPEST = 8  # drafts behind a text
 _FIRST_WAIT, _LONGEST_WAIT = 8, 256  # steps between trials of drafts that are not predicted to pay
+
+
+def guarded(drafter: Drafter, engine: Engine) -> "Guard":
+    """A drafter under a guard, for texts that this engine writes; for one loop."""
+    return Guard(drafter, StepTimes(bytes_touched(engine.config, engine.program.packed_bytes)))
 
 
 @dataclass(eq=False)

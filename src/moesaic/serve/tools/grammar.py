@@ -6,13 +6,15 @@ from collections.abc import Sequence
 from typing import Any
 
 from moesaic.data.tokenizer import Tokenizer
+from moesaic.errors import GenerationError
 from moesaic.serve.request import Grammar
 from moesaic.serve.tools.formats import Format
 from moesaic.serve.tools.parts import Tool
-from moesaic.serve.tools.spelling import Json, Maybe, Piece, Words
+from moesaic.serve.tools.spelling import Maybe, Piece, Words
 
 # Small models write spaces without end where they may.
 _SPACES = r" ?|\n{1,2}[ \t]{0,20}"
+_WORDS = "/[^<]*/"
 
 
 class GrammarWriter:
@@ -60,7 +62,7 @@ class GrammarWriter:
                 found.append(f"({self._pieces(piece.pieces, name, places)})?")
             else:
                 place = f"{name}_{len(places)}"
-                places.append(f"{place}: {_WORDS if isinstance(piece, Words) else _json(piece)}")
+                places.append(f"{place}: {_WORDS if isinstance(piece, Words) else _schema(piece.schema)}")
                 found.append(place)
         return " ".join(found)
 
@@ -73,15 +75,8 @@ class GrammarWriter:
         return " ".join(part for part in (*found, _literal(text[place:])) if part)
 
 
-_WORDS = "/[^<]*/"
-
-
 def _literal(text: str) -> str:
     return json.dumps(text, ensure_ascii=False) if text else ""
-
-
-def _json(piece: Json) -> str:
-    return _schema(piece.schema)
 
 
 def _schema(schema: Any) -> str:
@@ -96,4 +91,12 @@ def _as_body(grammar: Grammar) -> str:
     if grammar.kind == "regex":
         escaped = re.sub(r"(?<!\\)/", r"\/", grammar.text)
         return f"body: /{escaped}/"
-    return f"body: {_schema({'type': 'object'} if grammar.kind == 'json_object' else json.loads(grammar.text))}"
+    return f"body: {_schema(_parsed(grammar))}"
+
+
+def _parsed(grammar: Grammar) -> Any:
+    """The schema that a grammar is."""
+    try:
+        return {"type": "object"} if grammar.kind == "json_object" else json.loads(grammar.text)
+    except (ValueError, RecursionError) as error:
+        raise GenerationError(f"a JSON schema that is not JSON: {error}") from error

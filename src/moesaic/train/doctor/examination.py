@@ -1,16 +1,22 @@
 """Looks at a finished model on some text: the health of every layer, what is ill, and what training could do about it.
 
 Nothing is changed: the doctor acts only while a model is trained.
+
+T tokens, M columns of choices.
 """
 
-from collections.abc import Iterable, Iterator
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from moesaic.models.decoder import Decoder
+from moesaic.routing import RoutingDecision
 from moesaic.telemetry.health import RouterHealth
 from moesaic.telemetry.likeness import Duplicate
 from moesaic.telemetry.load import LayerLoad, StepLoad, sum_loads
@@ -48,11 +54,14 @@ class LayerReport:
 
 @dataclass(frozen=True, kw_only=True)
 class Examination:
-    """Everything that was found."""
+    """Everything that was found. choices: by layer, which experts every token chose, [T, M], -1 where it has no such
+    choice. text_digest: of the tokens that were read."""
 
     layers: tuple[LayerReport, ...]
     findings: tuple[Finding, ...]
     num_tokens: int
+    choices: Mapping[int, NDArray[np.int16]]
+    text_digest: str
 
     @property
     def health(self) -> RouterHealth:
@@ -98,7 +107,8 @@ def examine(model: Decoder, questions: Iterable[Question], *, num_domains: int =
 
     Each question is a window of its own for the account of chance. Experts are compared on the first one.
     """
-    recorder = LoadRecorder.for_model(model.config, num_domains=num_domains)
+    recorder = _Listener.for_model(model.config, num_domains=num_domains)
+    digest = hashlib.sha256()
     window: list[StepLoad] = []
     duplicates: dict[int, tuple[Duplicate, ...]] = {}
     model.eval()
@@ -110,11 +120,32 @@ def examine(model: Decoder, questions: Iterable[Question], *, num_domains: int =
         with torch.no_grad():
             model.hidden(question.token_ids_BS, question.mask_BS, tape=recorder)
         window.append(recorder.finish_step())
+        digest.update(question.token_ids_BS.numpy().tobytes())
     return Examination(
         layers=tuple(_layer_reports(window, duplicates)),
         findings=findings_in(window, duplicates),
         num_tokens=sum(load.layers[0].num_tokens for load in window if load.layers),
+        choices={layer: _stacked(parts) for layer, parts in recorder.choices_of.items()},
+        text_digest=digest.hexdigest(),
     )
+
+
+class _Listener(LoadRecorder):
+    """Keeps the choices, too."""
+
+    def __init__(self, *args: Any, **settings: Any) -> None:
+        super().__init__(*args, **settings)
+        self.choices_of: dict[int, list[NDArray[np.int16]]] = {}
+
+    def hear(self, layer: int, decision: RoutingDecision) -> None:
+        super().hear(layer, decision)
+        self.choices_of.setdefault(layer, []).append(decision.chosen.choices().numpy().astype(np.int16))
+
+
+def _stacked(parts: list[NDArray[np.int16]]) -> NDArray[np.int16]:
+    """One below the other; those with fewer columns are filled with -1."""
+    width = max(part.shape[1] for part in parts)
+    return np.concatenate([np.pad(part, ((0, 0), (0, width - part.shape[1])), constant_values=-1) for part in parts])
 
 
 def _layer_reports(window: list[StepLoad], duplicates: dict[int, tuple[Duplicate, ...]]) -> Iterator[LayerReport]:

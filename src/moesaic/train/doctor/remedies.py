@@ -4,7 +4,7 @@ T tokens, D hidden, E experts.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,7 +20,7 @@ from moesaic.telemetry.load import LayerLoad
 from moesaic.telemetry.probe import LayerProbe
 from moesaic.train.doctor.findings import Finding
 from moesaic.train.doctor.split import raised_row, split_rows
-from moesaic.train.doctor.surgery import ROUTER_BUFFERS, ROUTER_PARTS, Kept, Theatre, put_back
+from moesaic.train.doctor.surgery import ROUTER_PARTS, RUNNING, Kept, Theatre, put_back
 from moesaic.train.loss import routers_of
 from moesaic.train.optimizer import Optimizer
 
@@ -187,9 +187,9 @@ def reset_router_row(patient: Patient, finding: Finding) -> Treatment | None:
     for part in ROUTER_PARTS[1:]:
         if (other := theatre.router_weight(part)) is not None:
             theatre.write(other, expert, other.master[others].mean(0))
-    for part in ROUTER_BUFFERS:
-        if (buffer := theatre.router_buffer(part)) is not None:
-            theatre.write_buffer(part, expert, buffer[others].mean())
+    if (biases_E := theatre.router_buffer("selection_bias")) is not None:
+        theatre.write_buffer("selection_bias", expert, biases_E[others].mean())
+    _restate(theatre, patient.probes[finding.layer], (expert,))
     patient.taken.add((finding.layer, expert))
     facts = {"begins_anew": expert, "row_norm": [before, float(weight.master[expert].norm())]}
     return Treatment(
@@ -273,12 +273,26 @@ def _seed_from_busiest(
             theatre.write(bias, row, torch.tensor(rows.constant), state_of=busy)
     if (noise := theatre.router_weight("noise_weight")) is not None:
         theatre.write(noise, expert, noise.master[busy], state_of=busy)
-    for part in ROUTER_BUFFERS:
-        if (buffer := theatre.router_buffer(part)) is not None:
-            theatre.write_buffer(part, expert, buffer[busy].clone())
+    if (biases_E := theatre.router_buffer("selection_bias")) is not None:
+        theatre.write_buffer("selection_bias", expert, biases_E[busy].clone())
+    _restate(theatre, probe, (busy, expert))
     patient.taken |= {(finding.layer, busy), (finding.layer, expert)}
     mass = [rows.mass_before, rows.mass_after]
     return {"begins_anew": expert, "from": busy, "probability_mass_of_both": mass}
+
+
+def _restate(theatre: Theatre, probe: LayerProbe, experts: Sequence[int]) -> None:
+    """Make a router's running means and variances, where it has them, those of its new rows' logits."""
+    weight, bias = theatre.router_weight("weight"), theatre.router_weight("bias")
+    if weight is None or theatre.router_buffer(RUNNING[0]) is None:
+        return
+    for expert in experts:
+        logits_T = probe.x_TD.float() @ weight.master[expert].float()
+        if bias is not None:
+            logits_T = logits_T + bias.master[expert].float()
+        var, mean = torch.var_mean(logits_T, correction=0)
+        for part, value in zip(RUNNING, (mean, var), strict=True):
+            theatre.write_buffer(part, expert, value)
 
 
 def _busiest(patient: Patient, layer: int, without: set[int]) -> int | None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moesaic.layers.router import RouterLayer
+from moesaic.layers.router import BATCH_NORM_EPSILON, RouterLayer
 from moesaic.routing.routers import RouterInput
 
 LEAST_SPREAD = 0.5  # of logits, by which two halves are told apart
@@ -42,6 +42,7 @@ def split_rows(router: RouterLayer, x_TD: Tensor, busy: int, other: int, *, give
     With s a token's place along it (mean 0, deviation 1), logits become z + a s + c and z - a s + c; c is found so that
     the mean over tokens of both scores (as shares) is what it was: -ln 2 for softmax where a is small.
     given_away: that the other's own mass has gone to a third expert.
+    Where logits are normalised over the batch no constant remains of c: each of the pair is wanted as any expert is.
     """
     weight_ED, bias_E = _wide(router)
     x_TD = x_TD.float()
@@ -66,7 +67,7 @@ def split_rows(router: RouterLayer, x_TD: Tensor, busy: int, other: int, *, give
             trial_TE[:, expert] = x_TD @ row_D + constant
         return _mass(router, trial_TE, (busy, other))
 
-    shift = _bisect(mass, before)
+    shift = 0.0 if router.config.batch_norm else _bisect(mass, before)
     first_D, second_D = rows(shift)
     constant = 0.0 if bias_E is None else float(bias_E[busy]) + shift
     return Rows(first_D=first_D, second_D=second_D, constant=constant, mass_before=before, mass_after=mass(shift))
@@ -74,7 +75,10 @@ def split_rows(router: RouterLayer, x_TD: Tensor, busy: int, other: int, *, give
 
 @torch.no_grad()
 def raised_row(router: RouterLayer, x_TD: Tensor, expert: int, gone: int) -> tuple[Tensor, float]:
-    """(the row, the bias) that give one expert the probability mass that it and another had; the other has none."""
+    """(the row, the bias) that give one expert the probability mass that it and another had; the other has none.
+
+    As they are, where logits are normalised over the batch: nothing of a constant would remain.
+    """
     weight_ED, bias_E = _wide(router)
     x_TD = x_TD.float()
     logits_TE = x_TD @ weight_ED.T if bias_E is None else x_TD @ weight_ED.T + bias_E
@@ -86,7 +90,7 @@ def raised_row(router: RouterLayer, x_TD: Tensor, expert: int, gone: int) -> tup
         trial_TE[:, expert] += shift if bias_E is not None else shift * (x_TD @ one_D)
         return _mass(router, trial_TE, (expert,))
 
-    shift = _bisect(mass, wanted)
+    shift = 0.0 if router.config.batch_norm else _bisect(mass, wanted)
     if bias_E is not None:
         return weight_ED[expert], float(bias_E[expert]) + shift
     return weight_ED[expert] + shift * one_D, 0.0
@@ -128,6 +132,10 @@ def _wide(router: RouterLayer) -> tuple[Tensor, Tensor | None]:
 
 
 def _seen(router: RouterLayer, logits_TE: Tensor) -> RouterInput:
+    if router.config.batch_norm:
+        var_E, mean_E = torch.var_mean(logits_TE, dim=0, correction=0)
+        normalized_TE = (logits_TE - mean_E) * torch.rsqrt(var_E + BATCH_NORM_EPSILON)
+        logits_TE = torch.where(logits_TE == CLOSED, logits_TE, normalized_TE)
     return RouterInput(logits_TE, selection_bias_E=router.selection_bias)
 
 

@@ -16,7 +16,8 @@ from moesaic.train.precision import Weight
 
 FIRST_MOMENTS = ("exp_avg", "momentum_buffer")
 ROUTER_PARTS = ("weight", "noise_weight", "bias")
-ROUTER_BUFFERS = ("selection_bias", "running_mean", "running_var")
+RUNNING = ("running_mean", "running_var")
+"""Of a router's logits, where these are normalised over the batch."""
 
 
 @dataclass(frozen=True)
