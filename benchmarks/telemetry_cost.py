@@ -121,7 +121,7 @@ class Decoding:
         if recorded:
             self.recorder.hear()
         self.token = int(logits_NV[0].argmax())
-        self.digest.update(logits_NV.numpy())
+        self.digest.update(logits_NV.numpy().tobytes())
 
     def finish(self) -> None:
         """Add up what was heard."""

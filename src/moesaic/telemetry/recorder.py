@@ -4,6 +4,7 @@ T tokens, E experts, M domains, R routed rows.
 """
 
 from collections.abc import Collection
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -132,7 +133,7 @@ class LoadRecorder(RoutingTape):
         self._reset()
 
     @classmethod
-    def for_model(cls, config: ModelConfig, *, num_domains: int = 0) -> "LoadRecorder":
+    def for_model(cls, config: ModelConfig, *, num_domains: int = 0) -> Self:
         """A recorder for all routed layers of a model, those that predict further tokens included.
 
         A dense model's recorder hears nothing.

@@ -12,6 +12,7 @@ from moesaic.data.tokenizer import Tokenizer
 from moesaic.errors import QueueFullError, ServerClosingError
 from moesaic.serve.http.app import create_app
 from moesaic.serve.request import Event, Finished, Progress, Request, TokenInfo, Usage
+from moesaic.serve.seen import Stats
 from moesaic.serve.served import Models, Served
 from tests.serve import tiny
 
@@ -46,6 +47,9 @@ class WaitingDesk:
             self.running -= 1
             if not self.running:
                 self.left.set()
+
+    def stats(self) -> Stats:
+        raise NotImplementedError("nothing asks for them here")
 
     async def close(self) -> None:
         pass
