@@ -130,7 +130,10 @@ def test_jitter_multiplies_the_input_while_training_only():
     assert torch.equal(layer.eval()(x_TD, facts).logits_TE, torch.ones(4000, EXPERTS))
 
 
-@pytest.mark.parametrize("name", [name for name, kind in ROUTER_KINDS.items() if kind.picks_top_k])
+# Sinkhorn evens out what equal tokens get until experts are tied, and rounding decides which of them are chosen.
+@pytest.mark.parametrize(
+    "name", [name for name, kind in ROUTER_KINDS.items() if kind.picks_top_k and name != "sinkhorn"]
+)
 def test_gating_dropout_draws_experts_alike_and_weighs_them_by_the_router(name):
     """One input for all tokens, so large that what a router draws itself changes no choice."""
     layer, plain = router_layer(name, gating_dropout=0.25), router_layer(name)

@@ -4,8 +4,8 @@ import argparse
 import importlib
 import json
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,10 +15,9 @@ from moesaic.cli.text import DTYPES
 from moesaic.errors import ConfigError, MissingDependencyError
 
 if TYPE_CHECKING:  # at run time these come in only once the options make sense
-    from starlette.types import ASGIApp
-
     from moesaic.serve.operation.keys import Keys
     from moesaic.serve.operation.settings import ModelSettings, ServeSettings
+    from moesaic.serve.replicas.cluster import Cluster
 
 DEFAULT_MODEL = "smollm2-moe"
 # Options that are settings of the server, and of each model.
@@ -99,29 +98,27 @@ def run(args: argparse.Namespace) -> int:
     with listen(settings) as sock:
         address = address_of(settings, sock)
         _warn(settings, keys, address)
+        cluster = _cluster(settings, args)
+        server = Server(settings, keys, sock, output.talk, cluster and cluster.app())
         for name, model in settings.models.items():
             _say_needs(name, model)
         set_up_logging(settings.log)
-        announce = _announcement(address, settings, bool(keys), args.json)
-        with _replicas(settings, args) as replicas:
-            Server(settings, keys, sock, output.talk, replicas).run(announce)
+        if cluster is not None:
+            output.talk(f"starting {args.replicas} replicas on Ray")
+        with cluster or nullcontext():
+            server.run(_announcement(address, settings, bool(keys), args.json))
     return 0
 
 
-@contextmanager
-def _replicas(settings: "ServeSettings", args: argparse.Namespace) -> "Iterator[ASGIApp | None]":
-    """What stands for the models of this process; None: they do."""
+def _cluster(settings: "ServeSettings", args: argparse.Namespace) -> "Cluster | None":
+    """What answers in place of models of this process; None: they do. Raises ConfigError."""
+    if args.replicas is None and args.ray_address is not None:
+        raise ConfigError("--ray-address without --replicas N; give both")
     if args.replicas is None:
-        if args.ray_address is not None:
-            raise ConfigError("--ray-address without --replicas N; give both")
-        yield None
-        return
+        return None
     from moesaic.serve.operation.replicated import cluster_of
 
-    cluster = cluster_of(settings, args.replicas, args.ray_address)
-    output.talk(f"starting {args.replicas} replicas on Ray")
-    with cluster:
-        yield cluster.app()
+    return cluster_of(settings, args.replicas, args.ray_address)
 
 
 def _settings(args: argparse.Namespace) -> "ServeSettings":

@@ -1,5 +1,7 @@
 """Which experts made each token of a streamed answer: what the engine says when it is asked again."""
 
+import re
+
 import pytest
 
 from moesaic.engine.cache import Text
@@ -17,6 +19,11 @@ def streamed(client, kind: str, **options):
     return client.completions.create(
         model=MODEL, prompt="the quick", stream=True, max_tokens=9, temperature=0, **options
     )
+
+
+def letters(text: str) -> str:
+    """Without special tokens, and without characters that tokens may share: only the tokens' texts show those cut."""
+    return re.sub(r"<\|\w+\|>", "", text).encode("ascii", "ignore").decode()
 
 
 def told(chunks) -> tuple[list[str], dict[str, list[list[int]]], str]:
@@ -37,7 +44,7 @@ def test_each_token_has_its_experts(client, kind) -> None:
     tokens, experts, text = told(streamed(client, kind, extra_body={"experts": True}))
     assert len(tokens) == 9 and experts.keys() == {"0", "1"}
     assert all(len(rows) == 9 and all(len(set(row)) == 2 for row in rows) for rows in experts.values())
-    assert "".join(tokens).replace("\ufffd", "") == text.replace("\ufffd", "")
+    assert letters("".join(tokens)) == letters(text)
 
 
 @pytest.mark.parametrize("kind", ["chat", "completion"])
