@@ -146,10 +146,10 @@ def precisions() -> tuple[Precision, ...]:
 def _processor_share() -> float:
     """What of the processors' time products of this program get now, 0 to 1."""
     square = torch.ones(1024, 1024)
-    square @ square
+    torch.mm(square, square)
     wall, own = time.perf_counter(), time.process_time()
     for _ in range(10):
-        square @ square
+        torch.mm(square, square)
     return min(1.0, (time.process_time() - own) / ((time.perf_counter() - wall) * torch.get_num_threads()))
 
 

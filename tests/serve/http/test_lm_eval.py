@@ -34,8 +34,8 @@ metadata: {{version: 1.0}}
 
 def scores(model: str, arguments: dict[str, Any], tasks: Path) -> tuple[dict[str, float], list[list[float]]]:
     """The task's metrics, and the log likelihoods of every choice."""
-    import lm_eval
-    from lm_eval.tasks import TaskManager
+    import lm_eval  # pyright: ignore[reportMissingImports]  it is not always installed
+    from lm_eval.tasks import TaskManager  # pyright: ignore[reportMissingImports]
 
     manager = TaskManager(include_path=str(tasks), include_defaults=False)
     found: Any = lm_eval.simple_evaluate(

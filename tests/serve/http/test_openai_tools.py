@@ -74,7 +74,7 @@ def test_a_call_and_its_result_go_back(client: openai.OpenAI) -> None:
     first = client.chat.completions.create(**asked, messages=ASKED, tool_choice="required", parallel_tool_calls=False)
     message = first.choices[0].message
     assert message.tool_calls
-    results = [{"role": "tool", "tool_call_id": call.id, "content": "noon"} for call in message.tool_calls]
+    results: list[Any] = [{"role": "tool", "tool_call_id": call.id, "content": "noon"} for call in message.tool_calls]
     second = client.chat.completions.create(**asked, messages=[*ASKED, message, *results])
     assert second.usage and first.usage and second.usage.prompt_tokens > first.usage.prompt_tokens
 
