@@ -13,9 +13,11 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 @contextmanager
 def launched() -> Iterator[Any]:
     """Chromium, driven by playwright; skips the test where either is missing."""
-    api = pytest.importorskip("playwright.sync_api")
+    api = pytest.importorskip(
+        "playwright.sync_api", reason="playwright, which the extra dev brings, drives the browser"
+    )
     if CHROMIUM is None:
-        pytest.skip("no Chromium on this machine")
+        pytest.skip("no Chromium on this machine; wherever one is installed, these tests run")
     with api.sync_playwright() as driver:
         found = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
         yield found

@@ -193,7 +193,7 @@ def test_a_port_that_is_taken(moesaic, moe_folder) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_replicas_answer_as_one_server() -> None:
-    pytest.importorskip("ray")
+    pytest.importorskip("ray", reason="replicas need Ray, which the extra dev brings")
     environment = {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path), "RAY_ADDRESS": ""}
     serving = Serving(f"tiny={tiny.folder()}", "--replicas", "2", "--cache", "2048", environment=environment)
     try:

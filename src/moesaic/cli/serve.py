@@ -86,6 +86,8 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Serve until a signal ends it. Returns the exit code."""
+    if args.replicas is None and args.ray_address is not None:
+        raise ConfigError("--ray-address without --replicas N; give both")
     settings = _settings(args)
     _require_packages()
     from moesaic.kernels import backend
@@ -112,8 +114,6 @@ def run(args: argparse.Namespace) -> int:
 
 def _cluster(settings: "ServeSettings", args: argparse.Namespace) -> "Cluster | None":
     """What answers in place of models of this process; None: they do. Raises ConfigError."""
-    if args.replicas is None and args.ray_address is not None:
-        raise ConfigError("--ray-address without --replicas N; give both")
     if args.replicas is None:
         return None
     from moesaic.serve.operation.replicated import cluster_of

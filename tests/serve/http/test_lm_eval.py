@@ -56,7 +56,7 @@ def scores(model: str, arguments: dict[str, Any], tasks: Path) -> tuple[dict[str
 @pytest.mark.slow
 @pytest.mark.filterwarnings("default")  # of the package's own imports
 def test_scores_are_those_of_transformers(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("lm_eval")
+    pytest.importorskip("lm_eval", reason="runs where the extra eval is installed")
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     data = tmp_path / "questions.jsonl"
     data.write_text("".join(json.dumps(question) + "\n" for question in QUESTIONS), encoding="utf-8")

@@ -34,6 +34,7 @@ class Call(NamedTuple):
 
 
 def call_of(body: CompletionBody, served: Served, settings: HttpSettings) -> Call:
+    """What a body asks for, as requests of this model. Raises ApiError for what it cannot have."""
     _check(body)
     prompts = prompts_of(body.prompt, served, settings, add_special_tokens=body.add_special_tokens)
     head = {

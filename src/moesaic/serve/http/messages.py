@@ -147,6 +147,7 @@ class _BlockEvents:
         self._block: dict[str, Any] | None = None
 
     def of(self, parts: list[Part]) -> Iterator[bytes]:
+        """The events that these parts of an answer cause."""
         for part in parts:
             if self._block is None or _begins(self._block, part):
                 yield from self.stop()

@@ -55,6 +55,7 @@ class Used:
         self._experts += experts
 
     def to_dict(self) -> dict[str, Any]:
+        """As the protocol has it: a prompt counts once, however many choices it has."""
         firsts = [usage for index, usage in self._usages.items() if index % self._choices_per_prompt == 0]
         usages = list(self._usages.values())
         prompt, written = (sum(each.prompt_tokens for each in firsts), sum(each.completion_tokens for each in usages))

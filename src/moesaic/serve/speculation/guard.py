@@ -98,6 +98,7 @@ class Guard(Drafter):
         self._num_texts = 0
 
     def propose(self, wanted: Sequence[Wanted]) -> list[list[int]]:
+        """The drafter's guesses for those texts that gain by them; none for the others."""
         self._settle(wanted)
         if not self.times.known:
             return [[] for _ in wanted]

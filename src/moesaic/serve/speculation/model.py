@@ -42,6 +42,7 @@ class ModelDrafter(Drafter):
         self._texts: dict[Writing, _Followed] = {}
 
     def propose(self, wanted: Sequence[Wanted]) -> list[list[int]]:
+        """What the draft model would write, by the rules and random numbers of each text."""
         drafts: list[list[int]] = [[] for _ in wanted]
         rooms = [min(self._most, each.room, self._context_after(each.writing)) for each in wanted]
         texts = [self._texts.setdefault(each.writing, _Followed()) for each in wanted]
