@@ -6,8 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from moesaic.config import ModelConfig
+from moesaic.errors import ConfigError
+from moesaic.families import _counted
+from moesaic.families._multimodal import TEXT, has_text_part
 from moesaic.hub.checkpoint import CONFIG, read_json
-from moesaic.hub.quantization import read_quantization
+from moesaic.hub.quantization import FIELD, read_quantization
 from moesaic.hub.resolve import locate
 from moesaic.plan.formats import Formats, as_released, named
 from moesaic.tensor_spec import ROLES, Role
@@ -18,6 +21,8 @@ def formats_of_files(model: str | os.PathLike[str], config: ModelConfig, cache: 
 
     Raises CheckpointError for what cannot be read, ConfigError for a packing that is not known.
     """
+    if os.fspath(model) in _counted.PRESETS and not Path(model).exists():
+        return named(as_released(config.family), cache)
     place = locate(model)
     if place.kind == "gguf":
         return _of_gguf(place.path, config, cache)
@@ -28,13 +33,24 @@ def formats_of_files(model: str | os.PathLike[str], config: ModelConfig, cache: 
 
 
 def _stated(raw: Mapping[str, Any]) -> str:
-    """What a config.json says of its weights: how they are packed, else their dtype."""
-    quantization = read_quantization(dict(raw))
+    """What a config.json says of its weights, or of those of its text part: how they are packed, else their dtype."""
+    if has_text_part(dict(raw)):
+        outer = {name: raw[name] for name in (FIELD, "dtype", "torch_dtype") if raw.get(name) is not None}
+        return _stated({name: value for name, value in raw[TEXT].items() if value is not None} | outer)
+    described = raw.get(FIELD)
+    if isinstance(described, dict) and described.get("format") == "mxfp4-pack-quantized":
+        return "mxfp4"
+    try:
+        quantization = read_quantization(dict(raw))
+    except ConfigError as error:
+        raise ConfigError(f"{error}; say what a plan is to assume: --format, such as int4-128") from error
     if quantization is None:
         return "fp32" if (raw.get("dtype") or raw.get("torch_dtype")) == "float32" else "bf16"
     if quantization.method == "compressed-tensors":
         group = quantization.groups[0]
-        return "int8" if group.bits == 8 else "int4" if group.group == 32 else "int4-128"
+        packing = "int8" if group.bits == 8 else "int4" if group.group == 32 else "int4-128"
+        left = " ".join(map(str, raw[FIELD].get("ignore") or ()))
+        return f"bf16,experts={packing}" if "attn" in left else packing  # what is ignored stays as it was
     if quantization.method == "fp8":
         return "fp8,experts=mxfp4" if quantization.experts == "fp4" else "fp8"
     return "mxfp4"

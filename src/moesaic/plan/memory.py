@@ -8,7 +8,16 @@ from dataclasses import dataclass
 from typing import Literal
 
 from moesaic.checks import require
-from moesaic.config import AttentionConfig, LayerConfig, MlpConfig, ModelConfig, MoeConfig, SoftMoeConfig
+from moesaic.config import (
+    AbsentConfig,
+    AttentionConfig,
+    LayerConfig,
+    MlpConfig,
+    ModelConfig,
+    MoeConfig,
+    RecurrentConfig,
+    SoftMoeConfig,
+)
 from moesaic.plan.flops import cache_split
 from moesaic.plan.formats import Formats, layer_state_bytes
 from moesaic.plan.hardware import Device
@@ -178,15 +187,29 @@ def _layer_rows(layer: LayerConfig, size: int, tokens: float, layout: Layout) ->
     """Numbers that the wider of attention and feed-forward keeps of a step's tokens at once."""
     attention = layer.attention
     heads = attention.num_heads / layout.tp
-    if isinstance(attention, AttentionConfig):
+    if isinstance(attention, AbsentConfig):
+        inside = 0.0
+    elif isinstance(attention, AttentionConfig):
         inside = (2 * heads + 2 * attention.num_key_value_heads / layout.tp) * attention.head_dim
+    elif isinstance(attention, RecurrentConfig):
+        inside = recurrent_rows(attention, layout)
     else:
         inside = 3 * heads * attention.head_dim
     return max(tokens * inside, feed_forward_rows(layer.feed_forward, size, tokens, layout))
 
 
-def feed_forward_rows(block: MlpConfig | MoeConfig | SoftMoeConfig, size: int, tokens: float, layout: Layout) -> float:
+def recurrent_rows(attention: RecurrentConfig, layout: Layout) -> float:
+    """Numbers of a token inside of a recurrent part: what is projected, what comes out of it, and that once gated."""
+    projected = next(shape[0] for _, shape, _ in attention.weights)  # the first makes all that the others read
+    return (projected + 2 * attention.num_heads * attention.head_dim) / layout.tp
+
+
+def feed_forward_rows(
+    block: MlpConfig | MoeConfig | SoftMoeConfig | AbsentConfig, size: int, tokens: float, layout: Layout
+) -> float:
     """Numbers of a feed-forward part's rows: gate, up and their product, and of experts what goes in and comes out."""
+    if isinstance(block, AbsentConfig):
+        return 0.0
     if isinstance(block, MlpConfig):
         return 3 * tokens * block.intermediate_size / layout.tp
     if isinstance(block, SoftMoeConfig):
@@ -308,11 +331,16 @@ def _kept_of_layer(layer: LayerConfig, size: int, training: Training, layout: La
         return tokens * (size / layout.tp + chosen / training.element_bytes)
     attention = layer.attention
     heads = attention.num_heads / layout.tp
-    if isinstance(attention, AttentionConfig):
+    if isinstance(attention, AbsentConfig):
+        inside = 0.0
+    elif isinstance(attention, AttentionConfig):
         inside = (2 * heads + 2 * attention.num_key_value_heads / layout.tp) * attention.head_dim
+    elif isinstance(attention, RecurrentConfig):
+        inside = recurrent_rows(attention, layout)
     else:
         inside = 4 * heads * attention.head_dim
-    kept = tokens * (inside + 4 * size)  # both norms' inputs and outputs
+    norms = 4 - 2 * isinstance(layer.attention, AbsentConfig) - 2 * isinstance(layer.feed_forward, AbsentConfig)
+    kept = tokens * (inside + norms * size)  # both norms' inputs and outputs
     moe = layer.feed_forward
     if isinstance(moe, MoeConfig):
         kept += tokens * 2.0 * moe.num_experts  # logits of the router, in fp32
