@@ -12,6 +12,7 @@ from moesaic.errors import CheckpointError, ConfigError
 from moesaic.families import _counted, _multimodal
 from moesaic.hub import checkpoint
 from moesaic.hub.embedded import embedded_gguf
+from moesaic.hub.gguf_header import read_gguf_header
 from moesaic.hub.quantization import FIELD
 from moesaic.registry import Registry, unknown_name
 
@@ -80,11 +81,16 @@ def read_config(path_or_preset: str | os.PathLike[str]) -> ModelConfig:
 def describe_config(path_or_preset: str | os.PathLike[str]) -> ModelConfig:
     """Like `read_config`, and of models that do not run yet: what counts and plans need is known of more of them.
 
-    How weights are packed, and what they are called, changes no count: files are described that cannot be read.
+    How weights are packed, and what they are called, changes no count: files are described that cannot be read. Of a
+    .gguf file the header is enough.
     """
     path = Path(path_or_preset).expanduser()
     if os.fspath(path_or_preset) in _counted.PRESETS and not path.exists():
         return _counted.count(_counted.PRESETS[os.fspath(path_or_preset)].config)
+    if path.is_file() and path.suffix == ".gguf":
+        from moesaic.hub.gguf import config_of_header
+
+        return config_of_header(read_gguf_header(path), path)
     path = path / checkpoint.CONFIG if path.is_dir() else path
     if path.suffix != ".json" or not path.is_file():
         return read_config(path_or_preset)

@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from moesaic.config import ModelConfig
-from moesaic.errors import ConfigError
+from moesaic.errors import CheckpointError, ConfigError
 from moesaic.families import _counted
 from moesaic.families._multimodal import TEXT, has_text_part
 from moesaic.hub.checkpoint import CONFIG, read_json
+from moesaic.hub.gguf import names_in_gguf
+from moesaic.hub.gguf_header import read_gguf_header
 from moesaic.hub.quantization import FIELD, read_quantization
 from moesaic.hub.resolve import locate
 from moesaic.plan.formats import Formats, as_released, named
@@ -58,15 +60,15 @@ def _stated(raw: Mapping[str, Any]) -> str:
 
 def _of_gguf(path: Path, config: ModelConfig, cache: str) -> Formats:
     """The mean bits of each role's matrices, as many different kinds as a file may have."""
-    from moesaic.hub.gguf import GgufFile  # the optional package is asked for only here
-
-    file = GgufFile(path)
-    weight_map, sizes = file.weight_map(), file.stored_bytes
+    weight_map, held_in_file = names_in_gguf(config), read_gguf_header(path).tensors
     held: dict[Role, float] = dict.fromkeys(ROLES, 0.0)
     numbers: dict[Role, float] = dict.fromkeys(ROLES, 0.0)
     for spec in config.tensors():
         if len(spec.shape) > 1 and spec.is_parameter:
-            held[spec.role] += sum(sizes[piece.name] for piece in weight_map[spec.name])
+            names = [piece.name for piece in weight_map[spec.name]]
+            if absent := [name for name in names if name not in held_in_file]:
+                raise CheckpointError(f"{path} has no tensor {absent[0]}; copy or download it again")
+            held[spec.role] += sum(held_in_file[name].num_bytes for name in names)
             numbers[spec.role] += spec.numel
     bits: dict[Role, float] = {role: 8 * held[role] / numbers[role] for role in ROLES if numbers[role]}
     like: dict[Role, str] = {role: _nearest(bits[role]) if role in bits else "bf16" for role in ROLES}

@@ -4,7 +4,7 @@ L layers, D hidden, E experts, K chosen, F their inner width, T tokens, V vocabu
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from moesaic.checks import require
@@ -111,7 +111,14 @@ def share_held(spec: TensorSpec, layer: LayerConfig | None, layout: Layout) -> f
 
 
 def device_weights(config: ModelConfig, formats: Formats, layout: Layout, *, mtp: bool = False) -> dict[str, float]:
-    """Bytes of weights by role on the fullest device, the stage with the most of them.
+    """Bytes of weights by role on the fullest device, the stage with the most of them."""
+    return max(stage_weights(config, formats, layout, mtp=mtp), key=lambda parts: sum(parts.values()))
+
+
+def stage_weights(
+    config: ModelConfig, formats: Formats, layout: Layout, *, mtp: bool = False
+) -> list[dict[str, float]]:
+    """Bytes of weights by role on a device of each pipeline stage.
 
     mtp: the layers that predict further tokens stand on the last stage.
     """
@@ -126,7 +133,7 @@ def device_weights(config: ModelConfig, formats: Formats, layout: Layout, *, mtp
             for layer in config.mtp:
                 _add(parts, layer_specs(layer, config.hidden_size), layer, formats, layout)
         found.append(parts)
-    return max(found, key=lambda parts: sum(parts.values()))
+    return found
 
 
 def end_specs(config: ModelConfig, first: bool, last: bool) -> list[TensorSpec]:
@@ -158,9 +165,14 @@ def _add(
 
 def cache_bytes(config: ModelConfig, formats: Formats, context: float, texts: float, layout: Layout) -> float:
     """The cache of `texts` texts of `context` tokens on the fullest device: its copy's texts, its stage's layers."""
+    return max(stage_caches(config, formats, context, texts, layout))
+
+
+def stage_caches(config: ModelConfig, formats: Formats, context: float, texts: float, layout: Layout) -> list[float]:
+    """The same of a device of each stage; with an encoder, of all stages as of the decoder's."""
     own = texts / layout.dp
     stages = stage_layers(config, layout.pp) if config.encoder is None else [config.decoder.layers]
-    return max(
+    return [
         own
         * sum(
             layer_state_bytes(attention, round(context), formats.cache) / cache_split(attention, layout.tp) * count
@@ -169,7 +181,7 @@ def cache_bytes(config: ModelConfig, formats: Formats, context: float, texts: fl
             if attention is not None
         )
         for layers in stages
-    )
+    ]
 
 
 def workspace_bytes(config: ModelConfig, formats: Formats, tokens: float, outputs: float, layout: Layout) -> float:
@@ -247,6 +259,31 @@ def serving_memory(
     parts["workspace"] = workspace_bytes(config, formats, tokens, max(1.0, own), layout)
     parts["runtime"] = RUNTIME_BYTES[device.kind]
     return DeviceMemory(parts=parts, capacity=device.memory_bytes)
+
+
+def stage_memories(
+    config: ModelConfig,
+    formats: Formats,
+    layout: Layout,
+    whole: DeviceMemory,
+    *,
+    context: float,
+    texts: float,
+    mtp: bool = False,
+) -> list[DeviceMemory]:
+    """A device of each pipeline stage of a server; whole: what serving_memory says of the same.
+
+    What a step works in is reckoned alike for all stages.
+    """
+    weights = stage_weights(config, formats, layout, mtp=mtp)
+    caches = stage_caches(config, formats, context, texts, layout)
+    same = {name: whole.parts[name] for name in ("workspace", "runtime")}
+    return [
+        replace(
+            whole, parts={f"weights: {role}": size for role, size in parts.items() if size} | {"cache": cache} | same
+        )
+        for parts, cache in zip(weights, caches * (len(weights) // len(caches)), strict=True)
+    ]
 
 
 def most_texts(
