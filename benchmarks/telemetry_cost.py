@@ -10,8 +10,8 @@ what waiting threads spin in).
 Recorded while training: rows per expert, layer and domain, mean scores, entropies, margins and flips of logits, the
 line of metrics.jsonl, TensorBoard's scalars and Prometheus text. While decoding: every token's experts, from the
 engine's own buffers. That code is also timed by itself (`direct`: the median times of hearing a step and of adding up
-what was heard, once in 64 tokens, as a part of the median step): no noise of other code is in it, and nothing of what it
-may do to the caches. Two models train: that of benchmarks/train_step.py, and the demo's, whose short steps feel it
+what was heard, once in 64 tokens, as a part of the median step): no noise of other code is in it, and nothing of what
+it may do to the caches. Two models train: that of benchmarks/train_step.py, and the demo's, whose short steps feel it
 most; one decodes, of 16 layers. Results with and without are compared bit by bit.
 
     python benchmarks/telemetry_cost.py [--rounds 60] [--cases decode] [--threads 2] [--json]
