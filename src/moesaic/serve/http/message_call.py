@@ -43,9 +43,11 @@ class MessageCall(NamedTuple):
 def message_call(body: MessagesBody, served: Served, settings: HttpSettings) -> MessageCall:
     """Slow: it renders a template. Raises ApiError, and GenerationError for what the template refuses."""
     prepared = prepare(body, served, settings)
+    num_prompt = len(prepared.prompt_ids)
+    fits = num_prompt + body.max_tokens <= served.max_length  # what does not is cut, and stop_reason says so
     request = Request(
         prompt_ids=prepared.prompt_ids,
-        max_new_tokens=room(served, settings, len(prepared.prompt_ids), body.max_tokens),
+        max_new_tokens=room(served, settings, num_prompt, body.max_tokens if fits else None),
         sampling=Sampling(
             temperature=1.0 if body.temperature is None else body.temperature,
             top_k=body.top_k or None,

@@ -165,7 +165,7 @@ class MessageAnswer(Answer):
     role: Literal["assistant"]
     model: str
     content: list[ContentAnswer]
-    stop_reason: Literal["end_turn", "max_tokens", "stop_sequence", "tool_use"]
+    stop_reason: Literal["end_turn", "max_tokens", "stop_sequence", "tool_use", "model_context_window_exceeded"]
     stop_sequence: str | None
     usage: MessageUsage
 

@@ -1,4 +1,4 @@
-"""/tokenize, /detokenize and /tokenizer_info, as vLLM has them, and /v1/embeddings, which none of the models here can answer."""
+"""/tokenize, /detokenize and /tokenizer_info, as vLLM has them, and /v1/embeddings, which no model here can answer."""
 
 from typing import Annotated, Any, NoReturn
 
