@@ -11,7 +11,8 @@ from moesaic.serve.http.chat_call import dialogue_of
 from moesaic.serve.http.chat_types import ChatBody, ChatMessage, ChatTool
 from moesaic.serve.http.declared import ERRORS
 from moesaic.serve.http.errors import refused
-from moesaic.serve.http.prompts import TokenId, known_ids
+from moesaic.serve.http.generation import TokenId
+from moesaic.serve.http.prompts import known_ids
 from moesaic.serve.served import Models, Served
 
 router = APIRouter(route_class=BodyRoute)
