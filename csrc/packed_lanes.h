@@ -192,15 +192,15 @@ MOESAIC_INLINE void add_dot(Ints &sums, const Bytes &weights, const int8_t *x) {
 #endif
 }
 
-// How many times a dot product of `add_dot` can be added up in 16 bits, half of the work, before the sums must be widened:
+// How many times a dot product of `add_dot` can be added up in 16 bits, half of the work, before sums must be widened:
 // each is the sum of two products, at most 2 x 127 x the greatest number. 1: they are widened each time, or need not be.
 #if defined(__AVX2__) && !defined(__AVX512F__)
 constexpr int64_t dots_in_halves(Format format) {
     switch (format) {
-        case Format::int8: return 1;
         case Format::int6: return 2;
         case Format::int4: return 8;
-        default: return 4;
+        case Format::mxfp4: return 4;
+        default: return 1;
     }
 }
 MOESAIC_INLINE void begin_halves(Ints &halves, const Bytes &weights, const int8_t *x) {

@@ -20,8 +20,8 @@ MOESAIC_INLINE void for_each_of(std::integer_sequence<int64_t, numbers...>, cons
 
 constexpr int64_t piece_bytes = 8 << 10;  // beside what it is made of, the next piece and the rows that it meets
 
-// Four inputs of R rows, the `quad`th of eight: the first of those that are summed in halves begins the halves, the last
-// has them added to the sums.
+// Four inputs of R rows, the `quad`th of eight: the first of those that are summed in halves begins these, the last has
+// them added to the sums.
 template <int R, class G, int64_t quad>
 MOESAIC_INLINE void dot_quad(Ints (&sums)[R], Ints (&halves)[R], const Bytes &four, const int8_t *x, int64_t stride) {
     constexpr int64_t together = dots_in_halves(G::format);
