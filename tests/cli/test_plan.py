@@ -43,6 +43,29 @@ def test_the_page_stands_alone(moesaic, tmp_path):
         ElementTree.fromstring("<svg" + picture.split("</svg>")[0] + "</svg>")
 
 
+def test_a_page_has_a_stack_for_each_stage_and_is_readable_in_the_dark(moesaic, tmp_path):
+    page = tmp_path / "plan.html"
+    options = ("--machine", "8xa100", "--layout", "tp=2,pp=4", "--users", "64", "--report", page)
+    assert moesaic("plan", "qwen3-next-80b-a3b", *options).exit_code == 0
+    text = page.read_text(encoding="utf-8")
+    assert [f"stage {number}, each of 2" in text for number in (1, 2, 3, 4, 5)] == [True] * 4 + [False]
+    assert "prefers-color-scheme:dark" in text and 'name="viewport"' in text
+
+
+def test_processors_without_links_are_planned_alone(moesaic, tmp_path):
+    ran = moesaic("plan", "qwen3-30b-a3b", "--machine", "epyc-9654", "--report", tmp_path / "plan.html")
+    assert ran.exit_code == 0 and "2xepyc" not in ran.out
+    ran = moesaic("plan", "mixtral-8x7b", "--machine", "2xm3-max")
+    assert ran.exit_code == 2 and "no link or network is stated; plan one" in ran.err
+
+
+def test_options_of_one_model_are_refused_of_others(moesaic, tmp_path):
+    page = tmp_path / "plan.html"
+    for words in (("plan", "compare", "mixtral-8x7b", "llama-2-70b"), ("plan",)):
+        ran = moesaic(*words, "--machine", "2xh100", "--report", page)
+        assert ran.exit_code == 2 and "--report" in ran.err and not page.exists()
+
+
 def test_two_models_side_by_side(moesaic, tmp_path):
     plot = tmp_path / "both.svg"
     words = ("plan", "compare", "mixtral-8x7b", "llama-2-70b", "--machine", "2xh100", "--context", "4k")

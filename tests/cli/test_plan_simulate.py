@@ -56,3 +56,10 @@ def test_claims_as_json_and_as_a_page(moesaic, tmp_path: Path) -> None:
     assert ran.exit_code == 0
     assert {claim["verdict"] for claim in ran.json["claims"]} == {"true", "false", "it depends"}
     assert all(claim["claim"] in (tmp_path / "claims.md").read_text() for claim in ran.json["claims"])
+
+
+def test_replicas_divide_over_the_units_that_are_asked_for(moesaic):
+    pools = "prefill_ranks=4,decode_ranks=4,rate=5,seconds=5"
+    ran = moesaic("plan", "simulate", "mixtral-8x7b", "--machine", "8xh100", "--set", pools)
+    assert ran.exit_code == 0 and "prefill_ranks=4,decode_ranks=4,rate=10" in ran.err
+    assert moesaic("plan", "simulate", "qwen3-next-80b-a3b", "--machine", "256xh100", "--json").exit_code == 0

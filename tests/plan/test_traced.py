@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from moesaic.config import ModelConfig
+from moesaic.config import ModelConfig, MoeConfig
 from moesaic.errors import TraceError
 from moesaic.families import find_preset
 from moesaic.plan.layout import Layout
@@ -36,8 +36,10 @@ def even(tokens: int) -> np.ndarray:
     return np.stack([generator.permutation(NUM_EXPERTS)[:TOP_K] for _ in range(tokens)])
 
 
-def moe_of(config: ModelConfig):
-    return config.layers[0].feed_forward
+def moe_of(config: ModelConfig) -> MoeConfig:
+    moe = config.layers[0].feed_forward
+    assert isinstance(moe, MoeConfig)
+    return moe
 
 
 def test_one_expert_group_for_all_is_all_that_is_read(tmp_path):

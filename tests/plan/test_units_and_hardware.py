@@ -61,6 +61,9 @@ def test_a_users_own_machines_and_prices(tmp_path, monkeypatch: pytest.MonkeyPat
     folder.mkdir()
     own = '[lab]\nmemory = "24 GB"\nbandwidth = "1 TB/s"\nflops = { bf16 = "100 TFLOP/s" }\nprice = "1 $/h"\n'
     (folder / "machines.toml").write_text(own)
+    with pytest.raises(ConfigError, match="2 of lab, for which no link or network is stated"):
+        hardware.find_machine("2xlab")
+    (folder / "machines.toml").write_text(f'{own}link = "25 GB/s"\n')
     assert hardware.find_machine("2xlab").price == 2.0
     (folder / "machines.toml").write_text(own.replace("1 $/h", "1 $/Mtok"))
     with pytest.raises(ConfigError, match="price of machine lab"):

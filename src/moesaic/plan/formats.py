@@ -56,8 +56,11 @@ class Formats:
 
     @cached_property
     def _packings(self) -> dict[Role, Packing]:
-        named = {role: PACKINGS[name] for role, name in self.by_role.items()}
-        return {role: each._replace(bits=self.bits.get(role, each.bits)) for role, each in named.items()}
+        found: dict[Role, Packing] = {}
+        for role in self.by_role:
+            packing = PACKINGS[self.by_role[role]]
+            found[role] = packing._replace(bits=self.bits.get(role, packing.bits))
+        return found
 
     def of(self, role: Role) -> Packing:
         return self._packings[role]
