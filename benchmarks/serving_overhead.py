@@ -23,9 +23,9 @@ from served_model import add_arguments, engine_and_decode, prompt
 from moesaic.engine.cache import Text
 from moesaic.engine.engine import Engine, Piece, in_steps
 from moesaic.engine.sampling import likeliest
-from moesaic.serve.desk import Desk
-from moesaic.serve.loop import Loop
-from moesaic.serve.loop_settings import LoopSettings
+from moesaic.serve.loop.desk import Desk
+from moesaic.serve.loop.loop import Loop
+from moesaic.serve.loop.settings import LoopSettings
 from moesaic.serve.request import Finished, Heard, Progress, Request
 
 PROMPT_TOKENS = 64

@@ -10,10 +10,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from moesaic.engine.engine import Engine
+from moesaic.serve.choice.writing import Writing
 from moesaic.serve.seen import StepSeen
 from moesaic.serve.speculation.drafter import Drafter, Wanted
 from moesaic.serve.speculation.times import MOST_TOKENS, StepTimes, bytes_touched
-from moesaic.serve.writing import Writing
 
 MAY_LOSE = 0.015  # of the time of a text
 _CREDIT_STEPS = 2.0  # that may be lost besides, so that a short text can try
