@@ -132,3 +132,8 @@ QUICK = [
 @pytest.mark.parametrize("arguments", QUICK, ids=" ".join)
 def test_quick_verbs_start_without_torch(arguments: list[str]) -> None:
     assert loaded_by(RUN.format(arguments=arguments, module="moesaic.cli.main", heavy=HEAVY)) == "loaded:"
+
+
+def test_a_server_starts_without_the_compiler() -> None:
+    code = "import sys, moesaic.engine.engine\nprint('loaded:', 'torch._dynamo' in sys.modules, file=sys.stderr)"
+    assert loaded_by(code) == "loaded: False"

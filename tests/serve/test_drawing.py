@@ -78,6 +78,13 @@ def test_the_same_row_elsewhere_in_memory() -> None:
                 assert draw(row, sampling, number) == draw(copied, sampling, number)
 
 
+@given(st.integers(-(2**63), 2**70), st.integers(0, 2**40))
+@settings(deadline=None)
+def test_random_numbers_are_those_of_numpy(seed: int, position: int) -> None:
+    words = np.random.Philox(key=seed % 2**64, counter=position)
+    assert random_number(seed, position) == np.random.Generator(words).random()
+
+
 def test_random_numbers_stay_as_they_are() -> None:
     """Texts written with a seed must not change from one release to the next."""
     assert random_number(0, 0) == np.random.Generator(np.random.Philox(key=0)).random()

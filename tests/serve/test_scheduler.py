@@ -95,6 +95,45 @@ def test_the_latest_gives_way_when_the_cache_is_full_and_goes_on_from_where_it_w
     assert simulation.computed[jobs[0]] == 139
 
 
+def test_who_gives_way_takes_no_block_of_the_step() -> None:
+    simulation = Simulation(num_blocks=3, max_running=1)
+    plain = simulation.add(Wish(tuple(range(BLOCK_TOKENS)), 5, priority=1))
+    simulation.step()
+    assert plain.left == 1  # the next step would take a second block for it
+    urgent = simulation.add(Wish(tuple(range(500, 500 + 3 * BLOCK_TOKENS - 2)), 2))
+    assert simulation.step() == [(urgent, 64)]  # and needs all three: `step` compares what is planned and taken
+    while simulation.busy:
+        simulation.step()
+    assert simulation.ended == [urgent, plain]
+
+
+@given(st.lists(wishes(), min_size=2, max_size=6), st.integers(2, 4), st.integers(5, 90), st.data())
+@settings(deadline=None, max_examples=40)
+def test_drafts_and_requests_that_leave_keep_the_accounts(
+    given_wishes: list[Wish], max_running: int, step_tokens: int, data: st.DataObject
+) -> None:
+    simulation = Simulation(num_blocks=BLOCKS, step_tokens=step_tokens, max_running=max_running)
+    jobs = [simulation.add(wish) for wish in given_wishes]
+    scheduler = simulation.scheduler
+    for _ in range(data.draw(st.integers(1, 12))):
+        leaving = data.draw(st.sampled_from([None, *jobs]))
+        if leaving is not None:
+            scheduler.end(leaving)
+            jobs.remove(leaving)
+        if not jobs:
+            return
+        for job, count in scheduler.plan():
+            spare = scheduler.spare_tokens, scheduler.spare_blocks
+            wanted = data.draw(st.integers(1, 40))
+            needed = num_blocks(job.text.length + count + wanted) - num_blocks(job.text.length + count)
+            fits = wanted <= spare[0] and needed <= spare[1]
+            assert scheduler.add_drafts(job, wanted) == fits
+            after = scheduler.spare_tokens, scheduler.spare_blocks
+            assert after == (spare[0] - wanted * fits, spare[1] - needed * fits)
+        simulation.step()
+        jobs = [job for job in jobs if job not in simulation.ended]
+
+
 def test_one_prefix_is_computed_once() -> None:
     simulation = Simulation(num_blocks=200, step_tokens=256, max_running=50)
     prefix = tuple(range(1000))

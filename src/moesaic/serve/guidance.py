@@ -43,8 +43,9 @@ class Guidance:
         self._compilers = ThreadPoolExecutor(2, "grammars")
         self._masks = ThreadPoolExecutor(1, "masks")
         self._lock = threading.Lock()
-        self._vocabulary: tuple[LLTokenizer, int] | None = None
         self._compiled: OrderedDict[Grammar, Future[LLMatcher]] = OrderedDict()
+        # At once: it takes seconds for large vocabularies, of which no request's limit should know.
+        self._vocabulary = self._compilers.submit(self._make_vocabulary)
 
     def guide(self, request: Request) -> "Guide | None":
         """A place at the beginning of a request's grammar, if it has one; waits until that is compiled.
@@ -59,11 +60,11 @@ class Guidance:
             raise GenerationError(
                 f"a {_name(grammar)} of {len(grammar.text):,} characters; use {MAX_CHARACTERS:,} or fewer"
             )
+        vocabulary, end_id = self._vocabulary.result()
         try:
             matcher = self._future(grammar).result(COMPILE_S)
         except TimeoutError as error:
             raise GenerationError(f"a {_name(grammar)} that takes more than {COMPILE_S:g} s to compile") from error
-        vocabulary, end_id = self._llguidance_tokenizer()
         known = self._tokenizer.vocab_size
         eos_ids = sorted(token for token in request.eos_token_ids if token < self.vocab_size)
         ends = [
@@ -96,7 +97,7 @@ class Guidance:
             return future
 
     def _compile(self, grammar: Grammar) -> "LLMatcher":
-        vocabulary, end_id = self._llguidance_tokenizer()
+        vocabulary, end_id = self._vocabulary.result()
         from llguidance import LLMatcher, LLParserLimits
 
         limits = LLParserLimits(max_grammar_size=MAX_SYMBOLS, verbose_errors=False)
@@ -112,21 +113,19 @@ class Guidance:
             raise GenerationError(f"a {_name(grammar)} that no text fulfils, or only the empty one")
         return matcher
 
-    def _llguidance_tokenizer(self) -> "tuple[LLTokenizer, int]":
+    def _make_vocabulary(self) -> "tuple[LLTokenizer, int]":
         """The tokenizer with a token more, that ends texts, and the id of that."""
-        if self._vocabulary is None:
-            try:
-                from llguidance import LLTokenizer
-            except ImportError as error:
-                raise MissingDependencyError(
-                    'schemas, expressions and grammars need the package llguidance; run: pip install "moesaic[serve]"'
-                ) from error
-            backend = tokenizers.Tokenizer.from_str(self._tokenizer.backend.to_str())
-            backend.add_special_tokens([tokenizers.AddedToken(_END, special=True, normalized=False)])
-            end_id = backend.token_to_id(_END)
-            assert end_id is not None and self._tokenizer.backend.id_to_token(end_id) is None
-            self._vocabulary = LLTokenizer(backend.to_str(), eos_token=end_id), end_id
-        return self._vocabulary
+        try:
+            from llguidance import LLTokenizer
+        except ImportError as error:
+            raise MissingDependencyError(
+                'schemas, expressions and grammars need the package llguidance; run: pip install "moesaic[serve]"'
+            ) from error
+        backend = tokenizers.Tokenizer.from_str(self._tokenizer.backend.to_str())
+        backend.add_special_tokens([tokenizers.AddedToken(_END, special=True, normalized=False)])
+        end_id = backend.token_to_id(_END)
+        assert end_id is not None and self._tokenizer.backend.id_to_token(end_id) is None
+        return LLTokenizer(backend.to_str(), eos_token=end_id), end_id
 
 
 class Guide:

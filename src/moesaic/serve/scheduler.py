@@ -90,11 +90,16 @@ class Scheduler:
         """That the planned step has yet room for."""
         return self.step_tokens - sum(self._shares.values())
 
+    @property
+    def spare_blocks(self) -> int:
+        """That the planned step leaves to others."""
+        return self.prefixes.num_available - self._planned
+
     def add_drafts(self, job: Job, count: int) -> bool:
         """Plan so many tokens more for a job, if that takes nobody's place. Whether it does not."""
         planned = self._shares[job]
         needed = _missing(job, planned + count) - _missing(job, planned)
-        if count > self.spare_tokens or needed > self.prefixes.num_available - self._planned:
+        if count > self.spare_tokens or needed > self.spare_blocks:
             return False
         self._planned += needed
         self._shares[job] += count
@@ -114,14 +119,14 @@ class Scheduler:
         """How many of these tokens have room, once all others that must have given way."""
         if count <= 0 or self._find_room(job, count):
             return max(count, 0)
-        blocks = len(job.text.blocks) + self.prefixes.num_available - self._planned
+        blocks = len(job.text.blocks) + self.spare_blocks
         count = min(count, blocks * BLOCK_TOKENS - job.text.length)
         return count if count > 0 and self._find_room(job, count) else 0
 
     def _find_room(self, job: Job, count: int) -> bool:
         """Plan blocks for tokens of a job. The last ones of those that run give way to it while it lacks them."""
         needed = _missing(job, count)
-        while self.prefixes.num_available - self._planned < needed:
+        while self.spare_blocks < needed:
             last = self.running[-1]
             if last.rank <= job.rank:
                 return False
