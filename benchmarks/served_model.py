@@ -1,12 +1,15 @@
 """The engine that benchmarks of serving use: of a given model, or of weights drawn for a shape that is known."""
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 
+from moesaic import hub
 from moesaic.config import ModelConfig
 from moesaic.data.tokenizer import Tokenizer
 from moesaic.engine.engine import Engine
@@ -46,6 +49,18 @@ def engine_and_decode(args: argparse.Namespace) -> tuple[Engine, Callable[[list[
     torch.set_num_threads(args.threads)
     tokenizer = Tokenizer.load(Path(args.model))
     return Engine(args.model, bits=args.bits, threads=args.threads), tokenizer.decode
+
+
+@contextmanager
+def folder_of(args: argparse.Namespace) -> Iterator[Path]:
+    """The model as a server takes it; drawn weights with a tokenizer that knows few of their tokens."""
+    if args.model not in SHAPES:
+        yield Path(args.model)
+        return
+    with TemporaryDirectory() as folder:
+        tokenizer = Tokenizer.train(["the quick brown fox"], vocab_size=300)
+        hub.save(Decoder(shape(args.model)).initialize(0), Path(folder), tokenizer=tokenizer)
+        yield Path(folder)
 
 
 def shape(name: str) -> ModelConfig:

@@ -1,9 +1,12 @@
-"""What serving adds to the engine's steps: the time of a step of decoding, bare, in the loop, and heard from asyncio.
+"""What serving adds to the engine's steps: the time of a step of decoding, bare, in the loop, heard from asyncio, and
+heard by clients in a process of their own from a server in another, as streams of events.
 
-All three write on the same prompts at the same batch, in turns; of each turn the median time from step to step is
+All four write on the same prompts at the same batch, in turns; of each turn the median time from step to step is
 taken, of all turns the median, and the median of the turns' ratios to the bare engine. "own": what the loop's thread
 does outside the engine's steps, over these, within the same run: steadier than the ratios, and more than them, as the
-bare engine's tokens must be chosen, too. Wanted: 5 % at 1 and 8 requests, 12 % at 32. The tokens must be the same.
+bare engine's tokens must be chosen, too. Wanted: 5 % at 1 and 8 requests, 12 % at 32. The tokens must be the same; of
+clients the texts, where the model has a tokenizer. Theirs is the mean time: what they hear comes in bursts where steps
+are short.
 
     python benchmarks/serving_overhead.py [--model FOLDER] [--batches 1 8 32] [--tokens 64] [--rounds 5] [--json]
 """
@@ -13,31 +16,38 @@ import asyncio
 import itertools
 import json
 import statistics
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
-from served_model import add_arguments, engine_and_decode, prompt
+from served_model import add_arguments, engine_and_decode, folder_of, letters, prompt
+from servers import ServerProcess, moesaic
 
 from moesaic.engine.cache import Text
 from moesaic.engine.engine import Engine, Piece, in_steps
 from moesaic.engine.sampling import likeliest
-from moesaic.serve.desk import Desk
-from moesaic.serve.loop import Loop
-from moesaic.serve.loop_settings import LoopSettings
+from moesaic.serve.loop.desk import Desk
+from moesaic.serve.loop.loop import Loop
+from moesaic.serve.loop.settings import LoopSettings
 from moesaic.serve.request import Finished, Heard, Progress, Request
 
 PROMPT_TOKENS = 64
 CACHE_TOKENS = 16_384
 WANTED = {1: 0.05, 8: 0.05, 32: 0.12}
+WAYS = ("loop", "asyncio", "http")
+CLIENTS = Path(__file__).parent / "streaming_client.py"
 
 
 class Written(NamedTuple):
-    """The median seconds from step to step while all write, the tokens of each, and what the loop took of its own."""
+    """The median seconds from step to step while all write, each its tokens or text, and the loop's own part."""
 
     step_s: float
     tokens: list[list[int]]
+    texts: list[str] | None = None
     own: float = 0.0
 
 
@@ -96,7 +106,7 @@ def looped(engine: Engine, decode, requests: Sequence[Request]) -> Written:
     loop.close()
     stats = loop.stats()
     own = (stats.busy_s - stats.engine_s) / stats.engine_s
-    return Written(between(hearing.times), [hearing.tokens[number] for number in numbers], own)
+    return Written(between(hearing.times), [hearing.tokens[number] for number in numbers], own=own)
 
 
 async def desked(engine: Engine, decode, requests: Sequence[Request]) -> Written:
@@ -120,7 +130,25 @@ async def desked(engine: Engine, decode, requests: Sequence[Request]) -> Written
     return Written(between(times), list(tokens))
 
 
-def measure(engine: Engine, decode, batch: int, num_tokens: int, rounds: int) -> dict[str, float | bool]:
+def streamed(server: ServerProcess, prompts: Sequence[Sequence[int]], num_tokens: int) -> Written:
+    """Through the whole server, heard by clients."""
+    asked = json.dumps({"prompts": [list(ids) for ids in prompts], "max_tokens": num_tokens})
+    words = [sys.executable, str(CLIENTS), server.url]
+    heard = json.loads(subprocess.run(words, input=asked, capture_output=True, text=True, check=True).stdout)
+    first, last = max(each["times"][0] for each in heard), min(each["times"][-1] for each in heard)
+    steps = sum(first < at <= last for at in heard[0]["times"])
+    return Written((last - first) / steps, [], [each["text"] for each in heard])
+
+
+def serve(args: argparse.Namespace, folder: Path) -> ServerProcess:
+    """The whole server, without what the bare engine has not: drafts."""
+    options = ("--bits", str(args.bits), "--threads", str(args.threads), "--cache", str(CACHE_TOKENS))
+    return moesaic("moesaic", str(folder), *options, "--set", "models.model.speculation=off")
+
+
+def measure(
+    engine: Engine, decode, server: ServerProcess, batch: int, num_tokens: int, rounds: int
+) -> dict[str, float | bool]:
     """Seconds of a step each way, and what is added to the bare engine's."""
     vocab = engine.config.vocab_size
     prompts = [prompt(PROMPT_TOKENS, seed, vocab) for seed in range(batch)]
@@ -129,19 +157,22 @@ def measure(engine: Engine, decode, batch: int, num_tokens: int, rounds: int) ->
         "bare": lambda: bare(engine, prompts, num_tokens),
         "loop": lambda: looped(engine, decode, requests),
         "asyncio": lambda: asyncio.run(desked(engine, decode, requests)),
+        "http": lambda: streamed(server, prompts, num_tokens),
     }
     turns: dict[str, list[float]] = {way: [] for way in ways}
     own: list[float] = []
     same = True
     for number in range(rounds + 1):
         found = {way: run() for way, run in (ways.items() if number % 2 else reversed(ways.items()))}
-        same = same and all(written.tokens == found["bare"].tokens for written in found.values())
+        tokens = found["bare"].tokens
+        texts = found["http"].texts if decode is letters else [decode(written) for written in tokens]
+        same = same and all(way.tokens == tokens if way.texts is None else way.texts == texts for way in found.values())
         for way, written in found.items() if number else ():
             turns[way].append(written.step_s)
             own += [written.own] if way == "loop" else []
     result: dict[str, float | bool] = {f"{way}_s": statistics.median(taken) for way, taken in turns.items()}
     result["loop_own"] = statistics.median(own)
-    for way in ("loop", "asyncio"):
+    for way in WAYS:
         ratios = [taken / plain for taken, plain in zip(turns[way], turns["bare"], strict=True)]
         result[f"{way}_overhead"] = statistics.median(ratios) - 1
     return {**result, "same_tokens": same}
@@ -158,19 +189,22 @@ def main() -> None:
     args = parser.parse_args()
     engine, decode = engine_and_decode(args)
     engine.reserve(CACHE_TOKENS)
-    results = {batch: measure(engine, decode, batch, args.tokens, args.rounds) for batch in args.batches}
+    with folder_of(args) as folder:
+        server = serve(args, folder)
+        try:
+            results = {b: measure(engine, decode, server, b, args.tokens, args.rounds) for b in args.batches}
+        finally:
+            server.stop()
     if args.json:
         print(json.dumps(results))
         return
-    print(f"{'batch':>5} {'bare ms':>9} {'loop ms':>9} {'':>7} {'asyncio ms':>10} {'':>7} {'own':>7}  wanted  tokens")
+    heads = "".join(f"{way + ' ms':>11} {'':>7}" for way in WAYS)
+    print(f"{'batch':>5} {'bare ms':>9} {heads} {'own':>7}  wanted  tokens")
     for batch, found in results.items():
         wanted = f"{WANTED[batch]:.0%}" if batch in WANTED else ""
-        print(
-            f"{batch:5d} {found['bare_s'] * 1e3:9.2f} {found['loop_s'] * 1e3:9.2f} {found['loop_overhead']:+7.1%} "
-            f"{found['asyncio_s'] * 1e3:10.2f} {found['asyncio_overhead']:+7.1%} "
-            f"{found['loop_own']:7.1%} {wanted:>7}  "
-            f"{'the same' if found['same_tokens'] else 'OTHERS'}"
-        )
+        cells = "".join(f"{found[f'{way}_s'] * 1e3:11.2f} {found[f'{way}_overhead']:+7.1%}" for way in WAYS)
+        same = "the same" if found["same_tokens"] else "OTHERS"
+        print(f"{batch:5d} {found['bare_s'] * 1e3:9.2f} {cells} {found['loop_own']:7.1%} {wanted:>7}  {same}")
 
 
 if __name__ == "__main__":

@@ -5,9 +5,9 @@ from typing import NamedTuple
 
 from moesaic.engine.builder import CacheShape
 from moesaic.engine.cache import BLOCK_TOKENS, BlockCache
-from moesaic.serve.prefix_cache import PrefixCache
-from moesaic.serve.scheduler import Scheduler, Share
-from moesaic.serve.waiting import Job
+from moesaic.serve.schedule.prefix_cache import PrefixCache
+from moesaic.serve.schedule.scheduler import Scheduler, Share
+from moesaic.serve.schedule.waiting import Job
 
 
 def history(token_ids: list[int]) -> list[int]:

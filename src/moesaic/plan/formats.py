@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import chain
 from typing import NamedTuple
 
@@ -53,9 +54,13 @@ class Formats:
     cache: str = "bf16"
     bits: Mapping[Role, float] = field(default_factory=dict)
 
+    @cached_property
+    def _packings(self) -> dict[Role, Packing]:
+        named = {role: PACKINGS[name] for role, name in self.by_role.items()}
+        return {role: each._replace(bits=self.bits.get(role, each.bits)) for role, each in named.items()}
+
     def of(self, role: Role) -> Packing:
-        packing = PACKINGS[self.by_role[role]]
-        return packing._replace(bits=self.bits.get(role, packing.bits))
+        return self._packings[role]
 
     def tensor_bytes(self, spec: TensorSpec) -> float:
         """What a tensor takes."""

@@ -78,7 +78,7 @@ def _short(memory: DeviceMemory, device: str, reliefs: tuple[Relief, ...], what:
     largest = max(memory.parts, key=lambda part: memory.parts[part])
     line = (
         f"capacity binds: {what} take {_gb(memory.total)} on the fullest {device}, which has {_gb(memory.capacity)}: "
-        f"{_gb(-memory.free)} short ({largest} take {_gb(memory.parts[largest])}){_listed(reliefs, fits=True)}"
+        f"{_gb(-memory.free)} short ({largest}: {_gb(memory.parts[largest])}){_listed(reliefs, fits=True)}"
     )
     return Verdict("capacity", memory.total / memory.capacity, line, reliefs)
 

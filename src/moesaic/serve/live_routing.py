@@ -116,7 +116,7 @@ class LiveRouting:
     def to_json(self, tally: Tally) -> dict[str, Any]:
         """A tally for the wire: counts, and what they say about each layer."""
         loads = self.as_load(tally).layers
-        layers = [_layer_json(load, tally.layers[load.layer].distinct, tally.steps) for load in loads]
+        layers = [layer_json(load, tally.layers[load.layer].distinct, tally.steps) for load in loads]
         return {"steps": tally.steps, "tokens": tally.tokens, "layers": layers}
 
     @staticmethod
@@ -140,7 +140,8 @@ class LiveRouting:
         return Tally(self._steps, self._tokens, layers)
 
 
-def _layer_json(load: LayerLoad, distinct: int, steps: int) -> dict[str, Any]:
+def layer_json(load: LayerLoad, distinct: int, steps: int) -> dict[str, Any]:
+    """A layer for the wire. distinct: experts that each of the steps had work for, added up."""
     health = LayerHealth.of(load)
     return {
         "layer": load.layer,

@@ -18,6 +18,7 @@ from moesaic.serve.replicas.cluster import Cluster, Settings
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # Ray's own, of many kinds
 REPOSITORY = Path(__file__).parents[3]
+SHORT: dict[str, Any] = {"model": "tiny", "prompt": "the fox", "max_tokens": 5, "ignore_eos": True}
 
 
 class Outcome(NamedTuple):
@@ -79,6 +80,15 @@ async def kill_one_under_load(cluster: Cluster) -> None:
     async with listening(cluster) as url, httpx.AsyncClient(base_url=url, timeout=120) as client:
         before = await both(client)
         assert (await client.get("/metrics")).text.count("up{replica=") == 2
+        counted = await asyncio.gather(*(client.post("/v1/completions", json=SHORT) for _ in range(6)))
+        assert all(answer.status_code == 200 for answer in counted)
+        told = (await client.get("/v1/routing")).json()
+        assert told["serving"]["new_tokens"] == 6 * SHORT["max_tokens"], "of both"
+        assert (await client.get("/v1/routing?model=nobody")).status_code == 404
+        async with client.stream("GET", "/v1/routing/stream?every=0.1") as events:
+            heard = events.aiter_lines()
+            lines = [await anext(heard) for _ in range(4)]
+        assert (lines[0], lines[3]) == ("event: total", "event: window")
         begun = asyncio.Event()
         running = [asyncio.ensure_future(complete(client, number, begun)) for number in range(24)]
         await begun.wait()

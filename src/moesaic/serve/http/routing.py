@@ -47,13 +47,16 @@ class RoutingTally(Answer):
 
 
 class RoutingAnswer(Answer):
-    """routes: false for a dense model, which has no experts and no layers here."""
+    """routes: false for a dense model, which has no experts and no layers here. serving: requests that run and wait,
+    the share of the cache that running ones hold, and all tokens that were written.
+    """
 
     object: str
     model: str
     routes: bool
     since_start: RoutingTally
     window: RoutingTally
+    serving: dict[str, float | None]
 
 
 @router.get("/v1/routing", response_model=RoutingAnswer, responses=ERRORS)
@@ -70,6 +73,7 @@ async def routing(
         **_head(served),
         "since_start": {"seconds": round(live.age_s, 3), **live.to_json(total)},
         "window": {"seconds": min(seconds, live.age_s), **live.to_json(window)},
+        "serving": _serving(served),
     }
 
 

@@ -4,14 +4,18 @@ Ray Serve keeps as many as were asked for alive, on whichever machines have room
 it does not ask again when a replica dies.
 """
 
+import asyncio
+import json
 import os
 from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any, NamedTuple
+from urllib.parse import parse_qs
 
 from moesaic.errors import ConfigError, MissingDependencyError
 from moesaic.serve.replicas.asgi import App, Message
-from moesaic.serve.replicas.ingress import Ingress, ReplicaLostError
+from moesaic.serve.replicas.ingress import Ingress, ReplicaLostError, left
 from moesaic.serve.replicas.metrics import merged
+from moesaic.serve.replicas.routing import Told, together, windows
 
 APPLICATION = "moesaic"
 _MOST_AT_ONCE = 10_000  # requests of a replica, which has a queue and limits of its own
@@ -78,7 +82,7 @@ class Cluster:
         ray.shutdown()
 
     def app(self) -> App:
-        """The ingress; /health, /ready and /metrics are of all replicas together."""
+        """The ingress; /health, /ready, /metrics and /v1/routing are of all replicas together."""
         ingress = Ingress(self, patience_s=self.settings.patience_s, max_body_bytes=self.settings.max_body_bytes)
 
         async def serve(scope: Message, receive: Any, send: Any) -> None:
@@ -86,6 +90,8 @@ class Cluster:
                 await _live(receive, send)
             elif scope["type"] == "http" and scope["method"] == "GET" and scope["path"] in _TOGETHER:
                 await self._together(scope, send)
+            elif scope["type"] == "http" and scope["method"] == "GET" and (every := _every(scope)) is not None:
+                await self._stream(scope, receive, send, every)
             else:
                 await ingress(scope, receive, send)
 
@@ -115,12 +121,41 @@ class Cluster:
         answers = await self._all(scope)
         good = [body for status, body in answers if status == 200]
         path = scope["path"]
-        if path == "/metrics" and good:
+        if path == _ROUTING and answers:
+            text = json.dumps(together([json.loads(body) for body in good])).encode() if good else answers[0][1]
+            await _say(send, 200 if good else answers[0][0], text, b"application/json")
+        elif path == "/metrics" and good:
             await _say(send, 200, merged([body.decode() for body in good]), b"text/plain; version=0.0.4; charset=utf-8")
         else:
             status = 200 if good else 503
             text = f'{{"status": "{"ok" if good else "unavailable"}", "replicas": {len(good)}}}'
             await _say(send, status, text.encode(), b"application/json")
+
+    async def _stream(self, scope: Message, receive: Any, send: Any, every: float) -> None:
+        """/v1/routing/stream, of what all answer to /v1/routing time and again."""
+        asked = {**scope, "path": _ROUTING}
+
+        async def ask() -> Told | None:
+            good = [json.loads(body) for status, body in await self._all(asked) if status == 200]
+            return together(good) if good else None
+
+        first = await ask()
+        if first is None:
+            return await self._together(asked, send)
+        leaving = asyncio.ensure_future(left(receive))
+
+        async def pause() -> bool:
+            await asyncio.wait({leaving}, timeout=every)
+            return not leaving.done()
+
+        headers = [(b"content-type", b"text/event-stream"), (b"cache-control", b"no-cache")]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        try:
+            async for event in windows(ask, first, pause):
+                await send({"type": "http.response.body", "body": event, "more_body": True})
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
+        finally:
+            leaving.cancel()
 
     async def _all(self, scope: Message) -> list[tuple[int, bytes]]:
         """What each replica answers; those that are dead are left out."""
@@ -139,7 +174,20 @@ class Cluster:
         return max(0.01, int(100 * ray.cluster_resources().get("CPU", 1) / self.settings.replicas) / 100)
 
 
-_TOGETHER = ("/health", "/ready", "/metrics")
+_ROUTING = "/v1/routing"
+_TOGETHER = ("/health", "/ready", "/metrics", _ROUTING)
+
+
+def _every(scope: Message) -> float | None:
+    """Seconds between the windows of the experts' load, where that is asked for as it should be; else a replica says
+    what is wrong."""
+    if scope["path"] != f"{_ROUTING}/stream":
+        return None
+    try:
+        every = float(parse_qs(scope["query_string"].decode()).get("every", ["0.5"])[0])
+    except ValueError:
+        return None
+    return every if 0.1 <= every <= 60 else None
 
 
 def _import_ray() -> tuple[Any, Any]:

@@ -47,7 +47,7 @@ class Ingress:
         if body is None:
             return await _refuse(send, 413, f"a body of more than {self.max_body_bytes:,} bytes; send less")
         answering = asyncio.ensure_future(self._answer(scope, body, send))
-        leaving = asyncio.ensure_future(_left(receive))
+        leaving = asyncio.ensure_future(left(receive))
         try:
             await asyncio.wait((answering, leaving), return_when=asyncio.FIRST_COMPLETED)
         finally:
@@ -122,7 +122,7 @@ async def _body(receive: Callable[[], Awaitable[Message]], most: int) -> bytes |
             return b"".join(parts)
 
 
-async def _left(receive: Callable[[], Awaitable[Message]]) -> None:
+async def left(receive: Callable[[], Awaitable[Message]]) -> None:
     """Return once the client has left."""
     while (await receive())["type"] != "http.disconnect":
         pass
