@@ -10,6 +10,8 @@ import torch
 from moesaic import hub
 from moesaic.cli.text import open_tokenizer
 from moesaic.telemetry.probe import routed_layers
+from moesaic.train.doctor.examination import Examination
+from moesaic.train.doctor.findings import Finding
 from tests.cli.conftest import TEXT
 from tests.cli.tiny_recipe import RECIPE
 
@@ -40,6 +42,15 @@ def test_a_copied_and_a_closed_expert_are_named(moesaic, moe_folder, text_file, 
     shown = moesaic("doctor", tmp_path / "ill", "--data", text_file)
     assert "layer 1: expert 3 has 0.00 of its fair share" in shown.out and "Training could: " in shown.out
     assert shown.err.splitlines()[-1].startswith("next: moesaic train --doctor act")
+
+
+def test_experts_that_are_only_cold_get_no_advice():
+    findings = (
+        Finding(kind="cold", layer=0, expert=1, measured="expert 1"),
+        Finding(kind="dead", layer=0, expert=2, measured="expert 2"),
+    )
+    advice = Examination(num_tokens=1, layers=(), choices={}, text_digest="", findings=findings).advice()
+    assert [told is None for _, told in advice] == [True, False]
 
 
 def test_a_router_that_was_drawn_anew_has_not_settled(moesaic, moe_folder, text_file, tmp_path):

@@ -60,8 +60,9 @@ def run(args: argparse.Namespace) -> int:
         _show(place, examination)
         if against is not None:
             _show_changes(against, changed)
-    if examination.findings:
-        output.next_command("moesaic train --doctor act --out FOLDER --resume  # lets the doctor act while training")
+    if any(advice for _, advice in examination.advice()):
+        run = "FOLDER" if place == args.model else args.model
+        output.next_command(f"moesaic train --doctor act --out {run} --resume  # lets the doctor act while training")
     return 0
 
 
@@ -191,7 +192,8 @@ def _show(place: str, examination: "Examination") -> None:
     rows = [_row(report, judged) for report, judged in layers]
     output.table(COLUMNS, rows, f"{place}: {examination.num_tokens} tokens")
     for finding, advice in examination.advice():
-        output.write(f"{finding.sentence}.\n  Training could: {advice}.\n")
+        could = f"Training could: {advice}" if advice else "Healthy models have such experts, too; no remedy is given"
+        output.write(f"{finding.sentence}.\n  {could}.\n")
     if not examination.findings:
         output.write("Nothing is ill.\n")
 

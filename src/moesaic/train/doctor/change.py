@@ -47,10 +47,11 @@ class LayerChange(NamedTuple):
     @property
     def sentence(self) -> str:
         """What was seen, and what it means."""
-        told = f"layer {self.layer}: {self.shared.share:.0%} of the choices were made before, too"
+        share, chance = self.shared.share, self.shared.chance
+        told = f"layer {self.layer}: {share:.0%} of the choices were made before, too ({chance:.0%} by chance)"
         if self.died:
             told += f", and experts {', '.join(map(str, self.died))} have died since"
-        return f"{told} ({self.shared.chance:.0%} by chance): {MEANING[self.state]}"
+        return f"{told}: {MEANING[self.state]}"
 
 
 def changes(earlier: Examination, later: Examination) -> tuple[LayerChange, ...]:

@@ -24,7 +24,7 @@ from moesaic.telemetry.probe import probe
 from moesaic.telemetry.recorder import LoadRecorder
 from moesaic.telemetry.states import ExpertState, clumping, states_of
 from moesaic.train.doctor.findings import Finding, findings_in
-from moesaic.train.doctor.remedies import LADDERS, WHAT
+from moesaic.train.doctor.remedies import LADDERS, ONLY_TOLD, WHAT
 
 
 class Question(NamedTuple):
@@ -68,10 +68,11 @@ class Examination:
         """The layers' loads in numbers."""
         return RouterHealth.of(StepLoad(step=0, layers=tuple(layer.load for layer in self.layers)))
 
-    def advice(self) -> Iterator[tuple[Finding, str]]:
-        """Each finding, and what training with `--doctor act` could do, the gentlest first."""
+    def advice(self) -> Iterator[tuple[Finding, str | None]]:
+        """Each finding, and what training with `--doctor act` could do, the gentlest first; None where it does not."""
         for finding in self.findings:
-            yield finding, "; or ".join(WHAT[remedy] for remedy in LADDERS[finding.kind])
+            remedies = "; or ".join(WHAT[remedy] for remedy in LADDERS[finding.kind])
+            yield finding, None if finding.kind in ONLY_TOLD else remedies
 
     def to_json(self) -> dict[str, Any]:
         """A JSON-ready dictionary."""
@@ -94,7 +95,7 @@ class Examination:
                     "expert": finding.expert if finding.expert >= 0 else None,
                     "other": finding.other if finding.other >= 0 else None,
                     "sentence": finding.sentence,
-                    "remedies": list(LADDERS[finding.kind]),
+                    "remedies": list(LADDERS[finding.kind]) if advice else [],
                     "advice": advice,
                 }
                 for finding, advice in self.advice()
