@@ -67,6 +67,15 @@ def test_newest_tokens_go_before_prompts() -> None:
     assert [(job, count) for job, count in simulation.step()] == [(writing, 1), (reading, 9)]
 
 
+def test_scored_prompts_share_the_rows_of_a_step() -> None:
+    """Logits of all their tokens are in memory together: the bound is of the step, not of each prompt."""
+    simulation = Simulation(num_blocks=20, step_tokens=60)
+    simulation.scheduler.scored_tokens = 24
+    jobs = [simulation.add(Wish(tuple(range(start, start + 20)), 1, shares=False)) for start in (0, 100, 200)]
+    jobs[0].scored = jobs[1].scored = True
+    assert simulation.step() == [(jobs[0], 20), (jobs[1], 4), (jobs[2], 20)]
+
+
 def test_clients_take_turns() -> None:
     simulation = Simulation(num_blocks=40, max_running=1)
     wishes_of = [("many", 4), ("few", 2), ("one", 1)]
