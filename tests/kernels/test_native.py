@@ -133,10 +133,17 @@ def test_grouped_linear(counts: list[int], dtype: torch.dtype, threads: int) -> 
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_row_does_not_depend_on_its_company(dtype: torch.dtype) -> None:
-    few = native._FEW_ROWS[dtype]
-    x_RI, weight_EOI = rand(few, 83, dtype=dtype), rand(1, 29, 83, dtype=dtype, seed=1)
+@pytest.mark.parametrize("few", [5, 16, 99])
+@pytest.mark.parametrize("inputs", [83, 512, 1031])
+def test_a_row_does_not_depend_on_its_company(
+    monkeypatch: pytest.MonkeyPatch, inputs: int, few: int, dtype: torch.dtype
+) -> None:
+    """Where weights are read in strips: all of k at once, in stretches, or in stretches for some rows at a time."""
+    monkeypatch.setitem(native._FEW_ROWS, dtype, few)
+    monkeypatch.setattr(native, "_LIBRARY_ROWS", {})
+    x_RI, weight_EOI = rand(few, inputs, dtype=dtype), rand(1, 29, inputs, dtype=dtype, seed=1)
     together = native.grouped_linear(x_RI, weight_EOI, offsets_of([few]))
+    close(together, reference.grouped_linear(x_RI, weight_EOI, offsets_of([few])))
     for row in range(few):
         alone = native.grouped_linear(x_RI[row : row + 1], weight_EOI, offsets_of([1]))
         assert torch.equal(alone[0], together[row])

@@ -93,7 +93,7 @@ void check_type(Suite &suite, const char *type, float tolerance) {
         });
     }
     for (const Sizes &sizes : {Sizes{{0, 1, 0}, 1, 2, 16}, Sizes{{3, 0, 17}, 33, 10, 16}, Sizes{{40, 1, 2}, 31, 66, 0},
-                               Sizes{{35}, 70, 34, 0}})
+                               Sizes{{35}, 70, 34, 0}, Sizes{{7, 51}, 600, 6, 64}})
         suite.check("grouped_linear " + std::string(type), tolerance,
                     [&](const Kernels &kernels, int threads, Results &results) {
                         grouped<T>(sizes, kernels, threads, results);

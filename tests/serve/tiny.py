@@ -14,7 +14,7 @@ from moesaic import hub
 from moesaic.config import AttentionConfig, LayerConfig, ModelConfig, MoeConfig, RouterConfig, StackConfig
 from moesaic.data.tokenizer import Tokenizer
 from moesaic.engine.engine import Engine
-from moesaic.serve.loop import Loop
+from moesaic.serve.loop.loop import Loop
 from moesaic.serve.request import Event, Finished, Heard, Progress, Request
 from tests.tiny import lively_decoder
 

@@ -53,7 +53,12 @@ SHAPES = (
     Shape(576, 288, 20, 4, 2, 12288, 12, 256, 9),
     Shape(160, 640, 0, 1, 8, 512, 8, 640, 5),
     Shape(640, 320, 6, 2, 4, 1024, 8, 256, 10),
+    Shape(416, 352, 28, 2, 5, 1536, 1, 128, 13),
+    Shape(288, 224, 36, 3, 4, 768, 2, 64, 9),
+    Shape(512, 2304, 0, 1, 6, 2048, 1, 96, 8),
 )
+"""The last three have many weights and few tokens: without them what a step does once for each weight (gradients, the
+optimizer) cannot be told from the head, and was fitted as nothing."""
 
 
 class Taken(NamedTuple):

@@ -20,6 +20,8 @@ def run(args: argparse.Namespace) -> int:
         )
     if args.machine is None:
         raise ConfigError("plan compare needs a --machine, so that both stand on the same, such as 8xh100")
+    if args.report:
+        raise ConfigError("plan compare has no --report; --plot FILE draws both, and --report is of one MODEL")
     if args.task != "serve":
         raise ConfigError("plan compare is about serving; leave --task out")
     plans = [plan for plan in (plan_of(model, args) for model in models) if isinstance(plan, ServingPlan)]

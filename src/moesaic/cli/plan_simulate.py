@@ -134,8 +134,8 @@ def _serve(
         return 0
     title = f"{result.seconds:g} s of {args.words[1]} on {machine.name}, {run.workload.rate:g} requests a second"
     output.table(["serving", "value"], _serving_rows(run, result), title)
-    rate = 2 * run.workload.rate
-    output.next_command(f"moesaic plan simulate {args.words[1]} --machine {args.machine} --set rate={rate:g}")
+    again = ",".join(f"{name}={value}" for name, value in (settings | {"rate": f"{2 * run.workload.rate:g}"}).items())
+    output.next_command(f"moesaic plan simulate {args.words[1]} --machine {args.machine} --set {again}")
     return 0
 
 

@@ -14,6 +14,8 @@ def run(args: argparse.Namespace) -> int:
     """Rank the presets that fit. Returns the exit code."""
     if args.machine is None:
         raise ConfigError("plan takes a MODEL, or --machine to say which models fit; `moesaic plan --help` tells more")
+    if args.report:
+        raise ConfigError("--report writes a page about one model; name a MODEL, or leave it out")
     if args.task != "serve":
         raise ConfigError("--task train needs a MODEL; without one, models are ranked for serving")
     machine = machine_of(args.machine, args.price, read_settings(args.set))
@@ -37,7 +39,8 @@ def run(args: argparse.Namespace) -> int:
         ]
         for choice in found
     ]
-    title = f"{machine.name}, {users} users of {context:,} tokens; the best first, by size of a dense model as good"
+    asked = f"{users} user{'s' * (users > 1)} of {context:,} tokens"
+    title = f"{machine.name}, {asked}; the best first, by size of a dense model as good"
     columns = ["model", "format", "layout", "as good as", "memory", "tokens/s each", "most users", "$/M output"]
     output.table(columns, rows, title)
     output.talk('"as good as" is the geometric mean of total and active parameters, a rule of thumb')

@@ -165,6 +165,8 @@ def combine_rows_grad(dy_TD: Tensor, out_RD: Tensor, weights_R: Tensor, token_id
 
 # Rows an expert up to which reading weights in strips beats packing (benchmarks/native_kernels.py --rows).
 _FEW_ROWS = {torch.float32: 16, torch.bfloat16: 4}
+if _native.isa() == "avx2":  # in stretches of k (csrc/multiply_strips.cpp)
+    _FEW_ROWS = {torch.float32: 24, torch.bfloat16: 16}
 
 # Rows an expert above which torch.mm is the faster, as benchmarks/grouped_gemm.py --classes measured it with
 # oneDNN and MKL held to the same instructions. Not measured on NEON: there torch.mm keeps what it had before.

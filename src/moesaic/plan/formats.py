@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import chain
 from typing import NamedTuple
 
@@ -53,9 +54,13 @@ class Formats:
     cache: str = "bf16"
     bits: Mapping[Role, float] = field(default_factory=dict)
 
+    @cached_property
+    def _packings(self) -> dict[Role, Packing]:
+        named = {role: PACKINGS[name] for role, name in self.by_role.items()}
+        return {role: each._replace(bits=self.bits.get(role, each.bits)) for role, each in named.items()}
+
     def of(self, role: Role) -> Packing:
-        packing = PACKINGS[self.by_role[role]]
-        return packing._replace(bits=self.bits.get(role, packing.bits))
+        return self._packings[role]
 
     def tensor_bytes(self, spec: TensorSpec) -> float:
         """What a tensor takes."""
@@ -88,7 +93,9 @@ def layer_state_bytes(attention, num_tokens: int, cache: str) -> float:
         latent = attention.latent_rank + 4 * -(-attention.latent_rank // 128) + 2 * attention.rope_dim
         index = attention.state().elements_per_token - attention.latent_rank - attention.rope_dim
         return num_tokens * float(latent + index + 4 * (index > 0))
-    return attention.state().num_bytes(num_tokens, 1) * CACHE_BYTES[cache]
+    spec = attention.state()
+    fixed = spec.fixed_bytes if num_tokens else 0  # of a recurrent state, which has formats of its own
+    return (spec.num_bytes(num_tokens, 1) - fixed) * CACHE_BYTES[cache] + fixed
 
 
 def named(name: str, cache: str = "bf16") -> Formats:

@@ -5,7 +5,7 @@ from dataclasses import replace
 from functools import lru_cache
 from typing import NamedTuple
 
-from moesaic.config import LayerConfig, ModelConfig, StackConfig
+from moesaic.config import IndexerConfig, LayerConfig, MlaConfig, ModelConfig, StackConfig
 from moesaic.tensor_spec import TensorSpec
 
 
@@ -35,7 +35,10 @@ def layer_kinds(layers: Sequence[LayerConfig]) -> list[LayerKind]:
 
 
 def with_shared_layers(config: ModelConfig) -> ModelConfig:
-    """The same model, of which equal layers are one object, so that they are told apart quickly."""
+    """The same model, of which layers that cost the same are one object, so that they are told apart quickly.
+
+    Whose choice of tokens a layer takes makes no difference where all choose as many: it takes the first one's.
+    """
     return replace(
         config, decoder=_shared(config.decoder), encoder=None if config.encoder is None else _shared(config.encoder)
     )
@@ -43,7 +46,18 @@ def with_shared_layers(config: ModelConfig) -> ModelConfig:
 
 def _shared(stack: StackConfig) -> StackConfig:
     known: dict[LayerConfig, LayerConfig] = {}
-    return replace(stack, layers=tuple(known.setdefault(layer, layer) for layer in stack.layers))
+    first: dict[object, int] = {}
+    layers = []
+    for index, layer in enumerate(stack.layers):
+        attention = layer.attention
+        if isinstance(attention, MlaConfig) and isinstance(attention.indexer, IndexerConfig):
+            first.setdefault(attention.indexer, index)
+        elif isinstance(attention, MlaConfig) and isinstance(attention.indexer, int):
+            chooser = stack.layers[attention.indexer].attention
+            source = first[chooser.indexer]  # pyright: ignore[reportAttributeAccessIssue]  StackConfig checked it
+            layer = replace(layer, attention=replace(attention, indexer=source))
+        layers.append(known.setdefault(layer, layer))
+    return replace(stack, layers=tuple(layers))
 
 
 @lru_cache(maxsize=512)

@@ -7,6 +7,7 @@ from typing import NamedTuple
 from moesaic import families
 from moesaic.config import ModelConfig
 from moesaic.errors import ConfigError
+from moesaic.families import _counted
 from moesaic.plan.cost import dollars_per_million
 from moesaic.plan.dense import quality_parameters
 from moesaic.plan.formats import as_released, named, total_bytes
@@ -60,8 +61,8 @@ def which(
 def _models(context: int) -> dict[str, ModelConfig]:
     """Presets that write on, with so long a context; of several that are alike the first."""
     seen: dict[ModelConfig, str] = {}
-    for name in families.presets():
-        config = families.find_preset(name)
+    described = {name: _counted.count(preset.config) for name, preset in _counted.PRESETS.items()}
+    for name, config in ({name: families.find_preset(name) for name in families.presets()} | described).items():
         if config.encoder is None and config.context_length >= context:
             seen.setdefault(config, name)
     return {name: with_shared_layers(config) for config, name in seen.items()}

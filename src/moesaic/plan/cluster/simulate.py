@@ -1,5 +1,6 @@
 """Simulates a model on a cluster: the usual settings, so that a model and a machine are enough."""
 
+import math
 from dataclasses import dataclass
 
 from moesaic.checks import require
@@ -22,11 +23,12 @@ from moesaic.plan.roofline import Speculation
 @dataclass(frozen=True, kw_only=True)
 class Setup:
     """How experts are chosen and placed, and the seed of all that is drawn. routing: see loads.expert_loads; placement:
-    a method of `moesaic.placement`; redundant: replicas of busy experts besides each one's own."""
+    a method of `moesaic.placement`; redundant: replicas of busy experts besides each one's own; None: the fewest with
+    which experts divide over prefill and decode units alike (32 of DeepSeek-V3's 256 over 32 and 144 devices)."""
 
     routing: str = "recorded"
     placement: str = "refined"
-    redundant: int = 32
+    redundant: int | None = None
     overlap: float = 1.0
     seed: int = 0
 
@@ -77,8 +79,8 @@ def simulate_serving(
         f"prompts and outputs of {longest:,} tokens together; this model takes {config.context_length:,}, use fewer",
     )
     pools = Pools(
-        prefill=_unit(config, formats, machine, sizes.prefill_ranks, setup, 1),
-        decode=_unit(config, formats, machine, sizes.decode_ranks, setup, 1 + drafts.drafts),
+        prefill=_unit(config, formats, machine, sizes.prefill_ranks, sizes, setup, 1),
+        decode=_unit(config, formats, machine, sizes.decode_ranks, sizes, setup, 1 + drafts.drafts),
         prefills=prefills,
         decodes=decodes,
         chunk=sizes.chunk,
@@ -88,19 +90,33 @@ def simulate_serving(
     return run, outcome(run)
 
 
-def _unit(config: ModelConfig, formats: Formats, machine: Machine, ranks: int, setup: Setup, new: int) -> Unit:
+def _unit(
+    config: ModelConfig, formats: Formats, machine: Machine, ranks: int, sizes: PoolSizes, setup: Setup, new: int
+) -> Unit:
     per_node, loads = machine.device.per_node, expert_loads(config, setup.routing, seed=setup.seed)
-    placed = place(config, loads, ranks=ranks, redundant=setup.redundant, per_node=per_node, method=setup.placement)
+    redundant = setup.redundant
+    if redundant is None:
+        redundant = usual_redundant(loads.shape[1], ranks, sizes)
+    placed = place(config, loads, ranks=ranks, redundant=redundant, per_node=per_node, method=setup.placement)
     return Unit(
         config=config,
         formats=formats,
         device=observed(machine.device),
         ranks=ranks,
         placed=placed,
-        redundant=setup.redundant,
+        redundant=redundant,
         new=new,
         overlap=setup.overlap,
     )
+
+
+def usual_redundant(num_experts: int, ranks: int, sizes: PoolSizes) -> int:
+    """Replicas with which experts divide over units of both kinds, or where these are many, over those of `ranks`."""
+    both = math.lcm(sizes.prefill_ranks, sizes.decode_ranks)
+    slots = -(-num_experts // both) * both
+    if slots > 1.5 * num_experts:
+        slots = -(-num_experts // ranks) * ranks
+    return slots - num_experts
 
 
 def simulate_training(

@@ -6,7 +6,6 @@ import uuid
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from moesaic.serve.dialogue import Dialogue, Prepared
 from moesaic.serve.http.calls import call_of
 from moesaic.serve.http.chat_types import (
     AllowedChoice,
@@ -22,6 +21,7 @@ from moesaic.serve.http.limits import room
 from moesaic.serve.http.settings import HttpSettings
 from moesaic.serve.request import Request
 from moesaic.serve.served import Served
+from moesaic.serve.text.dialogue import Dialogue, Prepared
 from moesaic.serve.tools.parts import Tool
 
 

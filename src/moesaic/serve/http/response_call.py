@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from moesaic.engine.sampling import Sampling
-from moesaic.serve.dialogue import Dialogue, Prepared
 from moesaic.serve.http.calls import call_of
 from moesaic.serve.http.errors import refused
 from moesaic.serve.http.generation import likeliest, schema_grammar
@@ -30,6 +29,7 @@ from moesaic.serve.http.response_types import (
 from moesaic.serve.http.settings import HttpSettings
 from moesaic.serve.request import Grammar, Request
 from moesaic.serve.served import Served
+from moesaic.serve.text.dialogue import Dialogue, Prepared
 from moesaic.serve.tools.parts import Tool
 
 Message = Mapping[str, Any]

@@ -5,13 +5,12 @@ import gc
 from collections.abc import Callable, Mapping
 
 from moesaic.hub.embedded import cache_folder
-from moesaic.serve.desk import Desk
-from moesaic.serve.guidance import Guidance
+from moesaic.serve.choice.guidance import Guidance
 from moesaic.serve.http.errors import ApiError
-from moesaic.serve.kept_text import KeptText
 from moesaic.serve.live_routing import LiveRouting
-from moesaic.serve.loop import Loop
-from moesaic.serve.loop_settings import LoopSettings
+from moesaic.serve.loop.desk import Desk
+from moesaic.serve.loop.loop import Loop
+from moesaic.serve.loop.settings import LoopSettings
 from moesaic.serve.operation.counting import CountedRuns
 from moesaic.serve.operation.metrics import Metrics, ModelState
 from moesaic.serve.operation.opening import Opened, open_aside, open_model
@@ -19,6 +18,7 @@ from moesaic.serve.operation.passing import clear_passed
 from moesaic.serve.operation.settings import ModelSettings, ServeSettings
 from moesaic.serve.seen import Stats
 from moesaic.serve.served import Models, Served, UnknownModelError
+from moesaic.serve.text.kept_text import KeptText
 
 
 class Fleet:
