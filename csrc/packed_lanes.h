@@ -147,6 +147,7 @@ constexpr int32_t offset_of(Format format) {
         case Format::int8: return signed_has_offset ? 128 : 0;
         case Format::int6: return 32;
         case Format::int4: return 8;
+        case Format::uneven4: return uneven_offset;
         default: return 12;
     }
 }
@@ -189,6 +190,26 @@ MOESAIC_INLINE void add_dot(Ints &sums, const Bytes &weights, const int8_t *x) {
 #else
     for (int o = 0; o < pass_outputs; ++o)
         for (int i = 0; i < 4; ++i) sums.v[o] += weights.v[4 * o + i] * x[i];
+#endif
+}
+
+// The same of two quads of at most six bits or of values up to 64, whose four products together fit 16 bits.
+MOESAIC_INLINE void add_dots(Ints &sums, const Bytes &first, const Bytes &second, const int8_t *x) {
+#if defined(__AVX512F__) && !defined(__AVX512VNNI__)
+    const __m512i xs = _mm512_set1_epi32(four_bytes(x)), after = _mm512_set1_epi32(four_bytes(x + 4));
+    for (int i = 0; i < 2; ++i) {
+        const __m512i pairs =
+            _mm512_add_epi16(_mm512_maddubs_epi16(first.v[i], xs), _mm512_maddubs_epi16(second.v[i], after));
+        sums.v[i] = _mm512_add_epi32(sums.v[i], _mm512_madd_epi16(pairs, _mm512_set1_epi16(1)));
+    }
+#elif defined(__AVX2__) && !defined(__AVX512F__)
+    const __m256i xs = _mm256_set1_epi32(four_bytes(x)), after = _mm256_set1_epi32(four_bytes(x + 4));
+    const __m256i pairs =
+        _mm256_add_epi16(_mm256_maddubs_epi16(first.v[0], xs), _mm256_maddubs_epi16(second.v[0], after));
+    sums.v[0] = _mm256_add_epi32(sums.v[0], _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+#else
+    add_dot<false>(sums, first, x);
+    add_dot<false>(sums, second, x + 4);
 #endif
 }
 

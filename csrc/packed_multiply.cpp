@@ -17,16 +17,20 @@ template <int R, class G, bool odd>
 MOESAIC_INLINE void dot_pair(Ints (&sums)[R], const uint8_t *w, int64_t pair, const int8_t *x, int64_t stride) {
     Bytes first, second;
     G::template quads<odd>(w, pair, first, second);
-    for (int r = 0; r < R; ++r) add_dot<false>(sums[r], first, x + 8 * pair + r * stride);
-    for (int r = 0; r < R; ++r) add_dot<false>(sums[r], second, x + 8 * pair + 4 + r * stride);
+    for (int r = 0; r < R; ++r) add_dots(sums[r], first, second, x + 8 * pair + r * stride);
 }
 
 template <int R, class G>
 MOESAIC_INLINE void dot_group(Ints (&sums)[R], const uint8_t *w, const int8_t *x, int64_t stride) {
-    if constexpr (G::eight_bits) {
+    if constexpr (G::is_signed) {
         for (int64_t quad = 0; quad < G::size / 4; ++quad, w += 4 * strip_outputs, x += 4) {
             const Bytes four = bytes(w);
-            for (int r = 0; r < R; ++r) add_dot<G::is_signed>(sums[r], four, x + r * stride);
+            for (int r = 0; r < R; ++r) add_dot<true>(sums[r], four, x + r * stride);
+        }
+    } else if constexpr (G::eight_bits) {
+        for (int64_t quad = 0; quad < G::size / 4; quad += 2, w += 8 * strip_outputs, x += 8) {
+            const Bytes first = bytes(w), second = bytes(w + 4 * strip_outputs);
+            for (int r = 0; r < R; ++r) add_dots(sums[r], first, second, x + r * stride);
         }
     } else {
         for (int64_t pair = 0; pair < G::size / 8; pair += 2) {
@@ -152,6 +156,7 @@ void multiply_strip(const uint8_t *strip, const PackedShape &shape, const Packed
         case Format::int6: return ints_times_rows<Format::int6>(strip, shape, rows, sums);
         case Format::int4: return ints_times_rows<Format::int4>(strip, shape, rows, sums);
         case Format::mxfp4: return ints_times_rows<Format::mxfp4, 32>(strip, shape, rows, sums);
+        case Format::uneven4: return ints_times_rows<Format::uneven4, uneven_group>(strip, shape, rows, sums);
         default: return multiply_strip_of_floats(strip, shape, rows, sums);
     }
 }
