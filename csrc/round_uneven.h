@@ -17,22 +17,26 @@ inline float uneven_scale(int32_t exponent, int32_t bits) {
     return (bits & 16 ? -lifted : lifted) * uneven_unit;
 }
 
-// How many of the values lie below, as if each were half way to its neighbour, summed up by `add` of each.
-template <class F>
-inline void pass_thresholds(const float *x, const float *halves, F add) {
-    int8_t place[strip_outputs];
-    for (int64_t o = 0; o < strip_outputs; o += Vec::lanes) {
-        float at[Vec::lanes];
-        store(at, clamp(load(x + o) * load(halves + o) + set(2.0f * uneven_offset), 0.0f, 127.0f));
-        for (int64_t lane = 0; lane < Vec::lanes; ++lane)
-            place[o + lane] = static_cast<int8_t>(static_cast<int32_t>(at[lane]));
-    }
+// The code of the nearest value, counted from the least, or that value with its offset: a sum over all that lie below.
+enum class Nearest { code, value };
+template <Nearest nearest>
+inline void find_nearest(const float *x, const float *halves, int8_t *found) {
+    float at[strip_outputs];
+    int32_t whole[strip_outputs];
+    int8_t place[strip_outputs], sum[strip_outputs] = {};
+    for (int64_t o = 0; o < strip_outputs; o += Vec::lanes)
+        store(at + o, clamp(load(x + o) * load(halves + o) + set(2.0f * uneven_offset), 0.0f, 127.0f));
+    for (int o = 0; o < strip_outputs; ++o) whole[o] = static_cast<int32_t>(at[o]);
+    for (int o = 0; o < strip_outputs; ++o) place[o] = static_cast<int8_t>(whole[o]);
 #pragma GCC unroll 15
     for (int k = 0; k < 15; ++k) {
         const int value = uneven_values[k ^ 8], next = uneven_values[(k + 1) ^ 8];
-        const int8_t threshold = static_cast<int8_t>(value + next - 1), gap = static_cast<int8_t>(next - value);
-        for (int o = 0; o < strip_outputs; ++o) add(o, place[o] > threshold, gap);
+        const int8_t threshold = static_cast<int8_t>(value + next - 1);
+        const int8_t gap = static_cast<int8_t>(nearest == Nearest::value ? next - value : 1);
+        for (int o = 0; o < strip_outputs; ++o)
+            sum[o] = static_cast<int8_t>(sum[o] + (place[o] > threshold ? gap : 0));
     }
+    std::memcpy(found, sum, sizeof sum);
 }
 
 struct UnevenScales {
@@ -47,10 +51,8 @@ inline void set_scales(UnevenScales &scales, const int32_t *exponents, const Une
 inline void uneven_error(const Columns *x, const UnevenScales &scales, float *error) {
     Vec sums[8][strip_outputs / Vec::lanes];
     for (int64_t i = 0; i < uneven_group; ++i) {
-        int8_t value[strip_outputs] = {};
-        pass_thresholds(x[i], scales.halves, [&](int o, bool is_above, int8_t gap) {
-            value[o] = static_cast<int8_t>(value[o] + (is_above ? gap : 0));
-        });
+        int8_t value[strip_outputs];
+        find_nearest<Nearest::value>(x[i], scales.halves, value);
         float nearest[strip_outputs];
         for (int o = 0; o < strip_outputs; ++o) nearest[o] = static_cast<float>(value[o] - uneven_offset);
         for (int64_t v = 0; v < strip_outputs / Vec::lanes; ++v) {
@@ -132,9 +134,9 @@ inline void round_uneven(Columns *x, uint16_t *words, int32_t (*codes)[strip_out
         set_scales(scales, exponents, best[group]);
         for (int64_t i = 0; i < uneven_group; ++i) {
             int32_t *code = codes[group * uneven_group + i];
-            for (int o = 0; o < strip_outputs; ++o) code[o] = 0;
-            pass_thresholds(own[i], scales.halves, [&](int o, bool is_above, int8_t) { code[o] += is_above; });
-            for (int o = 0; o < strip_outputs; ++o) code[o] ^= 8;
+            int8_t rank[strip_outputs];
+            find_nearest<Nearest::code>(own[i], scales.halves, rank);
+            for (int o = 0; o < strip_outputs; ++o) code[o] = rank[o] ^ 8;
         }
     }
     for (int o = 0; o < strip_outputs; ++o) {

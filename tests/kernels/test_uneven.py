@@ -1,4 +1,4 @@
-"""Rounding to uneven values: near the best that its format can do, the same when done again, and exact where it says so."""
+"""Rounding to uneven values: near the best that its format can do, and the same when done again."""
 
 import pytest
 import torch

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 VALUES = torch.tensor([0, 3, 7, 10, 14, 18, 23, 30, -34, -29, -22, -17, -13, -9, -6, -3], dtype=torch.float32)
-"""What the codes from 0 to 15 stand for: the least mean squared error (Lloyd's iteration) of normal numbers in groups of 16
-whose scales were found as below, with 0 held among them, rounded to whole numbers that are 64 apart at most: then four
-products with bytes of a row are summed in 16 bits."""
+"""What the codes from 0 to 15 stand for: the least mean squared error (Lloyd's iteration) of normal numbers in groups
+of 16 whose scales were found as below, with 0 held among them, rounded to whole numbers that are 64 apart at most: then
+four products with bytes of a row are summed in 16 bits."""
 BLOCK, GROUP = 32, 16
 NOT_A_NUMBER = 62 << 10 | 15 << 5 | 15
 """The word of a block that has no scales: both are NaN."""
