@@ -2,16 +2,20 @@
 
 import json
 import random
+import select
 import socket
 import threading
+import time
 import urllib.request
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from urllib.error import HTTPError
 from urllib.parse import urlsplit
 
 ANSWER_S = 60.0
+MODEL = "model"
 ENDLESS = ("/v1/routing/stream",)  # events until the client leaves
 PATHS = ("/v1/completions", "/v1/chat/completions", "/v1/responses", "/v1/messages", "/tokenize", "/v1/embeddings")
 _WORDS = (
@@ -31,18 +35,22 @@ _WORDS = (
 
 @dataclass
 class Findings:
-    """statuses: how often each was answered ("closed": nothing was). wrong: what should not have been, by its cause."""
+    """sent: how many of each kind. statuses: how often each was answered ("closed": nothing was). wrong: what should
+    not have been, by its cause.
+    """
 
+    sent: Counter[str] = field(default_factory=Counter)
     statuses: Counter[str] = field(default_factory=Counter)
     wrong: Counter[str] = field(default_factory=Counter)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def add(self, status: str, what: str) -> None:
+    def add(self, status: str, kind: str, what: str = "") -> None:
         """An answer. A server never fails at what a client sends, and never leaves it without an end."""
         with self._lock:
+            self.sent[kind] += 1
             self.statuses[status] += 1
             if status.startswith("5") or status == "hangs":
-                self.wrong[f"{status} for {what}"] += 1
+                self.wrong[f"{status} for {what or kind}"] += 1
 
 
 def schema_cases(url: str, count: int, seed: int, findings: Findings) -> None:
@@ -69,9 +77,12 @@ def schema_cases(url: str, count: int, seed: int, findings: Findings) -> None:
             @hypothesis.seed(seed)
             @hypothesis.settings(max_examples=each, deadline=None, database=None, suppress_health_check=quiet)
             @hypothesis.given(case=operation.as_strategy(generation_mode=mode))
-            def ask(case: schemathesis.Case) -> None:
+            def ask(case: schemathesis.Case, mode: schemathesis.GenerationMode = mode) -> None:
+                if mode is modes.POSITIVE and isinstance(case.body, dict) and "model" in case.body:
+                    case.body["model"] = MODEL  # no schema says which there are
                 answer = case.call(timeout=ANSWER_S)
-                findings.add(str(answer.status_code), f"{case.method} {case.path}: {str(case.body)[:200]}")
+                what = f"{case.method} {case.path}: {str(case.body)[:200]}"
+                findings.add(str(answer.status_code), f"{mode.value} by the schema", what)
 
             try:
                 ask()
@@ -96,15 +107,29 @@ def raw_cases(url: str, count: int, seed: int, findings: Findings, threads: int 
 
 
 def slow_clients(url: str, count: int, findings: Findings) -> None:
-    """Clients that hold connections open with half a request, all at once, until the server ends them."""
+    """Clients that hold connections open, all at once, until the server ends them: with half a head, with half a body,
+    and every third with a byte now and then."""
     place = _place(url)
     head = b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\n"
+    begun = (head, head + b"content-length: 100\r\n\r\n{", head + b"x-slow: ")
     clients = [socket.create_connection(place, timeout=ANSWER_S) for _ in range(count)]
     for number, client in enumerate(clients):
-        client.sendall((head, head + b"content-length: 100\r\n\r\n{")[number % 2])
+        client.sendall(begun[number % len(begun)])
+    _drip(clients[len(begun) - 1 :: len(begun)])
     for client in clients:
         findings.add(_status(client), "slow clients")
         client.close()
+
+
+def _drip(clients: Sequence[socket.socket]) -> None:
+    """A byte at a time, until the server answers each."""
+    waiting, until = set(clients), time.monotonic() + ANSWER_S
+    while waiting and time.monotonic() < until:
+        answered, _, _ = select.select(waiting, [], [], 0.1)
+        waiting -= set(answered)
+        for client in waiting:
+            with suppress(OSError):
+                client.sendall(b"x")
 
 
 def good_text(url: str, model: str, prompt: str = "the quick brown fox") -> str:

@@ -19,8 +19,8 @@ from typing import Any, NamedTuple
 from served_model import add_arguments, engine_and_decode, prompt
 
 from moesaic.engine.engine import Engine
-from moesaic.serve.loop import Loop
-from moesaic.serve.loop_settings import LoopSettings
+from moesaic.serve.loop.loop import Loop
+from moesaic.serve.loop.settings import LoopSettings
 from moesaic.serve.request import Finished, Heard, Progress, Request
 from moesaic.serve.seen import Stats
 

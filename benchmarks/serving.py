@@ -3,8 +3,10 @@
     python benchmarks/serving.py MODEL --gguf MODEL-Q4_0.gguf --llama-server PATH [--rounds 5] [--json FILE]
         [--clients 1,8,16,32] [--lengths 64:64,512:64,64:128,512:128] [--other vllm=http://127.0.0.1:8001]
 
-For each number of clients all servers are started; one is loaded at a time, while the others are stopped (SIGSTOP). In
-each round each server gets the same prompts, which no earlier round had. Clients wait for their answers, answers have
+For each number of clients the others' servers are started anew, with as many places; one is loaded at a time, while the
+rest are stopped (SIGSTOP). In each round each server gets the same prompts, which no earlier round had; no round begins
+once its lengths have had --minutes. Long requests come in fewer turns: three of each client up to 128 tokens, two up to
+192, else one. Clients wait for their answers, answers have
 exactly the length that was asked (greedy, without an end), and come as a stream. Printed: medians over the rounds of
 output tokens a second and of the 95th percentile of the time to the first token, and ours over the best other's.
 """
@@ -12,6 +14,7 @@ output tokens a second and of the 95th percentile of the time to the first token
 import argparse
 import json
 import statistics
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,7 +23,7 @@ from servers import ServerProcess, load, moesaic
 
 from moesaic.cli import output
 
-REQUESTS_PER_CLIENT = 3
+MOST_TURNS, TOKENS_OF_A_CLIENT = 3, 384
 LEAST_REQUESTS = 6
 
 
@@ -29,6 +32,11 @@ class Lengths(NamedTuple):
 
     prompt: int
     answer: int
+
+    def requests(self, clients: int) -> int:
+        """How many of them make a sample."""
+        turns = max(1, min(MOST_TURNS, TOKENS_OF_A_CLIENT // sum(self)))
+        return max(LEAST_REQUESTS, turns * clients)
 
 
 class Other:
@@ -50,13 +58,18 @@ def main() -> None:
     args = parser_of(__doc__).parse_args()
     samples: list[dict[str, Any]] = []
     lengths = [Lengths(*map(int, word.split(":"))) for word in args.lengths.split(",")]
-    for clients in map(int, args.clients.split(",")):
-        contenders = start(args, clients, max(sum(each) for each in lengths))
-        try:
-            samples += measure(contenders, clients, lengths, args.rounds)
-        finally:
-            for each in contenders:
-                each.stop()
+    counts = list(map(int, args.clients.split(",")))
+    minutes = args.minutes / len(counts)
+    ours = start_ours(args)
+    try:
+        for clients in counts:
+            others = start_others(args, clients, max(sum(each) for each in lengths))
+            try:
+                samples += measure([*ours, *others], clients, lengths, args.rounds, 60 * minutes)
+            finally:
+                stop(others)
+    finally:
+        stop(ours)
     rows = summarize(samples)
     show(rows)
     if args.json:
@@ -75,19 +88,29 @@ def parser_of(description: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--clients", default="1,8,16,32")
     parser.add_argument("--lengths", default="64:64,512:64,64:128,512:128", help="prompt:answer, tokens")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=5, help="at the most (%(default)s)")
+    parser.add_argument(
+        "--minutes", type=float, default=6.0, help="for each lengths; one round in any case (%(default)s)"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE")
     return parser
 
 
-def start(args: argparse.Namespace, clients: int, context: int) -> list[Contender]:
-    """All servers, at rest."""
+def start_ours(args: argparse.Namespace) -> list[Contender]:
+    """Our servers, at rest."""
     threads = str(args.threads)
     found: list[Contender] = []
     for way in args.ours.split(","):
         bits = [] if way == "bf16" else ["--bits", way]
         found.append(moesaic(f"moesaic {way}", args.model, *bits, "--threads", threads, "--max-running", "32"))
         found[-1].rest()
+    return found
+
+
+def start_others(args: argparse.Namespace, clients: int, context: int) -> list[Contender]:
+    """The others', at rest."""
+    threads = str(args.threads)
+    found: list[Contender] = []
     if args.gguf is not None:
         room = str(clients * (context + 64))  # a slot holds a whole request
         command = [str(args.llama_server), "-m", str(args.gguf), "--port", "{port}", "-t", threads, "-tb", threads]
@@ -99,28 +122,43 @@ def start(args: argparse.Namespace, clients: int, context: int) -> list[Contende
     return found + [Other(*word.split("=", 1)) for word in args.other]
 
 
+def stop(contenders: Sequence[Contender]) -> None:
+    for each in contenders:
+        each.stop()
+
+
 def measure(
-    contenders: Sequence[Contender], clients: int, lengths: Sequence[Lengths], rounds: int
+    contenders: Sequence[Contender], clients: int, lengths: Sequence[Lengths], rounds: int, seconds: float
 ) -> list[dict[str, Any]]:
-    """One sample of each server for each case and round; who begins changes."""
-    samples, requests = [], max(LEAST_REQUESTS, REQUESTS_PER_CLIENT * clients)
+    """One sample of each server for each case and round; who begins changes. seconds: for each of the lengths."""
+    samples, spent = [], dict.fromkeys(lengths, 0.0)
     for turn in range(rounds):
         for length in lengths:
+            if spent[length] >= seconds:
+                continue
+            began = time.monotonic()
             for each in (*contenders[turn % len(contenders) :], *contenders[: turn % len(contenders)]):
-                each.go()
-                options = {
-                    "--concurrency": clients,
-                    "--requests": requests,
-                    "--prompt-tokens": length.prompt,
-                    "--output-tokens": length.answer,
-                    "--seed": 1000 * turn + clients,
-                }
-                found = load(each.url, *(str(word) for pair in options.items() for word in pair))
-                each.rest()
-                case = {"server": each.name, "clients": clients, "prompt": length.prompt, "answer": length.answer}
-                samples.append(case | {"round": turn, **found})
-                output.talk(f"{case}: {found['output_tokens_per_s']:.1f} tokens/s, errors {found['errors']}")
+                samples.append(sample(each, clients, length, turn))
+            spent[length] += time.monotonic() - began
     return samples
+
+
+def sample(contender: Contender, clients: int, length: Lengths, turn: int) -> dict[str, Any]:
+    """One server under one load."""
+    options = {
+        "--concurrency": clients,
+        "--requests": length.requests(clients),
+        "--prompt-tokens": length.prompt,
+        "--output-tokens": length.answer,
+        "--seed": 1000 * turn + clients,
+    }
+    contender.go()
+    found = load(contender.url, *(str(word) for pair in options.items() for word in pair))
+    contender.rest()
+    case = {"server": contender.name, "clients": clients, "prompt": length.prompt, "answer": length.answer}
+    first = found["first_token_s"]["p95"] or float("nan")
+    output.talk(f"{case}: {found['output_tokens_per_s']:.1f} tokens/s, first p95 {first:.2f} s, {found['errors']}")
+    return case | {"round": turn, **found}
 
 
 def summarize(samples: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -25,9 +25,9 @@ from moesaic.data.open_tokenizer import open_tokenizer
 from moesaic.data.tokenizer import Tokenizer
 from moesaic.engine.engine import Engine
 from moesaic.engine.sampling import Sampling
-from moesaic.serve.loop_settings import LoopSettings
+from moesaic.serve.loop.runner import Runner
+from moesaic.serve.loop.settings import LoopSettings
 from moesaic.serve.request import Progress, Request
-from moesaic.serve.runner import Runner
 from moesaic.serve.speculation.drafter import Drafter, Wanted
 from moesaic.serve.speculation.guard import guarded
 from moesaic.serve.speculation.model import ModelDrafter, check_same_tokens

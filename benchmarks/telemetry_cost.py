@@ -1,12 +1,18 @@
 """What telemetry costs: a training step with all it records by default and without, and a token of decoding likewise.
 
-Interleaved: both kinds take turns on the same model, in blocks of few steps, which the machine's moods hit alike, once
-the one and once the other first. Reported are the median of the ratios of neighbouring blocks and the interval that
-holds the true median with 95% (order statistics: it assumes nothing of the noise). Recorded while training: rows per
-expert, layer and domain, mean scores, entropies, margins and flips of logits, the line of metrics.jsonl, TensorBoard's
-scalars and Prometheus text. While decoding: every token's experts, from the engine's own buffers, added up after every
-block, which is more often than they need be. Two models train: that of benchmarks/train_step.py, and the demo's, whose
-short steps feel it most; one decodes, of 16 layers. Results with and without are compared bit by bit.
+Interleaved: both kinds take turns on the same model, in pairs of short blocks of steps, which the machine's moods hit
+alike. Which of a pair comes first is drawn, so that without any cost the logarithm of their ratio is as often positive
+as negative and of the same size. Its centre is estimated by the median of all means of two (Hodges and Lehmann), and
+the interval that holds the true one with 95% by Wilcoxon's signed ranks, narrower than that of a plain median. Once of
+the clock, and once of the processor time of all threads, which does not run while others have the processor (but has
+what waiting threads spin in).
+
+Recorded while training: rows per expert, layer and domain, mean scores, entropies, margins and flips of logits, the
+line of metrics.jsonl, TensorBoard's scalars and Prometheus text. While decoding: every token's experts, from the
+engine's own buffers. That code is also timed by itself (`direct`: the median times of hearing a step and of adding up
+what was heard, once in 64 tokens, as a part of the median step): no noise of other code is in it, and nothing of what
+it may do to the caches. Two models train: that of benchmarks/train_step.py, and the demo's, whose short steps feel it
+most; one decodes, of 16 layers. Results with and without are compared bit by bit.
 
     python benchmarks/telemetry_cost.py [--rounds 60] [--cases decode] [--threads 2] [--json]
 """
@@ -15,11 +21,12 @@ import argparse
 import hashlib
 import json
 import math
+import random
 import statistics
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -61,7 +68,9 @@ DECODING_MODEL: dict[str, Any] = {
     "num_experts_per_tok": 4,
     "moe_intermediate_size": 256,
 }
-DECODED = 16  # tokens a block
+DECODED = 4  # tokens a block
+PAIRS_OF_DECODING = 16  # for each of training
+TOKENS_ADDED_UP = 64  # between two sums of what was heard
 # name: model, vocabulary, sequences a step, steps a block
 CASES = {"train_step": (TRAIN_STEP_MODEL, 8192, 8, 1), "demo": (DEMO_MODEL, 4096, 4, 4)}
 MOST_COST = {"train_step": 0.03, "demo": 0.03, "decode": 0.01}
@@ -79,9 +88,6 @@ class Training:
         self.metrics = (folder / "metrics.jsonl").open("a", buffering=1)
         self.events, self.scraped = EventFile(folder, 1), PrometheusFile(folder / "metrics.prom")
         self.batch_size, self.vocab_size, self.taken = batch_size, vocab_size, 0
-
-    def finish(self) -> None:
-        """Every step is written down by itself."""
 
     def run(self, recorded: bool) -> None:
         """One step."""
@@ -111,6 +117,8 @@ class Decoding:
         self.engine = Engine(Decoder(config).initialize(0), bits=8, threads=threads)
         self.recorder = EngineRecorder(self.engine)
         self.text, self.token, self.digest = Text(), 1, hashlib.sha256()
+        self.heard_s: list[float] = []
+        self.added_up_s: list[float] = []
 
     def run(self, recorded: bool) -> None:
         """One token, after at most 512 others."""
@@ -119,13 +127,19 @@ class Decoding:
             self.token = 1
         logits_NV = self.engine.step([Piece(self.text, [self.token])])
         if recorded:
+            started = time.perf_counter()
             self.recorder.hear()
+            self.heard_s.append(time.perf_counter() - started)
         self.token = int(logits_NV[0].argmax())
         self.digest.update(logits_NV.numpy().tobytes())
+        if recorded and len(self.heard_s) % TOKENS_ADDED_UP == 0:
+            started = time.perf_counter()
+            self.recorder.finish()
+            self.added_up_s.append(time.perf_counter() - started)
 
-    def finish(self) -> None:
-        """Add up what was heard."""
-        self.recorder.finish()
+    def direct_s(self) -> float:
+        """What telemetry takes a token, by medians."""
+        return statistics.median(self.heard_s) + statistics.median(self.added_up_s) / TOKENS_ADDED_UP
 
     def bits(self) -> list[bytes]:
         """A digest of all logits so far."""
@@ -146,44 +160,60 @@ def same_bits(one: Training | Decoding, other: Training | Decoding, steps: int) 
     return one.bits() == other.bits()
 
 
-def measure(subject: Training | Decoding, steps: int, rounds: int) -> dict[str, float]:
-    """Seconds a step without and with telemetry, and what it costs (`cost`), of so many pairs of blocks."""
-    spent: dict[bool, list[float]] = {False: [], True: []}
-    for number in range(rounds + 1):
-        for recorded in (False, True) if number % 2 else (True, False):  # neither always follows the other
-            started = time.perf_counter()
-            for _ in range(steps):
-                subject.run(recorded)
-            if recorded:
-                subject.finish()
+class Spent(NamedTuple):
+    """Seconds of a block."""
+
+    wall: float
+    processor: float
+
+
+def block(subject: Training | Decoding, steps: int, recorded: bool) -> Spent:
+    """What so many steps take."""
+    started = time.perf_counter(), time.process_time()
+    for _ in range(steps):
+        subject.run(recorded)
+    return Spent(time.perf_counter() - started[0], time.process_time() - started[1])
+
+
+def measure(subject: Training | Decoding, steps: int, pairs: int) -> dict[str, Any]:
+    """Seconds a step without and with telemetry, and what it costs (`cost`) by both clocks."""
+    chance = random.Random(0)
+    spent: dict[bool, list[Spent]] = {False: [], True: []}
+    for number in range(pairs + 1):
+        for recorded in chance.sample((False, True), 2):
+            found = block(subject, steps, recorded)
             if number:  # the first pair warms up
-                spent[recorded].append((time.perf_counter() - started) / steps)
-    ratios = [on / off for off, on in zip(spent[False], spent[True], strict=True)]
+                spent[recorded].append(found)
+    both = list(zip(spent[False], spent[True], strict=True))
     return {
-        "step_s": statistics.median(spent[False]),
-        "recorded_step_s": statistics.median(spent[True]),
-        **cost(ratios),
+        "step_s": statistics.median(each.wall for each in spent[False]) / steps,
+        "recorded_step_s": statistics.median(each.wall for each in spent[True]) / steps,
+        **cost([on.wall / off.wall for off, on in both]),
+        "processor": cost([on.processor / off.processor for off, on in both]),
     }
 
 
 def cost(ratios: list[float]) -> dict[str, float]:
-    """The median of ratios less 1, and between what it lies with 95%: the ordered values 0.98 sqrt(n) to both sides."""
-    ordered, n = sorted(ratios), len(ratios)
-    reach = 0.98 * math.sqrt(n)
-    low, high = math.floor((n - 1) / 2 - reach), math.ceil((n - 1) / 2 + reach)
+    """The centre of ratios less 1, and between what it lies with 95%: Hodges and Lehmann's, of their logarithms."""
+    logs, n = np.log(ratios), len(ratios)
+    means = np.sort(np.add.outer(logs, logs)[np.triu_indices(n)] / 2)
+    reach = 1.96 * math.sqrt(n * (n + 1) * (2 * n + 1) / 24)
+    low = max(0, math.floor((len(means) - 1) / 2 - reach))
+    ends = means[low], means[len(means) - 1 - low]
     return {
-        "overhead": statistics.median(ordered) - 1,
-        "low": ordered[max(0, low)] - 1,
-        "high": ordered[min(n - 1, high)] - 1,
+        "overhead": math.expm1(np.median(means)),
+        "low": math.expm1(ends[0]),
+        "high": math.expm1(ends[1]),
     }
 
 
-def measured(name: str, rounds: int, threads: int, folder: Path) -> dict[str, float]:
+def measured(name: str, rounds: int, threads: int, folder: Path) -> dict[str, Any]:
     """One case: whether results are the same, and the cost."""
     if name == "decode":
         decoding = [Decoding(DECODING_MODEL, threads) for _ in range(2)]
-        equal = same_bits(decoding[0], decoding[1], 2 * DECODED)
-        return {**measure(decoding[0], DECODED, rounds), "bits_are_equal": equal}
+        equal = same_bits(decoding[0], decoding[1], 32)
+        found = measure(decoding[0], DECODED, PAIRS_OF_DECODING * rounds)
+        return {**found, "direct": decoding[0].direct_s() / found["step_s"], "bits_are_equal": equal}
     model, vocab_size, batch_size, steps = CASES[name]
     folders = [folder / f"{name}{number}" for number in range(2)]
     for each in folders:
@@ -193,27 +223,38 @@ def measured(name: str, rounds: int, threads: int, folder: Path) -> dict[str, fl
     return {**measure(pair[0], steps, rounds), "bits_are_equal": equal}
 
 
-def line(name: str, result: dict[str, float]) -> str:
+def line(name: str, result: dict[str, Any]) -> str:
     """A case in a line."""
     plain, recorded = result["step_s"] * 1e3, result["recorded_step_s"] * 1e3
     shown = "shown" if result["high"] < MOST_COST[name] else "not shown" if result["low"] < MOST_COST[name] else "NO"
     bits = "same bits" if result["bits_are_equal"] else "OTHER BITS"
+    direct = f", timed by itself {result['direct']:.2%}" if "direct" in result else ""
     return (
-        f"{name:12s} {plain:8.2f} ms, {recorded:8.2f} ms recorded: {result['overhead']:+.2%} ({result['low']:+.2%} to "
-        f"{result['high']:+.2%}), below {MOST_COST[name]:.0%}: {shown}; {bits}"
+        f"{name:12s} {plain:8.2f} ms, {recorded:8.2f} ms recorded: {interval(result)}, of processor time "
+        f"{interval(result['processor'])}{direct}; below {MOST_COST[name]:.0%}: {shown}; {bits}"
     )
+
+
+def interval(found: dict[str, float]) -> str:
+    """What `cost` has found."""
+    return f"{found['overhead']:+.2%} ({found['low']:+.2%} to {found['high']:+.2%})"
 
 
 def main() -> None:
     """Time each kind with and without a recorder, print the difference."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=60, help="pairs of blocks (%(default)s)")
+    parser.add_argument(
+        "--rounds",
+        type=int,
+        default=60,
+        help="pairs of blocks (%(default)s; 16 times as many, and shorter, of decoding)",
+    )
     parser.add_argument("--cases", nargs="+", choices=list(MOST_COST), default=list(MOST_COST))
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    results: dict[str, dict[str, float]] = {}
+    results: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory() as folder:
         for name in args.cases:
             results[name] = measured(name, args.rounds, args.threads, Path(folder))

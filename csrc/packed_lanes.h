@@ -193,25 +193,34 @@ MOESAIC_INLINE void add_dot(Ints &sums, const Bytes &weights, const int8_t *x) {
 #endif
 }
 
-// The same of two quads of at most six bits or of values up to 64, whose four products together fit 16 bits.
-MOESAIC_INLINE void add_dots(Ints &sums, const Bytes &first, const Bytes &second, const int8_t *x) {
-#if defined(__AVX512F__) && !defined(__AVX512VNNI__)
-    const __m512i xs = _mm512_set1_epi32(four_bytes(x)), after = _mm512_set1_epi32(four_bytes(x + 4));
-    for (int i = 0; i < 2; ++i) {
-        const __m512i pairs =
-            _mm512_add_epi16(_mm512_maddubs_epi16(first.v[i], xs), _mm512_maddubs_epi16(second.v[i], after));
-        sums.v[i] = _mm512_add_epi32(sums.v[i], _mm512_madd_epi16(pairs, _mm512_set1_epi16(1)));
+// How many times a dot product of `add_dot` can be added up in 16 bits, half of the work, before sums must be widened:
+// each is the sum of two products, at most 2 x 127 x the greatest number. 1: they are widened each time, or need not be.
+#if defined(__AVX2__) && !defined(__AVX512F__)
+constexpr int64_t dots_in_halves(Format format) {
+    switch (format) {
+        case Format::int6:
+        case Format::uneven4: return 2;
+        case Format::int4: return 8;
+        case Format::mxfp4: return 4;
+        default: return 1;
     }
-#elif defined(__AVX2__) && !defined(__AVX512F__)
-    const __m256i xs = _mm256_set1_epi32(four_bytes(x)), after = _mm256_set1_epi32(four_bytes(x + 4));
-    const __m256i pairs =
-        _mm256_add_epi16(_mm256_maddubs_epi16(first.v[0], xs), _mm256_maddubs_epi16(second.v[0], after));
-    sums.v[0] = _mm256_add_epi32(sums.v[0], _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
-#else
-    add_dot<false>(sums, first, x);
-    add_dot<false>(sums, second, x + 4);
-#endif
 }
+MOESAIC_INLINE void begin_halves(Ints &halves, const Bytes &weights, const int8_t *x) {
+    halves.v[0] = _mm256_maddubs_epi16(weights.v[0], _mm256_set1_epi32(four_bytes(x)));
+}
+MOESAIC_INLINE void add_halves(Ints &halves, const Bytes &weights, const int8_t *x) {
+    const __m256i pairs = _mm256_maddubs_epi16(weights.v[0], _mm256_set1_epi32(four_bytes(x)));
+    halves.v[0] = _mm256_add_epi16(halves.v[0], pairs);
+}
+MOESAIC_INLINE void add_widened(Ints &sums, const Ints &halves) {
+    sums.v[0] = _mm256_add_epi32(sums.v[0], _mm256_madd_epi16(halves.v[0], _mm256_set1_epi16(1)));
+}
+#else
+constexpr int64_t dots_in_halves(Format) { return 1; }
+MOESAIC_INLINE void begin_halves(Ints &, const Bytes &, const int8_t *) {}
+MOESAIC_INLINE void add_halves(Ints &, const Bytes &, const int8_t *) {}
+MOESAIC_INLINE void add_widened(Ints &, const Ints &) {}
+#endif
 
 // Floats of a pass's outputs, in as many vectors as it takes.
 constexpr int pass_vectors = pass_outputs / Vec::lanes;

@@ -3,6 +3,7 @@
 #include "packed_multiply.h"
 
 #include <type_traits>
+#include <utility>
 
 #include "packed_numbers.h"
 #include "packed_tiles.h"
@@ -11,33 +12,58 @@
 namespace moesaic::MOESAIC_ISA {
 namespace {
 
+// f(0), f(1), ... with numbers that the compiler knows.
+template <class F, int64_t... numbers>
+MOESAIC_INLINE void for_each_of(std::integer_sequence<int64_t, numbers...>, const F &f) {
+    (f(std::integral_constant<int64_t, numbers>()), ...);
+}
+
 constexpr int64_t piece_bytes = 8 << 10;  // beside what it is made of, the next piece and the rows that it meets
 
-template <int R, class G, bool odd>
-MOESAIC_INLINE void dot_pair(Ints (&sums)[R], const uint8_t *w, int64_t pair, const int8_t *x, int64_t stride) {
-    Bytes first, second;
-    G::template quads<odd>(w, pair, first, second);
-    for (int r = 0; r < R; ++r) add_dots(sums[r], first, second, x + 8 * pair + r * stride);
+// Four inputs of R rows, the `quad`th of those taken together: the first of those that are summed in halves begins these,
+// the last has them added to the sums.
+template <int R, class G, int64_t quad>
+MOESAIC_INLINE void dot_quad(Ints (&sums)[R], Ints (&halves)[R], const Bytes &four, const int8_t *x, int64_t stride) {
+    constexpr int64_t together = dots_in_halves(G::format);
+    x += 4 * quad;
+    for (int r = 0; r < R; ++r) {
+        if constexpr (together == 1) add_dot<G::is_signed>(sums[r], four, x + r * stride);
+        else if constexpr (quad % together == 0) begin_halves(halves[r], four, x + r * stride);
+        else add_halves(halves[r], four, x + r * stride);
+        if constexpr (together > 1 && quad % together == together - 1) add_widened(sums[r], halves[r]);
+    }
+}
+
+// Quads that are taken together: all of a group of 16 inputs.
+template <class G>
+constexpr int64_t quads_together = G::size < 32 ? G::size / 4 : 8;
+
+// So many quads from the first on, which is a multiple of them.
+template <int R, class G>
+MOESAIC_INLINE void dot_quads(Ints (&sums)[R], const uint8_t *w, int64_t first, const int8_t *x, int64_t stride) {
+    Ints halves[R];
+    x += 4 * first;
+    const auto each = [&](auto number, const Bytes &four) {
+        dot_quad<R, G, decltype(number)::value>(sums, halves, four, x, stride);
+    };
+    if constexpr (G::eight_bits) {
+        for_each_of(std::make_integer_sequence<int64_t, quads_together<G>>(),
+                    [&](auto number) { each(number, bytes(w + (first + number) * 4 * strip_outputs)); });
+    } else {
+        for_each_of(std::make_integer_sequence<int64_t, quads_together<G> / 2>(), [&](auto pair) {
+            constexpr int64_t place = decltype(pair)::value;
+            Bytes even, odd;
+            G::template quads<place % 2 == 1>(w, first / 2 + place, even, odd);
+            each(std::integral_constant<int64_t, 2 * place>(), even);
+            each(std::integral_constant<int64_t, 2 * place + 1>(), odd);
+        });
+    }
 }
 
 template <int R, class G>
 MOESAIC_INLINE void dot_group(Ints (&sums)[R], const uint8_t *w, const int8_t *x, int64_t stride) {
-    if constexpr (G::is_signed) {
-        for (int64_t quad = 0; quad < G::size / 4; ++quad, w += 4 * strip_outputs, x += 4) {
-            const Bytes four = bytes(w);
-            for (int r = 0; r < R; ++r) add_dot<true>(sums[r], four, x + r * stride);
-        }
-    } else if constexpr (G::eight_bits) {
-        for (int64_t quad = 0; quad < G::size / 4; quad += 2, w += 8 * strip_outputs, x += 8) {
-            const Bytes first = bytes(w), second = bytes(w + 4 * strip_outputs);
-            for (int r = 0; r < R; ++r) add_dots(sums[r], first, second, x + r * stride);
-        }
-    } else {
-        for (int64_t pair = 0; pair < G::size / 8; pair += 2) {
-            dot_pair<R, G, false>(sums, w, pair, x, stride);
-            dot_pair<R, G, true>(sums, w, pair + 1, x, stride);
-        }
-    }
+    for (int64_t first = 0; first < G::size / 4; first += quads_together<G>)
+        dot_quads<R, G>(sums, w, first, x, stride);
 }
 
 // Groups g0 to g1 of R rows, added to their sums, or begun where g0 is 0. `strip` is where group `strip_g0` lies.

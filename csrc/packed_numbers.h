@@ -5,7 +5,7 @@
 
 namespace moesaic::MOESAIC_ISA {
 
-#if !defined(__AVX512F__)
+#if !defined(__AVX2__)
 // Bits of a small floating-point format, its exponent moved to a float's place; `rebias` is exact, also below the
 // normal numbers.
 MOESAIC_INLINE float rebiased(uint32_t magnitude, uint32_t sign, float rebias) {
@@ -19,12 +19,6 @@ MOESAIC_INLINE float rebiased(uint32_t magnitude, uint32_t sign, float rebias) {
     return value;
 }
 #endif
-#if defined(__AVX2__) && !defined(__AVX512F__)
-MOESAIC_INLINE __m256 rebiased(__m256i magnitude, __m256i sign, float rebias) {
-    const __m256 value = _mm256_mul_ps(_mm256_castsi256_ps(magnitude), _mm256_set1_ps(rebias));
-    return _mm256_or_ps(value, _mm256_castsi256_ps(sign));
-}
-#endif
 
 // The fp16 numbers of a pass.
 MOESAIC_INLINE Floats half_scales(const uint8_t *p) {
@@ -33,10 +27,7 @@ MOESAIC_INLINE Floats half_scales(const uint8_t *p) {
     for (int i = 0; i < pass_vectors; ++i)
         scales.v[i] = {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(p) + i))};
 #elif defined(__AVX2__)
-    const __m256i half = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i *>(p)));
-    const __m256i magnitude = _mm256_slli_epi32(_mm256_and_si256(half, _mm256_set1_epi32(0x7fff)), 13);
-    const __m256i sign = _mm256_slli_epi32(_mm256_and_si256(half, _mm256_set1_epi32(0x8000)), 16);
-    scales.v[0] = {rebiased(magnitude, sign, 0x1p112f)};
+    scales.v[0] = {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i *>(p)))};
 #else
     float values[pass_outputs];
     for (int o = 0; o < pass_outputs; ++o) {

@@ -22,12 +22,22 @@ int32_t round_group(const float *x, int64_t size, int64_t group, int8_t *values,
     *scale = most / 127.0f + sum(poison);
     const Vec inverse = set(most > 0.0f ? 127.0f / most : 0.0f);
     int32_t total = 0;
+#if defined(__AVX2__) && !defined(__AVX512F__)
+    __m256i totals = _mm256_setzero_si256();
+#endif
     const auto put_bytes = [&](int64_t i, Vec scaled, int64_t n) {
 #if defined(__AVX512F__)
         const __mmask16 there = first(n) & _mm512_cmp_ps_mask(scaled.v, scaled.v, _CMP_ORD_Q);
         const __m512i whole = _mm512_maskz_cvtps_epi32(there, clamp(scaled, -127.0f, 127.0f).v);
         _mm512_mask_cvtepi32_storeu_epi8(values + i, first(n), whole);
         total += _mm512_reduce_add_epi32(whole);
+#elif defined(__AVX2__)
+        const __m256i there = _mm256_castps_si256(_mm256_cmp_ps(scaled.v, scaled.v, _CMP_ORD_Q));
+        const __m256i whole = _mm256_and_si256(there, _mm256_cvtps_epi32(clamp(scaled, -127.0f, 127.0f).v));
+        totals = _mm256_add_epi32(totals, whole);
+        const __m128i of_16_bits = _mm_packs_epi32(_mm256_castsi256_si128(whole), _mm256_extracti128_si256(whole, 1));
+        const int64_t eight = _mm_cvtsi128_si64(_mm_packs_epi16(of_16_bits, of_16_bits));
+        std::memcpy(values + i, &eight, static_cast<size_t>(n));
 #else
         store(lanes, clamp(round(scaled), -127.0f, 127.0f));
         for (int64_t lane = 0; lane < n; ++lane) {
@@ -40,6 +50,11 @@ int32_t round_group(const float *x, int64_t size, int64_t group, int8_t *values,
     along(
         size, [&](int64_t i) { put_bytes(i, load(x + i) * inverse, Vec::lanes); },
         [&](int64_t i, int64_t n) { put_bytes(i, load(x + i, n) * inverse, n); });
+#if defined(__AVX2__) && !defined(__AVX512F__)
+    alignas(32) int32_t of_lanes[Vec::lanes];
+    _mm256_store_si256(reinterpret_cast<__m256i *>(of_lanes), totals);
+    for (int32_t each : of_lanes) total += each;
+#endif
     for (int64_t i = size; i < group; ++i) values[i] = 0;
     return total;
 }

@@ -19,6 +19,12 @@ ROOMS = [
     "families", "hub", "engine", "parallel", "plan", "data", "telemetry", "evaluate", "train", "tune", "quantize",
     "bench", "serve", "cli",
 ]
+
+# And within the largest of them; its page is no Python.
+SERVE_ROOMS = [
+    "request", "seen", "tools", "text", "choice", "schedule", "speculation", "loop", "live_routing", "served",
+    "loadtest", "http", "replicas", "operation",
+]
 # fmt: on
 
 # Below everything and above nothing: the public names, and what `python -m moesaic` runs.
@@ -83,6 +89,19 @@ def test_a_room_imports_only_rooms_above_it(path: Path) -> None:
         assert ROOMS.index(room) <= ROOMS.index(name), f"{name_of(path)} imports {imported} from a room below"
 
 
+@pytest.mark.parametrize("path", sorted((SOURCE / "serve").rglob("*.py")), ids=name_of)
+def test_a_room_of_the_server_imports_only_rooms_above_it(path: Path) -> None:
+    name = path.relative_to(SOURCE / "serve").with_suffix("").parts[0]
+    if name in OUTSIDE:
+        return
+    assert name in SERVE_ROOMS, f"serve/{name} is no room; give it a place in house order, here and in the docs"
+    for imported in imports(path):
+        if imported.startswith("moesaic.serve."):
+            room = imported.split(".")[2]
+            assert room in SERVE_ROOMS, f"{name_of(path)} imports {imported}, which is no room"
+            assert SERVE_ROOMS.index(room) <= SERVE_ROOMS.index(name), f"{name_of(path)} imports {imported} from below"
+
+
 @pytest.mark.parametrize("start", TORCH_FREE)
 def test_data_has_no_torch(start: str) -> None:
     place = SOURCE / start
@@ -132,3 +151,8 @@ QUICK = [
 @pytest.mark.parametrize("arguments", QUICK, ids=" ".join)
 def test_quick_verbs_start_without_torch(arguments: list[str]) -> None:
     assert loaded_by(RUN.format(arguments=arguments, module="moesaic.cli.main", heavy=HEAVY)) == "loaded:"
+
+
+def test_a_server_starts_without_the_compiler() -> None:
+    code = "import sys, moesaic.engine.engine\nprint('loaded:', 'torch._dynamo' in sys.modules, file=sys.stderr)"
+    assert loaded_by(code) == "loaded: False"

@@ -24,8 +24,10 @@ def test_doubled_experts_stay_one_without_the_doctor() -> None:
         left = study.go_on(moment, recipe, TEXT, "doubled", "off", 100)
         treated = study.go_on(moment, recipe, TEXT, "doubled", "act", 100)
     assert left["twins"] == 8 and left["clear_since"] is None  # four pairs in each of two layers
-    remedies = {line["remedy"] for line in treated["log"] if line["doctor"] == "treated"}
-    assert "merge" in remedies and treated["twins"] < 8
+    verdicts = {(line["doctor"], line["remedy"]) for line in treated["log"]}
+    assert ("treated", "merge") in verdicts
+    # On a text that is nearly learned any change costs more than the doctor allows: then it must have been taken back.
+    assert treated["twins"] < 8 or ("undone", "merge") in verdicts, treated["log"]
 
 
 @pytest.mark.slow

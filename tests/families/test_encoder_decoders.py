@@ -114,7 +114,7 @@ def test_they_load_what_we_save(live: Any, tmp_path: Path) -> None:
     if live.case in NOT_LOADED_BY_THEM:
         return
     theirs = their_model(live.case, tmp_path / "ours")
-    assert torch.equal(their_logits(theirs, *PAIR), live.answer("logits"))
+    assert_same(their_logits(theirs, *PAIR), live.answer("logits"))
     assert theirs.config.eos_token_id == live.model.config.eos_token_id
     assert theirs.generation_config.decoder_start_token_id == read_config(live.folder).decoder_start_token_id
 

@@ -21,7 +21,7 @@ def test_a_folder_a_file_and_a_preset(folder: Path, config: ModelConfig) -> None
     [
         ("mixtral-8x7", "no preset .nothing is downloaded.; nearest presets: mixtral-8x7b"),
         ("mistralai/Mixtral-8x7B-v0.1", "nearest presets: mixtral-8x7b"),
-        ("jamba-v0.1", "'jamba-v0.1' is counted .* do not run yet; `moesaic count` takes it"),
+        ("jamba-v0.1", "'jamba-v0.1' is counted .* do not run yet; `moesaic count` and `plan` take it"),
         ("./zzzzzz", "no path on this machine and no preset .*; `moesaic count --all` lists the presets"),
     ],
 )

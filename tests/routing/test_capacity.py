@@ -341,3 +341,15 @@ def test_an_even_router_drops_what_luck_alone_drops():
     # Loads that sum to T are a little less spread than independent ones: a factor sqrt(1 - 1/E).
     assert abs(float(shares.mean()) - expected_drop(64, 64) * math.sqrt(1 - 1 / 64)) < 5 * error
     print(f"dropped {float(shares.mean()):.4f}, expected {expected_drop(64, 64):.4f}")
+
+
+def test_a_compilation_leaves_it_to_python():
+    router = RouterConfig(name="softmax_topk", num_experts=5, top_k=2)
+    decision = route(router, 13, ragged=False)
+    capacity = CapacityConfig(factor=0.3)
+
+    def weights(scores_TE):
+        return limit(replace(decision, scores_TE=scores_TE * 1), capacity, router).rows.weights_R * 2
+
+    compiled = torch.compile(weights, backend="eager")
+    assert torch.equal(compiled(decision.scores_TE), weights(decision.scores_TE))

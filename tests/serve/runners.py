@@ -8,11 +8,11 @@ from moesaic import families
 from moesaic.engine.engine import Engine
 from moesaic.engine.sampling import Sampling
 from moesaic.models.decoder import Decoder
-from moesaic.serve.loop_settings import LoopSettings
+from moesaic.serve.choice.writing import Writing
+from moesaic.serve.loop.runner import Runner
+from moesaic.serve.loop.settings import LoopSettings
 from moesaic.serve.request import Event, Finished, Request
-from moesaic.serve.runner import Runner
 from moesaic.serve.speculation.drafter import Drafter, Wanted
-from moesaic.serve.writing import Writing
 from tests.families.cases import CASES, COMMON
 from tests.serve import tiny
 from tests.tiny import lively_decoder

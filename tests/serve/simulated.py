@@ -5,9 +5,9 @@ from typing import NamedTuple
 
 from moesaic.engine.builder import CacheShape
 from moesaic.engine.cache import BLOCK_TOKENS, BlockCache
-from moesaic.serve.prefix_cache import PrefixCache
-from moesaic.serve.scheduler import Scheduler, Share
-from moesaic.serve.waiting import Job
+from moesaic.serve.schedule.prefix_cache import PrefixCache
+from moesaic.serve.schedule.scheduler import Scheduler, Share
+from moesaic.serve.schedule.waiting import Job
 
 
 def history(token_ids: list[int]) -> list[int]:
@@ -57,13 +57,24 @@ class Simulation:
         shares = self.scheduler.plan()
         assert sum(share.num_tokens for share in shares) <= self.scheduler.step_tokens
         assert len(self.scheduler.running) <= self.scheduler.max_running
+        self._check_blocks()
+        spare = self.scheduler.spare_blocks
         for job, num_tokens in shares:
             assert job.runs and 0 < num_tokens <= job.left
             self._run(job, num_tokens)
+        assert self.prefixes.num_available == spare >= 0, (
+            "the step takes the blocks that were planned, no more, no less"
+        )
         for job, _ in shares:
             self._settle(job)
         assert self.cache.num_blocks <= (self.cache.max_blocks or 0)
         return shares
+
+    def _check_blocks(self) -> None:
+        """Every block is held by a text that runs, or can be given to one."""
+        held = [block for job in self.scheduler.running for block in job.text.blocks]
+        assert len(set(held)) + self.prefixes.num_available == self.cache.max_blocks
+        assert all(self.cache.holders(block) >= held.count(block) for block in set(held))
 
     def _run(self, job: Job, num_tokens: int) -> None:
         text = job.text

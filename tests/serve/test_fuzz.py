@@ -29,7 +29,7 @@ def url() -> Iterator[str]:
 def test_bytes_that_no_client_should_send(fuzzing: ModuleType, url: str) -> None:
     findings, expected = fuzzing.Findings(), fuzzing.good_text(url, "model")
     fuzzing.raw_cases(url, 140, 0, findings)
-    fuzzing.slow_clients(url, 4, findings)
+    fuzzing.slow_clients(url, 6, findings)
     assert not findings.wrong
     assert findings.statuses["400"] > 20 and findings.statuses["408"] >= 4
     assert fuzzing.good_text(url, "model") == expected

@@ -1,5 +1,7 @@
 """A tiny model that is served: its folder, an engine over it, and requests run to their end."""
 
+import atexit
+import shutil
 import threading
 from collections import defaultdict
 from collections.abc import Sequence
@@ -12,7 +14,7 @@ from moesaic import hub
 from moesaic.config import AttentionConfig, LayerConfig, ModelConfig, MoeConfig, RouterConfig, StackConfig
 from moesaic.data.tokenizer import Tokenizer
 from moesaic.engine.engine import Engine
-from moesaic.serve.loop import Loop
+from moesaic.serve.loop.loop import Loop
 from moesaic.serve.request import Event, Finished, Heard, Progress, Request
 from tests.tiny import lively_decoder
 
@@ -43,6 +45,7 @@ def folder() -> Path:
     """A checkpoint with a tokenizer and a chat template."""
     tokenizer = Tokenizer(Tokenizer.train([TEXT], vocab_size=300).backend, chat_template=TEMPLATE)
     place = Path(mkdtemp(prefix="moesaic-served-"))
+    atexit.register(shutil.rmtree, place, ignore_errors=True)
     hub.save(lively_decoder(tiny_config(tokenizer.vocab_size + 3)), place, tokenizer=tokenizer)
     return place
 

@@ -4,15 +4,14 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from moesaic import families, hub
+from moesaic import families
 from moesaic.cli import field_plot, output
-from moesaic.config import LayerConfig, ModelConfig, MoeConfig
+from moesaic.config import LayerConfig, ModelConfig, MoeConfig, OutlinedModel
 from moesaic.errors import ConfigError
-from moesaic.families import _counted, _multimodal
-from moesaic.families._counted import NOT_YET, CountedModel
+from moesaic.families import _counted
+from moesaic.families._counted import NOT_YET
 from moesaic.families._published import PUBLISHED
-from moesaic.hub.checkpoint import CONFIG, read_json, tell_left_out
-from moesaic.hub.quantization import FIELD
+from moesaic.hub.resolve import describe_config
 from moesaic.tensor_spec import ROLES
 
 BYTES_PER_PARAMETER = {"fp32": 4, "bf16": 2, "fp16": 2, "fp8": 1, "int8": 1, "int4": 0.5}
@@ -56,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError(f"--context {args.context}; give a number of tokens above 0")
     if args.all:
         return _count_all(args)
-    document = describe(args.model, read(args.model), args.context, args.dtype)
+    document = describe(args.model, describe_config(args.model), args.context, args.dtype)
     if args.json:
         output.print_json(document)
     else:
@@ -64,35 +63,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def read(path_or_preset: str) -> ModelConfig | CountedModel:
-    """The description of a model, one that runs or one that is only counted."""
-    path = Path(path_or_preset).expanduser()
-    if path_or_preset in _counted.PRESETS and not path.exists():
-        return _counted.count(_counted.PRESETS[path_or_preset].config)
-    path = path / CONFIG if path.is_dir() else path
-    if path.suffix != ".json" or not path.is_file():
-        return hub.read_config(path_or_preset)
-    try:
-        model = _described(read_json(path))
-    except ConfigError as error:
-        raise ConfigError(f"{path}: {error}") from error
-    tell_left_out(path)
-    return model
-
-
-def _described(raw: dict[str, Any]) -> ModelConfig | CountedModel:
-    """A config.json, be it of files that cannot be read: what packs weights, or names them, changes no count."""
-    if _counted.knows(raw):
-        return _counted.count(raw)
-    if _multimodal.has_text_part(raw) and not families.knows(raw.get("model_type")):
-        text = _multimodal.text_part(raw)
-        raw = text if families.knows(text.get("model_type")) else raw
-    return families.from_hf({name: value for name, value in raw.items() if name != FIELD})
-
-
-def describe(
-    name: str, model: ModelConfig | CountedModel, context: int | None = None, dtype: str = "bf16"
-) -> dict[str, Any]:
+def describe(name: str, model: ModelConfig, context: int | None = None, dtype: str = "bf16") -> dict[str, Any]:
     """Everything `count` knows of a model, JSON-ready. Bytes and FLOPs are those of one token and one sequence.
 
     `sparsity` is the share of all parameters that one token leaves alone, 1 - active_all/total. `published` is what the
@@ -103,22 +74,22 @@ def describe(
     return {
         "model": name,
         "family": model.family,
-        "runs": isinstance(model, ModelConfig),
+        "runs": not isinstance(model, OutlinedModel),
         "total": model.total,
         "active_gemm": model.active_gemm,
         "active_all": model.active_all,
         "sparsity": round(1 - model.active_all / model.total, 6),
-        **{key: getattr(model, key) if isinstance(model, ModelConfig) else 0 for key in MTP_COUNTS},
+        **{key: getattr(model, key) for key in MTP_COUNTS},
         "rules": RULES,
         "verified": preset is None or preset.is_verified,
         "published": published and published._asdict(),
         "licence": preset and preset.licence,
         "source": preset and preset.source,
         "roles": model.roles,
-        "active_roles": _active_roles(model) if isinstance(model, ModelConfig) else model.active_roles,
+        "active_roles": _active_roles(model),
         "dtype": dtype,
         "weight_bytes": round(model.total * BYTES_PER_PARAMETER[dtype]),
-        **(_costs(model, context, dtype) if isinstance(model, ModelConfig) else _shape_of(model)),
+        **_costs(model, context, dtype),
     }
 
 
@@ -134,16 +105,6 @@ def _costs(config: ModelConfig, context: int | None, dtype: str) -> dict[str, An
         "state_bytes_per_token": config.state_bytes_per_token(state_element_bytes),
         "state_bytes": config.state_bytes(num_tokens, state_element_bytes),
         "flops_per_token": config.flops_per_token(num_tokens),
-    }
-
-
-def _shape_of(model: CountedModel) -> dict[str, Any]:
-    """What is known without running it."""
-    return {
-        "layers": model.num_layers,
-        "encoder_layers": 0,
-        "moe_layers": model.moe_layers,
-        "experts": [model.experts] if model.experts else [],
     }
 
 
@@ -192,16 +153,13 @@ def _count_row(document: dict[str, Any], key: str) -> list[str]:
 
 
 def _cost_rows(document: dict[str, Any]) -> list[list[str]]:
-    rows = [[f"weights in {document['dtype']}", output.size(document["weight_bytes"])]]
-    if not document["runs"]:
-        return rows
     tokens = f"{document['context']:,} tokens"
     another = "a token that sees"
     if document["encoder_layers"]:
         tokens = f"{tokens} read and as many written"
         another = "one read and one written token that see"
     return [
-        *rows,
+        [f"weights in {document['dtype']}", output.size(document["weight_bytes"])],
         ["state (keys and values) that a further token adds", output.size(document["state_bytes_per_token"])],
         [f"state of {tokens}", output.size(document["state_bytes"])],
         [f"FLOPs of {another} {tokens}", output.number(document["flops_per_token"])],
@@ -226,7 +184,7 @@ def _role_rows(document: dict[str, Any]) -> list[list[str]]:
 
 
 def _count_all(args: argparse.Namespace) -> int:
-    models: dict[str, ModelConfig | CountedModel] = {name: families.find_preset(name) for name in families.presets()}
+    models: dict[str, ModelConfig] = {name: families.find_preset(name) for name in families.presets()}
     models |= {name: _counted.count(preset.config) for name, preset in _counted.PRESETS.items()}
     documents = [describe(name, model, args.context, args.dtype) for name, model in models.items()]
     if args.plot:
@@ -237,7 +195,7 @@ def _count_all(args: argparse.Namespace) -> int:
     rows = [_row(document) for document in documents]
     columns = ["model", *COUNTS, "published", "sparsity", "experts a token", f"weights ({args.dtype})"]
     output.table([*columns, "state a token adds", "licence"], rows)
-    output.talk(f"without a state: {NOT_YET}")
+    output.talk(f"{', '.join(_counted.PRESETS)}: {NOT_YET}")
     output.talk(f"unverified: {UNVERIFIED}")
     output.next_command(f"moesaic count {documents[0]['model']}")
     return 0
@@ -252,7 +210,7 @@ def _row(document: dict[str, Any]) -> list[str]:
         f"{document['sparsity']:.1%}",
         " and ".join(document["experts"]) or "-",
         output.size(document["weight_bytes"]),
-        output.size(document["state_bytes_per_token"]) if document["runs"] else "-",
+        output.size(document["state_bytes_per_token"]),
         document["licence"],
     ]
 

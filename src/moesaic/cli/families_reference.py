@@ -46,8 +46,8 @@ _COUNTS = """\
 Counted by `moesaic count`, which names its rules; published are the makers' own figures, who follow no common rule."""
 
 _COUNTED = """\
-Hybrids with state-space or linear attention layers: `moesaic count` takes their configurations, and loading one says
-that it does not run yet."""
+Hybrids with state-space or linear attention layers, and a few others: `moesaic count` and `moesaic plan` take their
+configurations, and loading one says that it does not run yet. Known `model_type`s: {architectures}."""
 
 # What a family without presets is shown by.
 _EXAMPLES: dict[str, dict[str, Any]] = {
@@ -82,8 +82,8 @@ def reference() -> str:
         "## Presets",
         _COUNTS,
         _table(_PRESET_COLUMNS, _preset_rows(families.presets())),
-        "## Counted only",
-        _COUNTED,
+        "## Counted and planned only",
+        _COUNTED.format(architectures=", ".join(f"`{name}`" for name in sorted(_counted.ARCHITECTURES))),
         _table(_PRESET_COLUMNS, _preset_rows(_counted.PRESETS)),
     ]
     return "\n\n".join(parts) + "\n"

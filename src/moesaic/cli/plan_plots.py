@@ -10,16 +10,20 @@ from moesaic.plan.memory import DeviceMemory
 from moesaic.plan.roofline import StepTime
 from moesaic.telemetry.scale import short
 
-COLORS = ("#0067a8", "#c8500a", "#00805c", "#a3458a", "#8a6d00", "#4b5560", "#b0303a", "#5a4fcf", "#2d8f9e", "#8c6046")
+COLORS = (
+    "#0067a8", "#c8500a", "#00805c", "#a3458a", "#8a6d00", "#4b5560", "#b0303a", "#5a4fcf", "#2d8f9e", "#8c6046",
+    "#7aa800", "#d98a9b", "#1d3f72",
+)  # fmt: skip
 STYLE = (
     "text{font:12px system-ui,sans-serif;fill:#333}.grid{stroke:#e8e8e4}.dashed{stroke-dasharray:5 4}"
     "text.title{font-size:15px;font-weight:600}text.tick{fill:#666;font-size:11px}"
 )
+_ROOF = "#8a8a86"
 LEFT, TOP, RIGHT, BOTTOM = 66, 40, 170, 50
 
 
 class Line(NamedTuple):
-    """Points of one name, joined; dashed: drawn so."""
+    """Points of one name, joined; dashed: drawn so, and named at its end in place of in the legend."""
 
     name: str
     points: Sequence[tuple[float, float]]
@@ -70,12 +74,19 @@ def log_chart(
         places = " ".join(f"{axes.x(x):.1f},{axes.y(y):.1f}" for x, y in line.points)
         style = ' class="dashed"' if line.dashed else ""
         body.append(f'<polyline{style} points="{places}" fill="none" stroke="{line.color}" stroke-width="2"/>')
+        if line.dashed:
+            x, y = axes.x(line.points[-1][0]), axes.y(line.points[-1][1])
+            body.append(
+                f'<text x="{x:.1f}" y="{y - 5:.1f}" text-anchor="end" class="tick">{html.escape(line.name)}</text>'
+            )
     for mark in marks:
         body.append(
             f'<circle cx="{axes.x(mark.x):.1f}" cy="{axes.y(mark.y):.1f}" r="{mark.radius:.1f}" fill="{mark.color}" '
             f'fill-opacity="0.8"><title>{html.escape(mark.tip)}</title></circle>'
         )
-    entries = [(line.name, line.color) for line in lines] + [(mark.name, mark.color) for mark in marks]
+    entries = [(line.name, line.color) for line in lines if not line.dashed] + [
+        (mark.name, mark.color) for mark in marks
+    ]
     body += [_entry(size[0] - RIGHT + 14, TOP + 12 + 17 * at, *entry) for at, entry in enumerate(entries)]
     return svg(title, size, "".join(body))
 
@@ -90,30 +101,49 @@ def svg(title: str, size: tuple[int, int], body: str) -> str:
     )
 
 
-def memory_stack(memory: DeviceMemory, device: str) -> str:
-    """What the fullest device holds, as one bar beside its capacity."""
-    size, left, width = (720, 190), 12, 696
-    most = max(memory.total, memory.capacity)
-    body, at, number = [], float(left), 0
-    parts = sorted(((part, held) for part, held in memory.parts.items() if held), key=lambda part: -part[1])
-    for number, (part, held) in enumerate(parts):
+def memory_stack(memories: Sequence[DeviceMemory], device: str, names: Sequence[str]) -> str:
+    """What devices hold, a bar for each beside its capacity; parts are named once, with the most of it."""
+    left, width = 12 + 7 * max(map(len, names)), 696 - 7 * max(map(len, names))
+    most = max(max(each.total, each.capacity) for each in memories)
+    largest = {part: max(each.parts.get(part, 0.0) for each in memories) for each in memories for part in each.parts}
+    parts = sorted((part for part, held in largest.items() if held), key=lambda part: -largest[part])
+    colors = {part: COLORS[number % len(COLORS)] for number, part in enumerate(parts)}
+    tall = 44 if len(memories) == 1 else 22
+    body = []
+    for row, (memory, name) in enumerate(zip(memories, names, strict=True)):
+        y = 40 + row * (tall + 30)
+        body += [f'<text x="12" y="{y + tall / 2 + 4:.0f}">{html.escape(name)}</text>']
+        body += _bar(memory, colors, (left, y, width, tall), most)
+    below = 40 + len(memories) * (tall + 30) + 18
+    for number, part in enumerate(parts):
+        words = f"{part} {largest[part] / 1e9:,.2f} GB"
+        body.append(_entry(12 + 230 * (number % 3), below + 18 * (number // 3), words, colors[part]))
+    height = below + 18 * ((len(parts) - 1) // 3) + 12
+    return svg(f"memory of a device ({device})", (720, height), "".join(body))
+
+
+def _bar(memory: DeviceMemory, colors: dict[str, str], place: tuple[int, int, int, int], most: float) -> list[str]:
+    """One device. place: left, top, width of `most` bytes, height."""
+    left, top, width, tall = place
+    body, at = [], float(left)
+    for part, color in colors.items():
+        held = memory.parts.get(part, 0.0)
         wide = width * held / most
         tip = html.escape(f"{part}: {held / 1e9:,.2f} GB")
-        color = COLORS[number % len(COLORS)]
         body.append(
-            f'<rect x="{at:.1f}" y="40" width="{wide:.2f}" height="44" fill="{color}"><title>{tip}</title></rect>'
+            f'<rect x="{at:.1f}" y="{top}" width="{wide:.2f}" height="{tall}" fill="{color}">'
+            f"<title>{tip}</title></rect>"
         )
-        x, y = left + 230 * (number % 3), 122 + 18 * (number // 3)
-        body.append(_entry(x, y, f"{part} {held / 1e9:,.2f} GB", color))
         at += wide
     edge = left + width * memory.capacity / most
-    body.append(f'<line x1="{edge:.1f}" x2="{edge:.1f}" y1="34" y2="92" stroke="#222" stroke-width="2"/>')
-    anchor = "end" if edge > 300 else "start"
+    body.append(
+        f'<line x1="{edge:.1f}" x2="{edge:.1f}" y1="{top - 5}" y2="{top + tall + 5}" stroke="#222" stroke-width="2"/>'
+    )
     free = f"{abs(memory.free) / 1e9:,.1f} GB {'free' if memory.fits else 'missing'}"
     words = f"{memory.capacity / 1e9:,.1f} GB there, {free}"
-    body.append(f'<text x="{edge:.1f}" y="104" text-anchor="{anchor}" class="tick">{words}</text>')
-    height = max(size[1], 140 + 18 * (number // 3))
-    return svg(f"memory of the fullest device ({device})", (size[0], height), "".join(body))
+    anchor = "end" if edge > 300 else "start"
+    body.append(f'<text x="{edge:.1f}" y="{top + tall + 16}" text-anchor="{anchor}" class="tick">{words}</text>')
+    return body
 
 
 def roofline(step: StepTime, device: Device, title: str) -> str:
@@ -124,10 +154,10 @@ def roofline(step: StepTime, device: Device, title: str) -> str:
     low = min(op.op.intensity for op in ops) / 2
     high = max(max(op.op.intensity for op in ops), 2 * max(device.flops[n] for n in numbers) / device.bandwidth)
     lines = []
-    for index, number in enumerate(numbers):
+    for number in numbers:
         peak, slope = device.flops[number] * share.compute, device.bandwidth * share.memory
         points = [(low, low * slope), (peak / slope, peak), (high * 2, peak)]
-        lines.append(Line(f"{number}, {short(peak)}FLOP/s", points, COLORS[5 + index % 5], dashed=True))
+        lines.append(Line(f"{number}: {short(peak)}FLOP/s", points, _ROOF, dashed=True))
     whole = sum(op.seconds for op in ops)
     marks = [
         Mark(

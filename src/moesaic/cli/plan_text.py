@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from moesaic.cli import output
+from moesaic.plan.hardware import Device
 from moesaic.plan.lifetime import Lifetime, Other
 from moesaic.plan.memory import DeviceMemory
 from moesaic.plan.plan import ServingPlan, TrainingPlan
@@ -44,8 +45,12 @@ def _show_serving(plan: ServingPlan) -> None:
         output.write("\n")
         output.table(LIFETIME_COLUMNS, lifetime_rows(plan.lifetime, plan.model), lifetime_title(plan.lifetime))
     device = serving.machine.device
-    output.talk(f"{device.name}: {device.source} ({device.date}); price {device.price_range or 'not stated'} $/h")
+    output.talk(f"{device.name}: {device.source} ({device.date}); {_price(device)}")
     output.next_command(f"moesaic plan {plan.model} --machine {serving.machine.name} --report plan.html")
+
+
+def _price(device: Device) -> str:
+    return f"price {device.price_range} $/h" if device.price_range else "its price is not stated"
 
 
 def memory_rows(memory: DeviceMemory) -> list[list[str]]:

@@ -13,8 +13,9 @@ from moesaic.config.feed_forward import MlpConfig, MoeConfig, SoftMoeConfig
 from moesaic.config.hyper_connection import HyperConnectionConfig
 from moesaic.config.indexer import IndexerConfig
 from moesaic.config.mla import MlaConfig
-from moesaic.config.model import LayerConfig, ModelConfig, StackConfig
+from moesaic.config.model import LayerConfig, ModelConfig, OutlinedModel, StackConfig
 from moesaic.config.norm import NormConfig
+from moesaic.config.outline import AbsentConfig, OutlinedAttention, OutlinedMla, OutlinedMoe, RecurrentConfig
 from moesaic.config.positions import RelativeBiasConfig, SinusoidConfig
 from moesaic.config.rope import LinearConfig, Llama3Config, LongRopeConfig, RopeConfig, YarnConfig
 from moesaic.config.router import (
@@ -32,6 +33,7 @@ from moesaic.config.router import (
 from moesaic.tensor_spec import Role, TensorSpec
 
 __all__ = [
+    "AbsentConfig",
     "AttentionConfig",
     "CapacityConfig",
     "ClampedSwiglu",
@@ -53,6 +55,11 @@ __all__ = [
     "NoisySettings",
     "NormConfig",
     "NullSettings",
+    "OutlinedAttention",
+    "OutlinedMla",
+    "OutlinedModel",
+    "OutlinedMoe",
+    "RecurrentConfig",
     "RelativeBiasConfig",
     "ReluSettings",
     "Role",

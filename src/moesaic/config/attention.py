@@ -18,17 +18,18 @@ class StateSpec:
 
     kind: "full" keeps every token; "window" keeps the last `window` tokens; "latent" keeps of every token what its keys
     and values are projected from; "compressed" keeps the last `window` tokens, an entry of `elements_per_entry` for
-    every `ratio` tokens, and of the last `pending` tokens what is yet to go into entries, `elements_per_pending` each.
-    (Recurrent states join here with the parts that need them.) Elements are numbers, not bytes.
+    every `ratio` tokens, and of the last `pending` tokens what is yet to go into entries, `elements_per_pending` each;
+    "recurrent" keeps `fixed_bytes` however many tokens there were. Elements are numbers, not bytes.
     """
 
-    kind: Literal["full", "window", "latent", "compressed"]
+    kind: Literal["full", "window", "latent", "compressed", "recurrent"]
     elements_per_token: int
     window: int | None = None
     ratio: int | None = None
     elements_per_entry: int = 0
     pending: int = 0
     elements_per_pending: int = 0
+    fixed_bytes: int = 0
     can_rollback: bool = True
     can_share_prefix: bool = True
 
@@ -37,7 +38,7 @@ class StateSpec:
         kept = num_tokens if self.window is None else min(num_tokens, self.window)
         entries = 0 if self.ratio is None else num_tokens // self.ratio
         compressed = entries * self.elements_per_entry + min(num_tokens, self.pending) * self.elements_per_pending
-        return (kept * self.elements_per_token + compressed) * bytes_per_element
+        return (kept * self.elements_per_token + compressed) * bytes_per_element + self.fixed_bytes * (num_tokens > 0)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,6 +16,7 @@ from moesaic.config.hyper_connection import HyperConnectionConfig
 from moesaic.config.indexer import IndexerConfig
 from moesaic.config.mla import MlaConfig
 from moesaic.config.norm import NormConfig
+from moesaic.config.outline import AbsentConfig, OutlinedAttention, OutlinedMla, OutlinedMoe, RecurrentConfig
 from moesaic.config.positions import RelativeBiasConfig, SinusoidConfig
 from moesaic.config.rope import LinearConfig, Llama3Config, LongRopeConfig, RopeConfig, YarnConfig
 from moesaic.config.router import (
@@ -43,8 +44,8 @@ class LayerConfig:
     hyper_connection: what stands in for the adding, where tokens have several residual streams (DeepSeek-V4).
     """
 
-    attention: AttentionConfig | MlaConfig | CompressedAttentionConfig
-    feed_forward: MlpConfig | MoeConfig | SoftMoeConfig
+    attention: AttentionConfig | MlaConfig | CompressedAttentionConfig | RecurrentConfig | AbsentConfig
+    feed_forward: MlpConfig | MoeConfig | SoftMoeConfig | AbsentConfig
     norm: NormConfig = field(default_factory=NormConfig)
     residual_multiplier: float = 1.0
     hyper_connection: HyperConnectionConfig | None = None
@@ -61,12 +62,14 @@ class LayerConfig:
         )
 
     def tensors(self, prefix: str, hidden_size: int) -> Iterator[TensorSpec]:
-        yield from self.norm.tensors(f"{prefix}.attention_norm", hidden_size)
+        if not isinstance(self.attention, AbsentConfig):
+            yield from self.norm.tensors(f"{prefix}.attention_norm", hidden_size)
         yield from self.attention.tensors(f"{prefix}.attention", hidden_size)
         if self.cross_attention is not None:
             yield from self.norm.tensors(f"{prefix}.cross_attention_norm", hidden_size)
             yield from self.cross_attention.tensors(f"{prefix}.cross_attention", hidden_size)
-        yield from self.norm.tensors(f"{prefix}.feed_forward_norm", hidden_size)
+        if not isinstance(self.feed_forward, AbsentConfig):
+            yield from self.norm.tensors(f"{prefix}.feed_forward_norm", hidden_size)
         yield from self.feed_forward.tensors(f"{prefix}.feed_forward", hidden_size)
         if self.hyper_connection:
             yield from self.hyper_connection.tensors(f"{prefix}.attention_connection", hidden_size)
@@ -372,6 +375,11 @@ class ModelConfig:
         return config
 
 
+@dataclass(frozen=True, kw_only=True)
+class OutlinedModel(ModelConfig):
+    """A model that is described well enough to be counted and planned, and that nothing here can build or run."""
+
+
 def _has_biases(source: LayerConfig, layer: LayerConfig) -> bool:
     theirs, own = source.attention, layer.attention
     return (
@@ -396,7 +404,7 @@ def _has_indexer(layer: LayerConfig) -> bool:
     return isinstance(layer.attention, MlaConfig) and isinstance(layer.attention.indexer, IndexerConfig)
 
 
-def _leak(part: MlpConfig | MoeConfig | SoftMoeConfig) -> str | None:
+def _leak(part: MlpConfig | MoeConfig | SoftMoeConfig | AbsentConfig) -> str | None:
     """What in a feed-forward part lets tokens see later ones, in a message's words; None where nothing does."""
     if isinstance(part, SoftMoeConfig):
         return "Soft MoE"
@@ -437,9 +445,15 @@ _PARTS = {
         CapacityConfig,
         MoeConfig,
         SoftMoeConfig,
+        RecurrentConfig,
+        AbsentConfig,
+        OutlinedAttention,
+        OutlinedMla,
+        OutlinedMoe,
         LayerConfig,
         StackConfig,
         ModelConfig,
+        OutlinedModel,
     )
 }
 

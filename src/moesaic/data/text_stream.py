@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 
 CONTEXT_TOKENS = 8  # enough that a character (at most 4 byte tokens) or a word's leading space never starts the window
-WINDOW_TOKENS = 64  # the tail that is decoded again for every token; bounds the cost of a token
+WINDOW_TOKENS = 16  # the tail that is decoded again for every token; bounds the cost of a token
 
 Decode = Callable[[list[int]], str]
 

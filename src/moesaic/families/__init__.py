@@ -55,7 +55,9 @@ def family(name: str) -> Family:
     """The family of this `model_type`, or of an alias of it. Raises ConfigError that lists the known ones."""
     if name not in names():
         if name in _counted.ARCHITECTURES:
-            raise ConfigError(f"model_type {name!r} is {_counted.NOT_YET}; `moesaic count` takes its config.json")
+            raise ConfigError(
+                f"model_type {name!r} is {_counted.NOT_YET}; `moesaic count` and `moesaic plan` take its config.json"
+            )
         if name not in _aliases():
             raise unknown_name("model_type", name, list(names()))
         name = _aliases()[name]
@@ -103,7 +105,9 @@ def _unknown_parts(name: str, text: Any) -> ConfigError:
     """The error for a model of several parts under a name that no family has, by what its text part is."""
     whole = f"model_type {name!r} has a text part (text_config) of model_type {text!r}, "
     if isinstance(text, str) and text in _counted.ARCHITECTURES:
-        return ConfigError(f"{whole}which is {_counted.NOT_YET}; `moesaic count` takes its config.json")
+        return ConfigError(
+            f"{whole}which is {_counted.NOT_YET}; `moesaic count` and `moesaic plan` take its config.json"
+        )
     if not knows(text):
         return ConfigError(f"{whole}and neither is known; known: {', '.join(names())}")
     return ConfigError(

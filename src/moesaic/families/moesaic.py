@@ -24,6 +24,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from moesaic.config import (
+    AbsentConfig,
     AttentionConfig,
     LayerConfig,
     MlpConfig,
@@ -218,7 +219,8 @@ def _overrides(usual: dict[str, Any], layers: list[dict[str, Any]]) -> Iterator[
 
 
 def _fields_of(layer: LayerConfig) -> dict[str, Any]:
-    attention, eps = layer.attention, layer.norm.eps
+    attention, block, eps = layer.attention, layer.feed_forward, layer.norm.eps
+    assert not isinstance(block, AbsentConfig), "no model that is only described is of this family"
     if not isinstance(attention, AttentionConfig):
         raise ConfigError(f"a {NAME} model has attention with keys and values (AttentionConfig), no other")
     fields = {
@@ -232,14 +234,13 @@ def _fields_of(layer: LayerConfig) -> dict[str, Any]:
         "qk_norm": attention.head_norm is not None,
         "qk_norm_eps": attention.head_norm.eps if attention.head_norm else eps,
         "rms_norm_eps": eps,
-        "hidden_act": layer.feed_forward.activation,
+        "hidden_act": block.activation,
     }
-    if isinstance(layer.feed_forward, MlpConfig):
-        mlp = layer.feed_forward
-        return fields | {"num_experts": 0, "intermediate_size": mlp.intermediate_size, "mlp_bias": mlp.bias}
-    if isinstance(layer.feed_forward, SoftMoeConfig):
-        return fields | _fields_of_soft_moe(layer.feed_forward)
-    return fields | _fields_of_moe(layer.feed_forward)
+    if isinstance(block, MlpConfig):
+        return fields | {"num_experts": 0, "intermediate_size": block.intermediate_size, "mlp_bias": block.bias}
+    if isinstance(block, SoftMoeConfig):
+        return fields | _fields_of_soft_moe(block)
+    return fields | _fields_of_moe(block)
 
 
 def _fields_of_soft_moe(moe: SoftMoeConfig) -> dict[str, Any]:

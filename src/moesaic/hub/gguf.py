@@ -12,6 +12,7 @@ import numpy as np
 from moesaic import families
 from moesaic.config import AttentionConfig, ModelConfig
 from moesaic.errors import CheckpointError, ConfigError, MissingDependencyError
+from moesaic.hub.gguf_header import GgufHeader
 from moesaic.hub.safetensors_header import TensorHeader
 from moesaic.models.weight_map import Piece, WeightMap
 from moesaic.tensor_spec import TensorSpec
@@ -120,7 +121,7 @@ class GgufFile:
 
     def weight_map(self) -> WeightMap:
         """Our tensors and their names in the file, where experts are stacked already."""
-        return {spec.name: _pieces(spec) for spec in self.config.tensors()}
+        return names_in_gguf(self.config)
 
     def read(self, name: str) -> np.ndarray:
         """One tensor, fp32, freshly allocated."""
@@ -147,6 +148,19 @@ class GgufFile:
 def _as_matrix(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
     """The gate of a shared expert is a matrix of one row, which converters squeeze to a vector."""
     return (1, *shape) if name.endswith("ffn_gate_inp_shexp.weight") and len(shape) == 1 else shape
+
+
+def names_in_gguf(config: ModelConfig) -> WeightMap:
+    """Our tensors and their names in a file of such a model."""
+    return {spec.name: _pieces(spec) for spec in config.tensors()}
+
+
+def config_of_header(header: GgufHeader, path: Path) -> ModelConfig:
+    """The description of a file's model from its header alone. Raises ConfigError for one that we cannot express."""
+    tensors = {
+        name: TensorHeader("F32", _as_matrix(name, tensor.shape), path) for name, tensor in header.tensors.items()
+    }
+    return config_from_gguf(header.metadata, tensors, path)
 
 
 def _half_split(values: np.ndarray, num_heads: int) -> np.ndarray:
@@ -177,6 +191,8 @@ def config_from_gguf(metadata: dict[str, Any], tensors: dict[str, TensorHeader],
         raise ConfigError(f"{path}: architecture {name!r} is not supported; known: {', '.join(ARCHITECTURES)}")
     prefix = f"{name}."
     fields = {key.removeprefix(prefix): value for key, value in metadata.items() if key.startswith(prefix)}
+    if not 0 < (layers := fields.get("block_count", 0)) <= len(tensors):
+        raise CheckpointError(f"{path} states {layers} layers and holds {len(tensors)} tensors; download it again")
     num_experts = fields.get("expert_count", 0)
     family = ARCHITECTURES[name].moe if num_experts else ARCHITECTURES[name].dense
     if family is None:

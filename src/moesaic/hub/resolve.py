@@ -4,15 +4,17 @@ import difflib
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from moesaic import families
 from moesaic.config import ModelConfig
-from moesaic.errors import CheckpointError
-from moesaic.families import _counted
+from moesaic.errors import CheckpointError, ConfigError
+from moesaic.families import _counted, _multimodal
 from moesaic.hub import checkpoint
 from moesaic.hub.embedded import embedded_gguf
-from moesaic.registry import Registry
+from moesaic.hub.gguf_header import read_gguf_header
+from moesaic.hub.quantization import FIELD
+from moesaic.registry import Registry, unknown_name
 
 PRESET_WEIGHTS: Registry[Callable[[], Path]] = Registry("preset with weights")
 """Presets whose weights this machine can have: name -> a function that finds or makes their folder or file."""
@@ -47,7 +49,7 @@ def locate(path_or_preset: str | os.PathLike[str]) -> Place:
 
 def _nowhere(name: str) -> CheckpointError:
     if name in _counted.PRESETS:
-        return CheckpointError(f"{name!r} is {_counted.NOT_YET}; `moesaic count` takes it")
+        return CheckpointError(f"{name!r} is {_counted.NOT_YET}; `moesaic count` and `plan` take it")
     presets = sorted(families.presets())
     near = difflib.get_close_matches(Path(name).name.lower(), presets, n=3, cutoff=0.5)
     hint = f"; nearest presets: {', '.join(near)}" if near else "; `moesaic count --all` lists the presets"
@@ -74,6 +76,43 @@ def read_config(path_or_preset: str | os.PathLike[str]) -> ModelConfig:
     from moesaic.hub.gguf import GgufFile  # the optional package is asked for only here
 
     return GgufFile(place.path).config
+
+
+def describe_config(path_or_preset: str | os.PathLike[str]) -> ModelConfig:
+    """Like `read_config`, and of models that do not run yet: what counts and plans need is known of more of them.
+
+    How weights are packed, and what they are called, changes no count: files are described that cannot be read. Of a
+    .gguf file the header is enough.
+    """
+    path = Path(path_or_preset).expanduser()
+    if os.fspath(path_or_preset) in _counted.PRESETS and not path.exists():
+        return _counted.count(_counted.PRESETS[os.fspath(path_or_preset)].config)
+    if path.is_file() and path.suffix == ".gguf":
+        from moesaic.hub.gguf import config_of_header
+
+        return config_of_header(read_gguf_header(path), path)
+    path = path / checkpoint.CONFIG if path.is_dir() else path
+    if path.suffix != ".json" or not path.is_file():
+        return read_config(path_or_preset)
+    raw = checkpoint.read_json(path)
+    try:
+        config = _described({name: value for name, value in raw.items() if name != FIELD})
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
+    checkpoint.tell_left_out(path)
+    return config
+
+
+def _described(raw: dict[str, Any]) -> ModelConfig:
+    if _counted.knows(raw):
+        return _counted.count(raw)
+    if _multimodal.has_text_part(raw) and not families.knows(raw.get("model_type")):
+        text = _multimodal.text_part(raw)
+        raw = text
+    family = raw.get("model_type")
+    if isinstance(family, str) and not families.knows(family):
+        raise unknown_name("model_type", family, sorted({*families.names(), *_counted.ARCHITECTURES}))
+    return families.from_hf({name: value for name, value in raw.items() if name != FIELD})
 
 
 def weights_place(path_or_preset: str | os.PathLike[str]) -> Place:

@@ -12,12 +12,14 @@ import torch
 from torch import Tensor
 
 from moesaic.config import (
+    AbsentConfig,
     AttentionConfig,
     CompressedAttentionConfig,
     LayerConfig,
     LongRopeConfig,
     MlaConfig,
     ModelConfig,
+    RecurrentConfig,
     StateSpec,
 )
 from moesaic.errors import GenerationError
@@ -137,7 +139,7 @@ class KeyValueCache:
             _layer_state(layer.attention, layer.attention.state(), batch_size, max_length, dtype, device)
             for layer in layers
         ]
-        scalings = {layer.attention.rope.scaling for layer in layers if layer.attention.rope is not None}
+        scalings = {rope.scaling for layer in layers if (rope := getattr(layer.attention, "rope", None)) is not None}
         self._turning_points = sorted({each.original_length for each in scalings if isinstance(each, LongRopeConfig)})
 
     def takes(self, num_tokens: int | Tensor) -> bool:
@@ -195,13 +197,14 @@ class KeyValueCache:
 
 
 def _layer_state(
-    attention: AttentionConfig | MlaConfig | CompressedAttentionConfig,
+    attention: AttentionConfig | MlaConfig | CompressedAttentionConfig | RecurrentConfig | AbsentConfig,
     spec: StateSpec,
     batch_size: int,
     max_length: int,
     dtype: torch.dtype,
     device: torch.device | str,
 ) -> FullState | WindowState | CompressedState:
+    assert not isinstance(attention, RecurrentConfig | AbsentConfig), "nothing builds what is only described"
     if isinstance(attention, CompressedAttentionConfig):
         return CompressedState(attention, batch_size, max_length, dtype, device)
     if isinstance(attention, MlaConfig):

@@ -9,7 +9,8 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from moesaic.config import ModelConfig, MoeConfig
+from moesaic.config import ModelConfig, MoeConfig, OutlinedModel
+from moesaic.errors import ConfigError
 from moesaic.layers.attention import Sight
 from moesaic.layers.documents import has_several, row_numbers
 from moesaic.layers.kv_cache import KeyValueCache
@@ -22,6 +23,7 @@ class LanguageModel(nn.Module):
     """Token ids in, logits out.
 
     Weights are left unset: load them (`moesaic.load`) or draw them (`initialize`). `device="meta"` builds shapes only.
+    Raises ConfigError for a model that is only described.
     """
 
     embedding: nn.Embedding
@@ -31,6 +33,8 @@ class LanguageModel(nn.Module):
         self, config: ModelConfig, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> None:
         super().__init__()
+        if isinstance(config, OutlinedModel):
+            raise ConfigError(f"this {config.family} model is described for counts and plans; no modules here run it")
         self.config = config
         previous = torch.get_default_dtype()
         torch.set_default_dtype(dtype or previous)

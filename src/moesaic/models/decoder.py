@@ -10,12 +10,14 @@ from torch import Tensor, nn
 
 from moesaic.checks import require
 from moesaic.config import (
+    AbsentConfig,
     AttentionConfig,
     CompressedAttentionConfig,
     LayerConfig,
     MlaConfig,
     MlpConfig,
     MoeConfig,
+    RecurrentConfig,
     SoftMoeConfig,
 )
 from moesaic.errors import ConfigError
@@ -98,8 +100,11 @@ def _connection(config: LayerConfig, hidden_size: int) -> HyperConnection | None
 
 
 def _attention(
-    config: AttentionConfig | MlaConfig | CompressedAttentionConfig, hidden_size: int, layer: int
+    config: AttentionConfig | MlaConfig | CompressedAttentionConfig | RecurrentConfig | AbsentConfig,
+    hidden_size: int,
+    layer: int,
 ) -> Attention | LatentAttention | CompressedAttention:
+    assert not isinstance(config, RecurrentConfig | AbsentConfig), "LanguageModel refuses what is only described"
     if isinstance(config, MlaConfig):
         return LatentAttention(config, hidden_size, layer)
     if isinstance(config, CompressedAttentionConfig):
@@ -108,8 +113,9 @@ def _attention(
 
 
 def _feed_forward(
-    config: MlpConfig | MoeConfig | SoftMoeConfig, hidden_size: int, layer: int
+    config: MlpConfig | MoeConfig | SoftMoeConfig | AbsentConfig, hidden_size: int, layer: int
 ) -> Mlp | MoeLayer | SoftMoeLayer:
+    assert not isinstance(config, AbsentConfig), "LanguageModel refuses what is only described"
     if isinstance(config, MoeConfig):
         return MoeLayer(config, hidden_size, layer)
     return SoftMoeLayer(config, hidden_size) if isinstance(config, SoftMoeConfig) else Mlp(config, hidden_size)

@@ -1,6 +1,6 @@
 """What a process of moesaic's engine holds at most on this machine: all parts are allocated by rules of our own."""
 
-from moesaic.config import AttentionConfig, LayerConfig, MlaConfig, MlpConfig, ModelConfig, MoeConfig
+from moesaic.config import AbsentConfig, AttentionConfig, LayerConfig, MlaConfig, MlpConfig, ModelConfig, MoeConfig
 from moesaic.plan.formats import PACKINGS, Formats, total_bytes
 from moesaic.plan.kernels import KernelRates
 from moesaic.plan.kinds import layer_kinds, part_specs
@@ -52,7 +52,7 @@ def _attention_width(layer: LayerConfig) -> float:
         heads = attention.num_heads
         own = heads * (attention.head_dim + width + attention.latent_rank + attention.value_dim)
         return own + (attention.query_rank or 0) + width
-    return 3 * attention.num_heads * attention.head_dim
+    return 0.0 if isinstance(attention, AbsentConfig) else 3 * attention.num_heads * attention.head_dim
 
 
 def _rows_width(config: ModelConfig, layer: LayerConfig) -> float:

@@ -8,12 +8,15 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from moesaic.config import (
+    AbsentConfig,
     AttentionConfig,
     CompressedAttentionConfig,
     LayerConfig,
     MlaConfig,
     ModelConfig,
     MoeConfig,
+    OutlinedMoe,
+    RecurrentConfig,
     SoftMoeConfig,
 )
 from moesaic.config.indexer import IndexerConfig
@@ -25,6 +28,8 @@ from moesaic.plan.routing import Routing, Uniform
 from moesaic.tensor_spec import TensorSpec
 
 Kind = Literal["decode", "prefill"]
+Mixer = AttentionConfig | MlaConfig | CompressedAttentionConfig | RecurrentConfig | AbsentConfig
+"""What mixes tokens in a layer."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,8 +144,15 @@ class _Stage(NamedTuple):
     def _layer(self, layer: LayerConfig, index: int) -> Iterator[Op]:
         size = self.config.hidden_size
         own = self.own
-        yield Op("norms", 0.0, 0.0, 2 * 4.0 * own.tokens * size, 8.0 * own.tokens * size, "fp32", 2)
-        attention = layer.attention
+        parts = sum(not isinstance(part, AbsentConfig) for part in (layer.attention, layer.feed_forward))
+        norm = Op("norms", 0.0, 0.0, 4.0 * own.tokens * size, 4.0 * own.tokens * size, "fp32", 1)
+        yield _times(norm, parts)
+        if not isinstance(layer.attention, AbsentConfig):
+            yield from self._attention(layer)
+        yield from self._feed_forward(layer, index)
+
+    def _attention(self, layer: LayerConfig) -> Iterator[Op]:
+        size, own, attention = self.config.hidden_size, self.own, layer.attention
         specs = [spec for spec in part_specs(attention, size) if len(spec.shape) > 1]
         yield self._matrices("projections", specs, own.tokens, self.layout.tp, launches=3)
         yield attention_op(attention, self.formats, own, self.layout.tp)
@@ -148,14 +160,16 @@ class _Stage(NamedTuple):
             specs = [spec for spec in part_specs(layer.cross_attention, size) if len(spec.shape) > 1]
             yield self._matrices("projections", specs, own.tokens, self.layout.tp, launches=2)
             yield attention_op(layer.cross_attention, self.formats, own, self.layout.tp)
-        feed_forward = layer.feed_forward
+
+    def _feed_forward(self, layer: LayerConfig, index: int) -> Iterator[Op]:
+        size, own, feed_forward = self.config.hidden_size, self.own, layer.feed_forward
         if isinstance(feed_forward, MoeConfig):
             yield from self._moe(feed_forward, index)
         elif isinstance(feed_forward, SoftMoeConfig):
             flops = feed_forward.flops_per_token(size, round(max(1.0, own.new))) * own.tokens
             held = sum(map(self.formats.tensor_bytes, part_specs(feed_forward, size)))
             yield Op("experts", held, 0.0, 0.0, flops, self.formats.of("experts").products, 3)
-        else:
+        elif not isinstance(feed_forward, AbsentConfig):
             yield self._matrices("mlp", list(part_specs(feed_forward, size)), own.tokens, self.layout.tp, launches=2)
 
     def _moe(self, moe: MoeConfig, index: int) -> Iterator[Op]:
@@ -196,7 +210,8 @@ def expert_op(stage: _Stage, moe: MoeConfig, index: int) -> Op:
     held = (moe.num_experts + layout.redundant) / layout.ep
     on_rank = min(held, hit / layout.ep * (crowded if hit < moe.num_experts else 1.0))
     rows = tokens * moe.router.top_k / layout.ep * crowded
-    moved = rows * (2 * size + 3 * moe.intermediate_size / layout.etp) * 2.0
+    width = (moe.expert_size if isinstance(moe, OutlinedMoe) else None) or size
+    moved = rows * (2 * width + 3 * moe.intermediate_size / layout.etp) * 2.0
     flops = 2.0 * numel * rows
     return Op("experts", on_rank * of_one, 0.0, moved, flops, stage.formats.of("experts").products, 4)
 
@@ -205,9 +220,7 @@ def _experts(moe: MoeConfig, size: int) -> list[TensorSpec]:
     return [spec for spec in part_specs(moe, size) if spec.role == "experts"]
 
 
-def attention_op(
-    attention: AttentionConfig | MlaConfig | CompressedAttentionConfig, formats: Formats, own: Step, tp: int
-) -> Op:
+def attention_op(attention: Mixer, formats: Formats, own: Step, tp: int) -> Op:
     """Scores and weighted values of one layer. Latent attention decodes over latents, without expanding them.
 
     The cache of grouped keys is split over `tp` devices as far as there are groups; latents are on every one.
@@ -221,12 +234,14 @@ def attention_op(
     return Op("attention", 0.0, kept, 0.0, flops, "bf16", 2)
 
 
-def cache_split(attention: AttentionConfig | MlaConfig | CompressedAttentionConfig, tp: int) -> int:
+def cache_split(attention: Mixer, tp: int) -> int:
     """Over how many of `tp` devices a layer's cache is split: one vector that all heads share is on each of them."""
+    if isinstance(attention, RecurrentConfig):
+        return min(tp, attention.num_heads)
     return min(tp, attention.num_key_value_heads) if isinstance(attention, AttentionConfig) else 1
 
 
-def decode_score_flops(attention: AttentionConfig | MlaConfig | CompressedAttentionConfig, context: float) -> float:
+def decode_score_flops(attention: Mixer, context: float) -> float:
     """FLOPs of a new token's scores and values; of latents as they are kept (DeepSeek-V2, sec. 2.1.2)."""
     if not isinstance(attention, MlaConfig):
         return attention.score_flops(round(context))
@@ -237,9 +252,7 @@ def decode_score_flops(attention: AttentionConfig | MlaConfig | CompressedAttent
     return attending * min(context, attention.indexer.top_k) + choosing * context
 
 
-def read_state_bytes(
-    attention: AttentionConfig | MlaConfig | CompressedAttentionConfig, context: float, cache: str
-) -> float:
+def read_state_bytes(attention: Mixer, context: float, cache: str) -> float:
     """Of what a layer keeps of one text, what a new token reads: chosen tokens or entries only, and what chooses."""
     element, tokens = CACHE_BYTES[cache], round(context)
     if isinstance(attention, MlaConfig) and isinstance(attention.indexer, IndexerConfig):
@@ -255,6 +268,8 @@ def read_state_bytes(
             return (window + entries * attention.head_dim) * element
         chosen = min(entries, attention.indexer.top_k)
         return (window + chosen * attention.head_dim + entries * attention.indexer.head_dim) * element
+    if isinstance(attention, RecurrentConfig):
+        return 2.0 * attention.state().fixed_bytes  # read, and written again
     return layer_state_bytes(attention, tokens, cache)
 
 

@@ -89,7 +89,9 @@ def layer_state_bytes(attention, num_tokens: int, cache: str) -> float:
         latent = attention.latent_rank + 4 * -(-attention.latent_rank // 128) + 2 * attention.rope_dim
         index = attention.state().elements_per_token - attention.latent_rank - attention.rope_dim
         return num_tokens * float(latent + index + 4 * (index > 0))
-    return attention.state().num_bytes(num_tokens, 1) * CACHE_BYTES[cache]
+    spec = attention.state()
+    fixed = spec.fixed_bytes if num_tokens else 0  # of a recurrent state, which has formats of its own
+    return (spec.num_bytes(num_tokens, 1) - fixed) * CACHE_BYTES[cache] + fixed
 
 
 def named(name: str, cache: str = "bf16") -> Formats:

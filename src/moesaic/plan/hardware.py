@@ -81,6 +81,11 @@ class Device:
     date: str = ""
     efficiency: Efficiency = field(default_factory=Efficiency)
 
+    @property
+    def joins(self) -> bool:
+        """Whether several can work on one model: some link or network between them is stated."""
+        return self.link > 0 or self.network > 0
+
     def rate(self, number: Number) -> float:
         """Operations a second on such numbers, as stated, in the narrowest format that the device computes them in."""
         return self.flops[self.computes_in(number)]
@@ -196,7 +201,13 @@ def find_machine(text: str) -> Machine:
         return _here()
     count = 1 if matched[1] is None else int(matched[1])
     require(count > 0, f"machine {text!r} has no devices; write 1 or more, such as 8xh100")
-    return Machine(device=find_device(matched[2]), count=count)
+    device = find_device(matched[2])
+    require(
+        count == 1 or device.joins,
+        f"{count} of {device.name}, for which no link or network is stated; plan one, or give your own entry of it in "
+        f"{own_file()} a link or network, such as 12.5 GB/s",
+    )
+    return Machine(device=device, count=count)
 
 
 def _here() -> Machine:

@@ -215,7 +215,7 @@ class _Clock:
             kind = _shared(attention.num_heads // groups, self.rates.score)
             own = (attention.num_heads + 2 * groups) * attention.head_dim
         else:
-            raise ConfigError("compressed attention does not run in the engine; it has no times here")
+            raise ConfigError("compressed or recurrent attention does not run in the engine; it has no times here")
         seen = self.step_.seen
         reach = getattr(attention, "reach", None)
         seen = min(seen, reach) if reach else seen

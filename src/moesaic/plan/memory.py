@@ -4,11 +4,20 @@ L layers, D hidden, E experts, K chosen, F their inner width, T tokens, V vocabu
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from moesaic.checks import require
-from moesaic.config import AttentionConfig, LayerConfig, MlpConfig, ModelConfig, MoeConfig, SoftMoeConfig
+from moesaic.config import (
+    AbsentConfig,
+    AttentionConfig,
+    LayerConfig,
+    MlpConfig,
+    ModelConfig,
+    MoeConfig,
+    RecurrentConfig,
+    SoftMoeConfig,
+)
 from moesaic.plan.flops import cache_split
 from moesaic.plan.formats import Formats, layer_state_bytes
 from moesaic.plan.hardware import Device
@@ -102,7 +111,14 @@ def share_held(spec: TensorSpec, layer: LayerConfig | None, layout: Layout) -> f
 
 
 def device_weights(config: ModelConfig, formats: Formats, layout: Layout, *, mtp: bool = False) -> dict[str, float]:
-    """Bytes of weights by role on the fullest device, the stage with the most of them.
+    """Bytes of weights by role on the fullest device, the stage with the most of them."""
+    return max(stage_weights(config, formats, layout, mtp=mtp), key=lambda parts: sum(parts.values()))
+
+
+def stage_weights(
+    config: ModelConfig, formats: Formats, layout: Layout, *, mtp: bool = False
+) -> list[dict[str, float]]:
+    """Bytes of weights by role on a device of each pipeline stage.
 
     mtp: the layers that predict further tokens stand on the last stage.
     """
@@ -117,7 +133,7 @@ def device_weights(config: ModelConfig, formats: Formats, layout: Layout, *, mtp
             for layer in config.mtp:
                 _add(parts, layer_specs(layer, config.hidden_size), layer, formats, layout)
         found.append(parts)
-    return max(found, key=lambda parts: sum(parts.values()))
+    return found
 
 
 def end_specs(config: ModelConfig, first: bool, last: bool) -> list[TensorSpec]:
@@ -149,9 +165,14 @@ def _add(
 
 def cache_bytes(config: ModelConfig, formats: Formats, context: float, texts: float, layout: Layout) -> float:
     """The cache of `texts` texts of `context` tokens on the fullest device: its copy's texts, its stage's layers."""
+    return max(stage_caches(config, formats, context, texts, layout))
+
+
+def stage_caches(config: ModelConfig, formats: Formats, context: float, texts: float, layout: Layout) -> list[float]:
+    """The same of a device of each stage; with an encoder, of all stages as of the decoder's."""
     own = texts / layout.dp
     stages = stage_layers(config, layout.pp) if config.encoder is None else [config.decoder.layers]
-    return max(
+    return [
         own
         * sum(
             layer_state_bytes(attention, round(context), formats.cache) / cache_split(attention, layout.tp) * count
@@ -160,7 +181,7 @@ def cache_bytes(config: ModelConfig, formats: Formats, context: float, texts: fl
             if attention is not None
         )
         for layers in stages
-    )
+    ]
 
 
 def workspace_bytes(config: ModelConfig, formats: Formats, tokens: float, outputs: float, layout: Layout) -> float:
@@ -178,15 +199,29 @@ def _layer_rows(layer: LayerConfig, size: int, tokens: float, layout: Layout) ->
     """Numbers that the wider of attention and feed-forward keeps of a step's tokens at once."""
     attention = layer.attention
     heads = attention.num_heads / layout.tp
-    if isinstance(attention, AttentionConfig):
+    if isinstance(attention, AbsentConfig):
+        inside = 0.0
+    elif isinstance(attention, AttentionConfig):
         inside = (2 * heads + 2 * attention.num_key_value_heads / layout.tp) * attention.head_dim
+    elif isinstance(attention, RecurrentConfig):
+        inside = recurrent_rows(attention, layout)
     else:
         inside = 3 * heads * attention.head_dim
     return max(tokens * inside, feed_forward_rows(layer.feed_forward, size, tokens, layout))
 
 
-def feed_forward_rows(block: MlpConfig | MoeConfig | SoftMoeConfig, size: int, tokens: float, layout: Layout) -> float:
+def recurrent_rows(attention: RecurrentConfig, layout: Layout) -> float:
+    """Numbers of a token inside of a recurrent part: what is projected, what comes out of it, and that once gated."""
+    projected = next(shape[0] for _, shape, _ in attention.weights)  # the first makes all that the others read
+    return (projected + 2 * attention.num_heads * attention.head_dim) / layout.tp
+
+
+def feed_forward_rows(
+    block: MlpConfig | MoeConfig | SoftMoeConfig | AbsentConfig, size: int, tokens: float, layout: Layout
+) -> float:
     """Numbers of a feed-forward part's rows: gate, up and their product, and of experts what goes in and comes out."""
+    if isinstance(block, AbsentConfig):
+        return 0.0
     if isinstance(block, MlpConfig):
         return 3 * tokens * block.intermediate_size / layout.tp
     if isinstance(block, SoftMoeConfig):
@@ -224,6 +259,31 @@ def serving_memory(
     parts["workspace"] = workspace_bytes(config, formats, tokens, max(1.0, own), layout)
     parts["runtime"] = RUNTIME_BYTES[device.kind]
     return DeviceMemory(parts=parts, capacity=device.memory_bytes)
+
+
+def stage_memories(
+    config: ModelConfig,
+    formats: Formats,
+    layout: Layout,
+    whole: DeviceMemory,
+    *,
+    context: float,
+    texts: float,
+    mtp: bool = False,
+) -> list[DeviceMemory]:
+    """A device of each pipeline stage of a server; whole: what serving_memory says of the same.
+
+    What a step works in is reckoned alike for all stages.
+    """
+    weights = stage_weights(config, formats, layout, mtp=mtp)
+    caches = stage_caches(config, formats, context, texts, layout)
+    same = {name: whole.parts[name] for name in ("workspace", "runtime")}
+    return [
+        replace(
+            whole, parts={f"weights: {role}": size for role, size in parts.items() if size} | {"cache": cache} | same
+        )
+        for parts, cache in zip(weights, caches * (len(weights) // len(caches)), strict=True)
+    ]
 
 
 def most_texts(
@@ -308,11 +368,16 @@ def _kept_of_layer(layer: LayerConfig, size: int, training: Training, layout: La
         return tokens * (size / layout.tp + chosen / training.element_bytes)
     attention = layer.attention
     heads = attention.num_heads / layout.tp
-    if isinstance(attention, AttentionConfig):
+    if isinstance(attention, AbsentConfig):
+        inside = 0.0
+    elif isinstance(attention, AttentionConfig):
         inside = (2 * heads + 2 * attention.num_key_value_heads / layout.tp) * attention.head_dim
+    elif isinstance(attention, RecurrentConfig):
+        inside = recurrent_rows(attention, layout)
     else:
         inside = 4 * heads * attention.head_dim
-    kept = tokens * (inside + 4 * size)  # both norms' inputs and outputs
+    norms = 4 - 2 * isinstance(layer.attention, AbsentConfig) - 2 * isinstance(layer.feed_forward, AbsentConfig)
+    kept = tokens * (inside + norms * size)  # both norms' inputs and outputs
     moe = layer.feed_forward
     if isinstance(moe, MoeConfig):
         kept += tokens * 2.0 * moe.num_experts  # logits of the router, in fp32

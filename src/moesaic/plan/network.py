@@ -6,7 +6,7 @@ t tokens of a device, D hidden, E experts, K chosen, R ranks, N nodes.
 import math
 from typing import NamedTuple
 
-from moesaic.config import ModelConfig, MoeConfig
+from moesaic.config import AbsentConfig, LayerConfig, ModelConfig, MoeConfig, OutlinedMoe
 from moesaic.plan.flops import Step
 from moesaic.plan.formats import Formats
 from moesaic.plan.hardware import Device
@@ -69,19 +69,26 @@ def step_traffic(config: ModelConfig, formats: Formats, step: Step, layout: Layo
     size, tokens = config.hidden_size, step.tokens / layout.dp
     total = Traffic()
     if layout.tp > 1:
-        total += _all_reduce(tokens * size * 2.0, layout.tp, device).times(2 * len(config.decoder.layers))
+        parts = sum(_num_parts(layer) for layer in config.decoder.layers)
+        total += _all_reduce(tokens * size * 2.0, layout.tp, device).times(parts)
     dispatch = 1.0 + 4 / 128 if formats.of("experts").products in ("fp8", "fp4") else 2.0
     own = tokens / layout.tp
     for layer, _, count in layer_kinds(config.layers) if layout.ep > 1 else ():
         moe = layer.feed_forward
         if isinstance(moe, MoeConfig):
-            total += all_to_all(moe, size, own, layout.ep, device.per_node, dispatch).times(count)
-            total += all_to_all(moe, size, own, layout.ep, device.per_node, 2.0).times(count)
+            width = (moe.expert_size if isinstance(moe, OutlinedMoe) else None) or size
+            total += all_to_all(moe, width, own, layout.ep, device.per_node, dispatch).times(count)
+            total += all_to_all(moe, width, own, layout.ep, device.per_node, 2.0).times(count)
     if layout.pp > 1:
         crosses = layout.tp * layout.dp * layout.pp > device.per_node
         sent = own * size * 2.0 * (layout.pp - 1)
         total += Traffic(0.0 if crosses else sent, sent if crosses else 0.0, layout.pp - 1.0)
     return total
+
+
+def _num_parts(layer: LayerConfig) -> int:
+    """Of whose outputs the devices of a tensor-parallel group add their shares up."""
+    return sum(not isinstance(part, AbsentConfig) for part in (layer.attention, layer.feed_forward))
 
 
 def _all_reduce(num_bytes: float, ranks: int, device: Device) -> Traffic:

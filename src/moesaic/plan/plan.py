@@ -5,9 +5,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, NamedTuple
 
-from moesaic import hub
 from moesaic.config import ModelConfig
 from moesaic.errors import ConfigError
+from moesaic.hub.resolve import describe_config
 from moesaic.plan.cost import Price, ServingCost, TrainingCost, Workload, serving_cost
 from moesaic.plan.dense import Crossover, Equal, crossover, dense_equals
 from moesaic.plan.files import formats_of_files
@@ -144,7 +144,7 @@ def read_model(model: str | os.PathLike[str] | ModelConfig) -> tuple[str, ModelC
     """A name and the description of a preset, a folder, a config.json, a .gguf file, or a description as it is."""
     if isinstance(model, ModelConfig):
         return model.family, with_shared_layers(model)
-    return os.fspath(model), with_shared_layers(hub.read_config(model))
+    return os.fspath(model), with_shared_layers(describe_config(model))
 
 
 def make_plan(

@@ -9,7 +9,7 @@ from moesaic.plan.cost import Rates, dollars_per_million
 from moesaic.plan.formats import Formats
 from moesaic.plan.hardware import Machine
 from moesaic.plan.layout import Layout, candidates
-from moesaic.plan.memory import DeviceMemory, most_texts, serving_memory
+from moesaic.plan.memory import DeviceMemory, most_texts, serving_memory, stage_memories
 from moesaic.plan.roofline import Speculation, StepTime, decode_step, prefill_step, step_time
 from moesaic.plan.routing import Routing, Uniform
 
@@ -44,6 +44,19 @@ class Serving:
             self.formats,
             self.machine.device,
             self.layout,
+            context=self.context,
+            texts=max(self.users, self.layout.dp),
+            mtp=self.mtp,
+        )
+
+    @property
+    def stages(self) -> list[DeviceMemory]:
+        """Of a device of each pipeline stage; those of one stage hold as much each."""
+        return stage_memories(
+            self.config,
+            self.formats,
+            self.layout,
+            self.memory,
             context=self.context,
             texts=max(self.users, self.layout.dp),
             mtp=self.mtp,

@@ -17,20 +17,22 @@ _DRAWS = 16
 class Traced:
     """See routing.Routing. A batch is one token each of many places of the trace, as when many texts are written.
 
-    Raises TraceError for a trace of another model.
+    Raises TraceError for a trace of another model, and for one without tokens.
     """
 
     def __init__(self, trace: Trace, config: ModelConfig) -> None:
         trace.require(Fingerprint.of(config))
         self.name = f"trace {Path(trace.path).name}"
         generator = np.random.default_rng(0)
-        masked = np.flatnonzero(trace.token_facts["mask"])
-        self._tables = {layer: _distinct_table(trace, layer, masked, generator) for layer in trace.layers}
+        tokens_N = np.flatnonzero(trace.token_facts["mask"])
+        if not len(tokens_N):
+            raise TraceError(f"{trace.path} holds no tokens but padding; record one with `moesaic trace`")
+        self._tables = {layer: _distinct_table(trace, layer, tokens_N, generator) for layer in trace.layers}
         self._shares: dict[int, Shares] = {}
         for layer in trace.layers:
             moe = config.layers[layer].feed_forward
             assert isinstance(moe, MoeConfig), "the fingerprint says so"
-            self._shares[layer] = from_counts(trace.counts(layer)[None], moe.router.top_k)
+            self._shares[layer] = from_counts(_counts(trace, layer, tokens_N, moe)[None], moe.router.top_k)
 
     def distinct(self, moe: MoeConfig, layer: int, num_tokens: float) -> float:
         """Interpolated between batches that were drawn; beyond the largest of them by the shares."""
@@ -48,6 +50,17 @@ def open_routing(path: str, config: ModelConfig) -> Traced:
     if not Path(path).is_file():
         raise TraceError(f"there is no trace {path}; record one with `moesaic trace MODEL --out {path}`")
     return Traced(Trace.open(path), config)
+
+
+def _counts(trace: Trace, layer: int, tokens_N: np.ndarray, moe: MoeConfig) -> np.ndarray:
+    """Rows of each expert, [E], without those of padding."""
+    if len(tokens_N) == trace.num_tokens:
+        return trace.counts(layer)
+    rows = trace.rows(layer)
+    is_token_T = np.zeros(trace.num_tokens, bool)
+    is_token_T[tokens_N] = True
+    of_tokens_R = np.repeat(is_token_T, np.diff(rows.row_offsets))
+    return np.bincount(rows.expert_ids_R[of_tokens_R], minlength=moe.num_experts)
 
 
 def _distinct_table(

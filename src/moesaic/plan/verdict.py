@@ -115,7 +115,7 @@ def _room(serving: Serving) -> Iterator[Relief]:
 def smallest_count(serving: Serving) -> int | None:
     """The fewest devices of this kind, a power of two of them, that hold the model and its texts; None: too many."""
     count = 1
-    while count <= _MOST_DEVICES:
+    while count <= (_MOST_DEVICES if serving.machine.device.joins else 1):
         machine = replace(serving.machine, count=count)
         other = _tried(lambda machine=machine: _again(serving, machine=machine))
         if other is not None and other.memory.fits:
@@ -141,8 +141,9 @@ def _speed(serving: Serving, seconds: float) -> Iterator[Relief]:
     changes: list[tuple[str, Callable[[], Serving]]] = []
     if serving.formats.cache == "bf16":
         changes.append(("an FP8 cache", lambda: replace(serving, formats=replace(serving.formats, cache="fp8"))))
-    more = replace(serving.machine, count=2 * serving.machine.count)
-    changes.append((f"{more.name}", lambda: _again(serving, machine=more)))
+    if serving.machine.device.joins:
+        more = replace(serving.machine, count=2 * serving.machine.count)
+        changes.append((f"{more.name}", lambda: _again(serving, machine=more)))
     if serving.layout.devices > 1 and serving.overlap < 1:
         changes.append(("overlapping sending and computing", lambda: replace(serving, overlap=1.0)))
     for words, change in changes:
@@ -187,7 +188,7 @@ def _room_to_train(run: TrainingRun) -> Iterator[Relief]:
             yield Relief(f"recompute={recompute}", other.memory.total / total)
             break
     count = run.machine.count
-    while count < _MOST_DEVICES:
+    while run.machine.device.joins and count < _MOST_DEVICES:
         count *= 2
         machine = replace(run.machine, count=count)
         other = _tried(

@@ -18,7 +18,6 @@ from moesaic.routing.routers.router import keep_best_groups
 from moesaic.routing.routing import RoutingDecision, Rows
 
 
-@torch.compiler.disable()  # its shapes depend on the load: compiling it takes minutes and gains nothing
 def limit(
     decision: RoutingDecision, capacity: CapacityConfig, router: RouterConfig, selection_bias_E: Tensor | None = None
 ) -> RoutingDecision:
@@ -28,6 +27,10 @@ def limit(
     no chance in it, and ties go to the earlier choice, then the earlier token. `selection_bias_E` helps to rank the
     next-best expert, as it did to choose. (See CapacityConfig for the rules and their sources.)
     """
+    if torch.compiler.is_compiling():  # imported here: it loads half of the compiler
+        from moesaic.routing import uncompiled
+
+        return uncompiled.limit(decision, capacity, router, selection_bias_E)
     chosen = decision.rows
     budgets = _Budgets.of(decision, capacity, router)
     order_N = _ORDERS[capacity.drop](chosen, decision.scores_TE.detach())

@@ -8,14 +8,14 @@ from moesaic.config import ModelConfig
 from moesaic.data.tokenizer import Tokenizer
 from moesaic.engine.engine import Engine
 from moesaic.errors import ConfigError, MoesaicError
-from moesaic.serve.desk import Desk
-from moesaic.serve.dialogue import Speaker
-from moesaic.serve.guidance import Guidance
-from moesaic.serve.kept_text import KeptText
+from moesaic.serve.choice.guidance import Guidance
 from moesaic.serve.live_routing import LiveRouting
+from moesaic.serve.loop.desk import Desk
 from moesaic.serve.request import Event, Request
 from moesaic.serve.seen import Stats
-from moesaic.serve.token_texts import TokenTexts
+from moesaic.serve.text.dialogue import Speaker
+from moesaic.serve.text.kept_text import KeptText
+from moesaic.serve.text.token_texts import TokenTexts
 
 
 class UnknownModelError(MoesaicError):

@@ -13,9 +13,10 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 from moesaic.data.packed import Packed
 from moesaic.data.translation import Pairs
@@ -75,7 +76,9 @@ class Trainer:
         self.task = task_of(self.packed, self.settings, self.data, self.model.config)
         self.batches = self.task.batches
         num_domains = len(self.task.names)
-        self.doctor = self._new_doctor()
+        self.doctor = None if self.settings.doctor == "off" else self._new_doctor(self.settings.doctor)
+        self._left_by_doctor: dict[str, Any] | None = None
+        self._last_words: list[dict[str, Any]] = []
         self.recorder: LoadRecorder | None = LoadRecorder.for_model(self.model.config, num_domains=num_domains)
 
     @property
@@ -108,8 +111,8 @@ class Trainer:
         restore_state(self.model, self.optimizer, saved.load_optimizer_tensors())  # first, for it may refuse
         self.model.load_state_dict(weights)
         self.step, self.seconds, self.tokens = facts["step"], facts["seconds"], facts["tokens"]
-        if self.doctor is not None and "doctor" in facts:
-            self.doctor.restore(facts["doctor"], saved.load_doctor_tensors())
+        if "doctor" in facts:
+            self._restore_doctor(facts["doctor"], saved.load_doctor_tensors())
         saved.restore_random_state()
         return True
 
@@ -128,8 +131,7 @@ class Trainer:
             metrics = stack.enter_context(self.run.open_metrics(self.step))
             stop = stack.enter_context(stop_on_signals(self.say))
             stack.enter_context(writer)
-            if self.doctor is not None:
-                self.doctor.say = self._said(stack.enter_context(self.run.open_metrics(self.step, "doctor.jsonl")))
+            self._open_doctors_log(self.run, stack)
             outlets.insert(0, lambda report, evaluation: metrics.write(metrics_line(report, evaluation)))
             self._train(history, outlets, writer, stop)
             if stop.is_made:
@@ -235,11 +237,9 @@ class Trainer:
             spent_s = self.seconds - before_s
             self.say(f"counting choices before each step (global_exact) took {first_pass_s:.1f} s of {spent_s:.1f} s")
 
-    def _new_doctor(self) -> Doctor | None:
-        """The one that the recipe asks for. Its questions are the run's first batch: the same after a stop."""
-        mode, settings = self.settings.doctor, self.settings
-        if mode == "off":
-            return None
+    def _new_doctor(self, mode: Literal["advise", "act"]) -> Doctor:
+        """One who asks about the run's first batch: the same after a stop."""
+        settings = self.settings
         check_treatable(self.model)
         tensors = tensors_of(self.batches.batch(0), self.data.document_attention)
         return Doctor(
@@ -251,6 +251,26 @@ class Trainer:
             seed=settings.seed,
             say=lambda line: self.say(line["sentence"]) if self.say is not None else None,
         )
+
+    def _restore_doctor(self, facts: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        """The doctor as it was; one who is not called any more undoes what is on trial, and leaves what it knows."""
+        if self.doctor is not None:
+            self.doctor.restore(facts, tensors)
+            return
+        former = self._new_doctor("advise")
+        former.restore(facts, tensors)
+        self._last_words = former.leave(self.step + 1)
+        self._left_by_doctor = former.state()[0]
+
+    def _open_doctors_log(self, run: RunFolder, stack: ExitStack) -> None:
+        """Without the lines of steps that will be done again, also where the doctor has been sent away."""
+        if self.doctor is None and not run.has_doctors_log:
+            return
+        said = self._said(stack.enter_context(run.open_doctors_log(self.step)))
+        for line in self._last_words:
+            said(line)
+        if self.doctor is not None:
+            self.doctor.say = said
 
     def _said(self, log: MetricsFile) -> Callable[[dict[str, Any]], None]:
         """Writes each line of the doctor's log, and tells its sentence."""
@@ -309,6 +329,7 @@ class Trainer:
 
     def _facts(self, evaluation: Evaluation | None) -> dict[str, Any]:
         score = evaluation.loss.bits_per_byte if evaluation is not None else math.nan
+        chart = self._left_by_doctor if self.doctor is None else self.doctor.state()[0]
         return {
             "step": self.step,
             "seconds": self.seconds,
@@ -316,7 +337,7 @@ class Trainer:
             "next_sample": self._first_sample(self.step),
             "held_out_bits_per_byte": score if math.isfinite(score) else None,
             "run": self._identity(),
-            **({"doctor": self.doctor.state()[0]} if self.doctor is not None else {}),
+            **({} if chart is None else {"doctor": chart}),
         }
 
     def _held_out_loss(self, max_tokens: int) -> HeldOutLoss:

@@ -29,8 +29,9 @@ from moesaic.train.snapshot import SavedStep, Snapshot
 MAY_CHANGE = frozenset({"keep_checkpoints", "keep_best", "async_checkpoints", "checkpoint_every", "doctor", "device"})
 """Fields of the recipe that a resumed run may have otherwise: they decide what is kept, or where and not what is
 computed. (Another device rounds sums otherwise: what follows is then near to what would have been, not the same bits.)
-The doctor may be called later, or sent away: what it does stands in its log."""
+The doctor may be called later, or sent away: what it does stands in its log, and what is on trial then is undone."""
 
+DOCTORS_LOG = "doctor.jsonl"
 _STEP_FOLDER = re.compile(r"step-(\d+)")
 _LEFT_BEHIND = re.compile(r"\.step-\d+\.(new|old)-[0-9a-f]+")
 
@@ -81,9 +82,18 @@ class RunFolder:
         if before != text:
             write_beside(place, text)
 
-    def open_metrics(self, up_to_step: int, name: str = "metrics.jsonl") -> MetricsFile:
-        """metrics.jsonl (or doctor.jsonl) for appending, without the lines of steps that will be done again."""
-        return MetricsFile(self.path / name, up_to_step)
+    def open_metrics(self, up_to_step: int) -> MetricsFile:
+        """metrics.jsonl for appending, without the lines of steps that will be done again."""
+        return MetricsFile(self.path / "metrics.jsonl", up_to_step)
+
+    @property
+    def has_doctors_log(self) -> bool:
+        """Whether a doctor has been called at any time."""
+        return (self.path / DOCTORS_LOG).exists()
+
+    def open_doctors_log(self, up_to_step: int) -> MetricsFile:
+        """doctor.jsonl, in the same way."""
+        return MetricsFile(self.path / DOCTORS_LOG, up_to_step)
 
     def newest(self) -> SavedStep | None:
         """The newest checkpoint, every byte of it verified; None in a new run.

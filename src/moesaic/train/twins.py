@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Literal
 
-from moesaic.config import MlpConfig, ModelConfig, MoeConfig, SoftMoeConfig
+from moesaic.config import AbsentConfig, MlpConfig, ModelConfig, MoeConfig, SoftMoeConfig
 from moesaic.errors import ConfigError
 
 
@@ -25,8 +25,9 @@ def dense_twin(config: ModelConfig, equal: Literal["active", "total"], family: s
 
 
 def _dense(
-    block: MlpConfig | MoeConfig | SoftMoeConfig, hidden_size: int, equal: Literal["active", "total"]
+    block: MlpConfig | MoeConfig | SoftMoeConfig | AbsentConfig, hidden_size: int, equal: Literal["active", "total"]
 ) -> MlpConfig:
+    assert not isinstance(block, AbsentConfig), "only described models lack a part, and these are not trained"
     if isinstance(block, MlpConfig):
         return block
     tensors = tuple(block.tensors("", hidden_size))

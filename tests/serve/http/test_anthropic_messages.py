@@ -99,6 +99,15 @@ def test_stop_sequences(claude: anthropic.Anthropic) -> None:
     assert found.content[0].type == "text" and found.content[0].text == text[: text.index(text[10:13])]
 
 
+def test_more_tokens_than_the_context_has(claude: anthropic.Anthropic) -> None:
+    found = create(claude, messages=[{"role": "user", "content": "fox " * 90}], max_tokens=8000)
+    read = found.usage.input_tokens + (found.usage.cache_read_input_tokens or 0)
+    assert found.stop_reason == "model_context_window_exceeded"
+    assert read + found.usage.output_tokens == 512
+    with pytest.raises(anthropic.BadRequestError, match="maximum context length is 512"):
+        create(claude, messages=[{"role": "user", "content": "fox " * 600}], max_tokens=8000)
+
+
 def test_an_unknown_model(claude: anthropic.Anthropic) -> None:
     with pytest.raises(anthropic.NotFoundError) as caught:
         create(claude, model="nobody")
@@ -118,7 +127,6 @@ def test_an_unknown_model(claude: anthropic.Anthropic) -> None:
         {"tool_choice": {"type": "any"}},
         {"tools": [{"name": "two words", "input_schema": {}}]},
         {"temperature": 2},
-        {"max_tokens": 513},
         {"who": "me"},
     ],
     ids=str,

@@ -118,7 +118,7 @@ def test_calls_and_their_outputs_are_read(client: openai.OpenAI) -> None:
         ({"max_output_tokens": 513}, "max_output_tokens"),
         ({"text": {"format": {"type": "json_schema"}}}, "text.format.schema"),
         ({"background": True}, "background"),
-        ({"include": ["file_search_call.results"]}, "include"),
+        ({"include": ["thoughts"]}, "include.0"),
         ({"wishes": 3}, "wishes"),
         ({"previous_response_id": "resp_nothing"}, "previous_response_id"),
     ],

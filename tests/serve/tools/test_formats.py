@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moesaic.serve.reasoning import MARKS, AnswerParser
+from moesaic.serve.text.reasoning import MARKS, AnswerParser
 from moesaic.serve.tools.formats import FORMATS, format_of
 from moesaic.serve.tools.parts import CallArguments, CallBegun, Part, Said, Thought, Tool
 

@@ -1,7 +1,7 @@
 """What the engine does not run, told from a configuration before any weight is read."""
 
 from moesaic.checks import require
-from moesaic.config import AttentionConfig, LayerConfig, MlaConfig, MlpConfig, ModelConfig, MoeConfig
+from moesaic.config import AttentionConfig, LayerConfig, MlaConfig, MlpConfig, ModelConfig, MoeConfig, OutlinedModel
 from moesaic.errors import ConfigError
 from moesaic.kernels.native_routing import NATIVE_ROUTERS
 
@@ -11,6 +11,8 @@ def refusal(config: ModelConfig, *, mtp: bool = False) -> str | None:
 
     mtp: with the layers that predict further tokens.
     """
+    if isinstance(config, OutlinedModel):
+        return "this model is only described, for counts and plans"
     if config.encoder is not None:
         return "this model has an encoder"
     if config.sinusoid is not None:

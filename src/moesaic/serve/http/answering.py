@@ -4,8 +4,8 @@ import uuid
 from collections.abc import Iterable
 from typing import Any
 
-from moesaic.serve.dialogue import Prepared
 from moesaic.serve.request import Progress, TokenInfo
+from moesaic.serve.text.dialogue import Prepared
 from moesaic.serve.tools.parts import CallArguments, CallBegun, Part, Said, Thought
 
 

@@ -42,11 +42,11 @@ def _answer(call: ChatCall, outcomes: Sequence[Outcome]) -> dict[str, Any]:
         answering = Answering(call.prepared, many=call.many)
         whole = Whole([part for event in outcome.progress for part in answering.progress(event)] + answering.close())
         used.reasoning_tokens += answering.reasoning_tokens
-        choices.append({"index": index, "message": _message(whole), **_rest(call, outcome, answering)})
+        choices.append({"index": index, "message": _message(call, whole), **_rest(call, outcome, answering)})
     return {**call.head, "choices": choices, "usage": used.to_dict()}
 
 
-def _message(whole: Whole) -> dict[str, Any]:
+def _message(call: ChatCall, whole: Whole) -> dict[str, Any]:
     found: dict[str, Any] = {"role": "assistant", "content": whole.said, "refusal": None}
     if whole.calls:
         found["content"] = whole.said or None
@@ -54,7 +54,7 @@ def _message(whole: Whole) -> dict[str, Any]:
             {"id": call["id"], "type": "function", "function": {"name": call["name"], "arguments": call["arguments"]}}
             for call in whole.calls
         ]
-    return {**found, **_thought(whole.thought)}
+    return {**found, **_thought(whole.thought if call.body.include_reasoning else "")}
 
 
 def _thought(text: str) -> dict[str, str]:
@@ -125,13 +125,16 @@ class _Stream:
     def progress(self, event: Progress) -> list[bytes]:
         if self.call.body.logprobs:
             self._waiting += event.tokens
-        chunks = [self._part(part) for part in self.answering.progress(event)]
+        chunks = [self._part(part) for part in self._told(self.answering.progress(event))]
         told = token_experts(event, self.call.served.token_texts, self.call.requests[0].eos_token_ids)
         return [*chunks, self.chunk({}, **told)] if told else chunks
 
     def finished(self, event: Finished) -> list[bytes]:
-        chunks = [self._part(part) for part in self.answering.close()]
+        chunks = [self._part(part) for part in self._told(self.answering.close())]
         return [*chunks, self.chunk({}, logprobs=self._take_logprobs(), **_reasons(event, self.answering))]
+
+    def _told(self, parts: Sequence[Part]) -> list[Part]:
+        return [part for part in parts if self.call.body.include_reasoning or not isinstance(part, Thought)]
 
     def _part(self, part: Part) -> bytes:
         return self.chunk(self._delta(part), logprobs=self._take_logprobs())

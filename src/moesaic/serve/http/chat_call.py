@@ -1,19 +1,27 @@
 """A body of /v1/chat/completions as a conversation, and as the requests that answer it."""
 
 import asyncio
-import json
 import time
 import uuid
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from moesaic.serve.dialogue import Dialogue, Prepared
-from moesaic.serve.http.chat_types import ChatBody, ChatMessage, ChatTool, ContentPart, MediaPart, NamedTool, ToolCall
+from moesaic.serve.http.calls import call_of
+from moesaic.serve.http.chat_types import (
+    AllowedChoice,
+    ChatBody,
+    ChatMessage,
+    ChatTool,
+    ContentPart,
+    MediaPart,
+    NamedTool,
+)
 from moesaic.serve.http.errors import refused
 from moesaic.serve.http.limits import room
 from moesaic.serve.http.settings import HttpSettings
 from moesaic.serve.request import Request
 from moesaic.serve.served import Served
+from moesaic.serve.text.dialogue import Dialogue, Prepared
 from moesaic.serve.tools.parts import Tool
 
 
@@ -48,6 +56,7 @@ async def chat_call(body: ChatBody, served: Served, settings: HttpSettings) -> C
         "object": "chat.completion.chunk" if body.stream else "chat.completion",
         "created": int(time.time()),
         "model": served.name,
+        "system_fingerprint": None,
     }
     call = ChatCall(served, body, prepared, [], head)
     call.requests.extend(_request(call, most, index) for index in range(body.n or 1))
@@ -66,7 +75,7 @@ def _request(call: ChatCall, most: int, index: int) -> Request:
         prompt_ids=call.prepared.prompt_ids,
         max_new_tokens=most,
         sampling=body.sampling(call.served.config.vocab_size).for_choice(index),
-        eos_token_ids=frozenset() if body.ignore_eos else call.served.eos_token_ids,
+        eos_token_ids=body.ends(call.served.eos_token_ids),
         stop=body.stops,
         include_stop=body.include_stop_str_in_output,
         min_new_tokens=body.min_tokens,
@@ -80,15 +89,19 @@ def _request(call: ChatCall, most: int, index: int) -> Request:
 
 def dialogue_of(body: ChatBody) -> Dialogue:
     """Raises ApiError for content that no text model reads."""
-    choice, called = "auto", None
+    choice, called, tools = "auto", None, body.tools or ()
     if isinstance(body.tool_choice, NamedTool):
         choice, called = "required", body.tool_choice.function.name
+    elif isinstance(body.tool_choice, AllowedChoice):
+        choice = body.tool_choice.allowed_tools.mode
+        names = {tool.function.name for tool in body.tool_choice.allowed_tools.tools}
+        tools = [tool for tool in tools if tool.function.name in names]
     elif body.tool_choice is not None:
         choice = body.tool_choice
     effort = {} if body.reasoning_effort is None else {"reasoning_effort": body.reasoning_effort}
     return Dialogue(
         messages=_messages(body.messages),
-        tools=[_tool(tool) for tool in body.tools or ()],
+        tools=[_tool(tool) for tool in tools],
         choice=choice,
         called=called,
         many=body.parallel_tool_calls is not False,
@@ -122,7 +135,7 @@ def _message(message: ChatMessage, where: str, names: Mapping[str, str]) -> Mapp
         raise refused(f"Missing required parameter: '{where}.tool_call_id'.", f"{where}.tool_call_id")
     thought = message.reasoning_content or message.reasoning
     name = message.name or names.get(message.tool_call_id or "")
-    calls = [_call(call, f"{where}.tool_calls.{number}") for number, call in enumerate(message.tool_calls or ())]
+    calls = [call_of(call.id, call.function.name, call.function.arguments) for call in message.tool_calls or ()]
     given = {
         "name": name,
         "tool_calls": calls or None,
@@ -141,11 +154,3 @@ def content_text(content: str | Sequence[ContentPart] | None, where: str) -> str
         if isinstance(part, MediaPart):
             raise refused(f"{part.type} is not supported: the models served here read text", where)
     return "\n".join(part.text if part.type == "text" else part.refusal for part in content)  # pyright: ignore
-
-
-def _call(call: ToolCall, where: str) -> Mapping[str, Any]:
-    try:
-        arguments = json.loads(call.function.arguments or "{}")
-    except (ValueError, RecursionError) as error:
-        raise refused(f"Invalid value for '{where}': its arguments are not JSON", where) from error
-    return {"id": call.id, "type": "function", "function": {"name": call.function.name, "arguments": arguments}}

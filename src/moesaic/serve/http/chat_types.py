@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Field
 
 from moesaic.serve.http.bodies import Answer, Body
-from moesaic.serve.http.generation import Count, GenerationFields
+from moesaic.serve.http.generation import MAX_INT, GenerationFields
 from moesaic.serve.http.logprobs import ChatLogprobs, PromptLogprob
 from moesaic.serve.http.usage import UsageAnswer
 from moesaic.serve.request import MAX_TOP_LOGPROBS
@@ -15,6 +15,7 @@ class TextPart(Body):
     type: Literal["text"]
     text: str
     cache_control: dict[str, Any] | None = None
+    prompt_cache_breakpoint: dict[str, Any] | None = None
 
 
 class RefusalPart(Body):
@@ -57,6 +58,7 @@ class ChatMessage(Body):
     tool_call_id: str | None = None
     reasoning_content: str | None = None
     reasoning: str | None = None
+    reasoning_details: list[Any] | None = None
     refusal: str | None = None
     annotations: list[Any] | None = None
     audio: None = None
@@ -84,20 +86,41 @@ class NamedTool(Body):
     function: NamedFunction
 
 
+class AllowedTool(Body):
+    type: Literal["function"]
+    function: NamedFunction
+
+
+class AllowedTools(Body):
+    mode: Literal["auto", "required"]
+    tools: list[AllowedTool] = Field(min_length=1, max_length=1024)
+
+
+class AllowedChoice(Body):
+    type: Literal["allowed_tools"]
+    allowed_tools: AllowedTools
+
+
+NewTokens = Annotated[int, Field(ge=1, le=MAX_INT)]
+
+
 class ChatBody(GenerationFields):
-    """prediction and verbosity are taken, and change nothing."""
+    """prediction and verbosity are taken, and change nothing; the last fields are known, to be refused by name."""
 
     model: str
     messages: list[ChatMessage] = Field(min_length=1)
-    max_tokens: Count | None = None
-    max_completion_tokens: Count | None = None
+    max_tokens: NewTokens | None = None
+    max_completion_tokens: NewTokens | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
     prompt_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
     tools: list[ChatTool] | None = Field(None, max_length=1024)
-    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    tool_choice: (
+        Literal["none", "auto", "required"] | Annotated[NamedTool | AllowedChoice, Field(discriminator="type")] | None
+    ) = None
     parallel_tool_calls: bool | None = None
     reasoning_effort: str | None = None
+    include_reasoning: bool = True
     chat_template_kwargs: dict[str, Any] | None = None
     documents: list[dict[str, Any]] | None = None
     add_generation_prompt: bool = True
@@ -106,6 +129,14 @@ class ChatBody(GenerationFields):
     prediction: dict[str, Any] | None = None
     verbosity: str | None = None
     store: bool | None = None
+    best_of: Literal[1] | None = None
+    echo: Literal[False] | None = None
+    add_special_tokens: Literal[False] | None = None
+    chat_template: None = None
+    audio: None = None
+    web_search_options: None = None
+    functions: None = None
+    function_call: None = None
 
 
 class FunctionAnswer(Answer):

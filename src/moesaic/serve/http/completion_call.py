@@ -42,6 +42,7 @@ def call_of(body: CompletionBody, served: Served, settings: HttpSettings) -> Cal
         "object": "text_completion",
         "created": int(time.time()),
         "model": served.name,
+        "system_fingerprint": None,
     }
     call = Call(served, body, prompts, [], head)
     if len(prompts) * call.runs > settings.max_choices and call.runs > 1:
@@ -75,7 +76,7 @@ def _request(call: Call, prompt: Prompt, most: int, index: int) -> Request:
         prompt_ids=prompt.token_ids,
         max_new_tokens=most,
         sampling=body.sampling(call.served.config.vocab_size).for_choice(index),
-        eos_token_ids=frozenset() if body.ignore_eos else call.served.eos_token_ids,
+        eos_token_ids=body.ends(call.served.eos_token_ids),
         stop=body.stops,
         include_stop=body.include_stop_str_in_output,
         min_new_tokens=body.min_tokens,

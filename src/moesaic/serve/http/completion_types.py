@@ -22,6 +22,7 @@ class CompletionBody(GenerationFields):
     prompt_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
     suffix: str | None = None
     add_special_tokens: bool = True
+    store: bool | None = None
 
 
 class CompletionChoice(Answer):

@@ -94,7 +94,7 @@ def add_error_handlers(app: FastAPI) -> None:
 
     async def answer_invalid(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, RequestValidationError)
-        return error_response(request.url.path, invalid(error.errors()))
+        return error_response(request.url.path, _unread(request, error) or invalid(error.errors(), error.body))
 
     for kind in (ApiError, MoesaicError, Exception):
         app.add_exception_handler(kind, answer)
@@ -112,11 +112,24 @@ def _of_http(request: Request, error: StarletteHTTPException) -> ApiError:
     return ApiError(error.status_code, said.get(error.status_code, str(error.detail)), headers=error.headers)
 
 
-def invalid(errors: Any) -> ApiError:
+def _unread(request: Request, error: RequestValidationError) -> ApiError | None:
+    """What a body is that has not even become an object."""
+    if request.method != "POST" or isinstance(error.body, dict):
+        return None
+    if isinstance(error.body, bytes):  # pages of other sites can send such without asking, so it is not read
+        return refused("a body that does not say it is JSON; send the header content-type: application/json")
+    if error.body is None:
+        return refused("the body is empty; send a JSON object", code="invalid_json")
+    return refused(f"the body is no JSON object but a {type(error.body).__name__}; send an object", code="invalid_json")
+
+
+def invalid(errors: Any, body: Any = None) -> ApiError:
     """The first thing that is wrong with a body."""
     first = _most_telling(list(errors))
-    param = ".".join(str(part) for part in _place(first)) or None
+    param = ".".join(str(part) for part in _place(first, body)) or None
     kind = first["type"]
+    if kind == "none_required":
+        return refused(f"'{param}' is not supported here; leave it out", param, "unsupported_parameter")
     if kind == "extra_forbidden":
         return refused(f"Unrecognized request argument supplied: {param}", param, "unknown_parameter")
     if kind == "missing":
@@ -127,13 +140,20 @@ def invalid(errors: Any) -> ApiError:
     return refused(f"Invalid value for '{param}': {said}" if param else said, param, "invalid_value")
 
 
-def _place(error: Mapping[str, Any]) -> list[Any]:
-    """Where in the body: without "body", and without the names that pydantic gives to members of a union."""
-    parts = [part for part in error["loc"] if part != "body"]
-    return [part for part in parts if isinstance(part, int) or (str(part).isidentifier() and part not in _UNION_NAMES)]
-
-
-_UNION_NAMES = {"str", "int", "float", "bool"}
+def _place(error: Mapping[str, Any], body: Any) -> list[Any]:
+    """Where in the body, without the names that pydantic gives to members of a union."""
+    where, *parts = error["loc"]
+    if where != "body":
+        return parts
+    found = []
+    for part in parts:
+        if isinstance(body, dict) and (part in body or (part is parts[-1] and error["type"] == "missing")):
+            found.append(part)
+            body = body.get(part)
+        elif isinstance(body, list) and isinstance(part, int) and part < len(body):
+            found.append(part)
+            body = body[part]
+    return found
 
 
 def _most_telling(errors: list[Mapping[str, Any]]) -> Mapping[str, Any]:

@@ -17,6 +17,7 @@ MAX_SCHEMA_DEPTH = 64
 
 StopText = Annotated[str, Field(min_length=1, max_length=1000)]
 Count = Annotated[int, Field(ge=0, le=MAX_INT)]
+TokenId = Annotated[int, Field(ge=0, le=MAX_INT)]
 Schema = dict[str, Any] | bool
 
 
@@ -43,18 +44,22 @@ class JsonSchema(Body):
 
 
 class ResponseFormat(Body):
+    """schema: of a json_object, as llama.cpp's server takes it."""
+
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None
+    schema_: Schema | None = Field(None, alias="schema")
 
 
 class GenerationFields(Body):
     """How to draw tokens, when to stop, what the text must be; what several protocols share.
 
-    The fields of the last block are taken and change nothing: they speak of accounts and of machines.
+    The fields of the last block are taken and change nothing: they speak of accounts and of machines, or may only be
+    what they are here anyway.
     """
 
-    temperature: float | None = Field(None, ge=0, le=100)
-    top_p: float | None = Field(None, gt=0, le=1)
+    temperature: float | None = Field(None, ge=0, le=2)
+    top_p: float | None = Field(None, ge=0, le=1)
     top_k: int | None = Field(None, ge=-1, le=MAX_INT)
     min_p: float | None = Field(None, ge=0, le=1)
     repetition_penalty: float | None = Field(None, gt=0, le=100)
@@ -63,6 +68,7 @@ class GenerationFields(Body):
     seed: int | None = Field(None, ge=-(2**63), le=2**63 - 1)
     logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = Field(None, max_length=1024)
     stop: StopText | list[StopText] | None = None
+    stop_token_ids: list[TokenId] | None = Field(None, max_length=1024)
     include_stop_str_in_output: bool = False
     ignore_eos: bool = False
     min_tokens: Count = 0
@@ -84,6 +90,15 @@ class GenerationFields(Body):
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
     prompt_cache_retention: str | None = None
+    prompt_cache_options: dict[str, Any] | None = None
+    request_id: str | None = None
+    guided_decoding_backend: str | None = None
+    spaces_between_special_tokens: bool | None = None
+    skip_special_tokens: Literal[True] | None = None
+    return_token_ids: Literal[False] | None = None
+    use_beam_search: Literal[False] | None = None
+    truncate_prompt_tokens: None = None
+    moderation: None = None
 
     @property
     def stops(self) -> tuple[str, ...]:
@@ -91,6 +106,10 @@ class GenerationFields(Body):
         if len(stops) > MAX_STOPS:
             raise refused(f"{len(stops)} stop texts; use at most {MAX_STOPS}", "stop")
         return tuple(stops)
+
+    def ends(self, eos_token_ids: frozenset[int]) -> frozenset[int]:
+        """Tokens that end the text. eos_token_ids: the model's own."""
+        return (frozenset() if self.ignore_eos else eos_token_ids) | frozenset(self.stop_token_ids or ())
 
     @property
     def wants_usage(self) -> bool:
@@ -101,8 +120,7 @@ class GenerationFields(Body):
         """Raises ApiError for a bias of tokens that there are not."""
         return Sampling(
             temperature=1.0 if self.temperature is None else self.temperature,
-            top_k=self.top_k if self.top_k and self.top_k > 0 else None,
-            top_p=self.top_p,
+            **likeliest(self.top_k, self.top_p),
             min_p=self.min_p,
             repetition_penalty=1.0 if self.repetition_penalty is None else self.repetition_penalty,
             presence_penalty=self.presence_penalty or 0.0,
@@ -126,6 +144,13 @@ class GenerationFields(Body):
         return wanted[0] if wanted else None
 
 
+def likeliest(top_k: int | None, top_p: float | None) -> dict[str, Any]:
+    """top_k and top_p as Sampling takes them. Of no probability at all the protocols keep the likeliest token."""
+    if top_p == 0:
+        return {"top_k": 1, "top_p": None}
+    return {"top_k": top_k if top_k and top_k > 0 else None, "top_p": top_p}
+
+
 def _token_id(name: str, vocab_size: int) -> int:
     if not re.fullmatch("[0-9]{1,10}", name) or int(name) >= vocab_size:
         raise refused(f"logit_bias of {name!r}; use token ids from 0 to {vocab_size - 1}", "logit_bias")
@@ -136,7 +161,7 @@ def _of_format(wanted: ResponseFormat | None) -> list[Grammar]:
     if wanted is None or wanted.type == "text":
         return []
     if wanted.type == "json_object":
-        return [Grammar("json_object")]
+        return [Grammar("json_object") if wanted.schema_ is None else schema_grammar(wanted.schema_)]
     if wanted.json_schema is None or wanted.json_schema.schema_ is None:
         raise refused(
             "Missing required parameter: 'response_format.json_schema.schema'.", "response_format.json_schema"

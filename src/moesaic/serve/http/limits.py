@@ -6,7 +6,10 @@ from moesaic.serve.served import Served
 
 
 def room(served: Served, settings: HttpSettings, num_prompt: int, asked: int | None, param: str = "max_tokens") -> int:
-    """New tokens that a request may have; `asked`: by the client. Raises ApiError where the context is too short."""
+    """New tokens that a request may have; `asked`: by the client. Raises ApiError where the context is too short.
+
+    A server's own limit is no error, as it is none at vLLM: clients ask for as many as their author's model took.
+    """
     left = served.max_length - num_prompt
     too_long = (
         f"This model's maximum context length is {served.max_length} tokens, but the prompt has {num_prompt}"
@@ -14,6 +17,5 @@ def room(served: Served, settings: HttpSettings, num_prompt: int, asked: int | N
     )
     if left < 1 or (asked or 0) > left:
         raise refused(too_long, param if left >= 1 else None, "context_length_exceeded")
-    if asked is not None:
-        return asked
-    return left if settings.default_max_tokens is None else min(left, settings.default_max_tokens)
+    wanted = left if asked is None else asked
+    return wanted if settings.max_new_tokens is None else min(wanted, settings.max_new_tokens)

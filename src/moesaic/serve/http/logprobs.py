@@ -8,7 +8,7 @@ from typing import Any
 
 from moesaic.serve.http.bodies import Answer
 from moesaic.serve.request import TokenInfo
-from moesaic.serve.token_texts import TokenTexts
+from moesaic.serve.text.token_texts import TokenTexts
 
 
 class CompletionLogprobs(Answer):

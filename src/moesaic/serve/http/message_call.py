@@ -5,14 +5,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from moesaic.engine.sampling import Sampling
-from moesaic.serve.dialogue import Dialogue, Prepared
 from moesaic.serve.http.errors import refused
-from moesaic.serve.http.generation import schema_grammar
+from moesaic.serve.http.generation import likeliest, schema_grammar
 from moesaic.serve.http.limits import room
 from moesaic.serve.http.message_types import (
     CountBody,
     Message,
     MessagesBody,
+    MessageTool,
     OtherBlock,
     TextBlock,
     ThinkingBlock,
@@ -22,6 +22,7 @@ from moesaic.serve.http.message_types import (
 from moesaic.serve.http.settings import HttpSettings
 from moesaic.serve.request import Grammar, Request
 from moesaic.serve.served import Served
+from moesaic.serve.text.dialogue import Dialogue, Prepared
 from moesaic.serve.tools.parts import Tool
 
 
@@ -43,13 +44,14 @@ class MessageCall(NamedTuple):
 def message_call(body: MessagesBody, served: Served, settings: HttpSettings) -> MessageCall:
     """Slow: it renders a template. Raises ApiError, and GenerationError for what the template refuses."""
     prepared = prepare(body, served, settings)
+    num_prompt = len(prepared.prompt_ids)
+    fits = num_prompt + body.max_tokens <= served.max_length  # what does not is cut, and stop_reason says so
     request = Request(
         prompt_ids=prepared.prompt_ids,
-        max_new_tokens=room(served, settings, len(prepared.prompt_ids), body.max_tokens),
+        max_new_tokens=room(served, settings, num_prompt, body.max_tokens if fits else None),
         sampling=Sampling(
             temperature=1.0 if body.temperature is None else body.temperature,
-            top_k=body.top_k or None,
-            top_p=body.top_p,
+            **likeliest(body.top_k, body.top_p),
         ),
         eos_token_ids=served.eos_token_ids,
         stop=tuple(body.stop_sequences or ()),
@@ -66,7 +68,7 @@ def prepare(body: CountBody, served: Served, settings: HttpSettings) -> Prepared
 
 
 def _grammar(body: CountBody) -> Grammar | None:
-    wanted = body.output_config.format if body.output_config else None
+    wanted = (body.output_config and body.output_config.format) or body.output_format
     return None if wanted is None else schema_grammar(wanted.schema_)
 
 
@@ -78,13 +80,23 @@ def _dialogue(body: CountBody) -> Dialogue:
     messages = [*_system(body), *(each for index, one in enumerate(body.messages) for each in _messages(one, index))]
     return Dialogue(
         messages=messages,
-        tools=[Tool(tool.name, tool.description or "", tool.input_schema) for tool in body.tools or ()],
+        tools=[_tool(tool, f"tools.{index}") for index, tool in enumerate(body.tools or ())],
         choice="required" if kind in ("any", "tool") else "none" if kind == "none" else "auto",
         called=choice.name if choice else None,
         many=choice is None or not choice.disable_parallel_tool_use,
         variables=_variables(body),
         continue_final_message=messages[-1]["role"] == "assistant" and not messages[-1].get("tool_calls"),
     )
+
+
+def _tool(tool: MessageTool, where: str) -> Tool:
+    if tool.type not in (None, "custom"):
+        raise refused(f"{where}: {tool.type} is not supported: nothing here runs tools for you", where)
+    if unknown := sorted(tool.model_extra or ()):
+        raise refused(f"Unrecognized request argument supplied: {where}.{unknown[0]}", where)
+    if tool.input_schema is None:
+        raise refused(f"Missing required parameter: '{where}.input_schema'.", where)
+    return Tool(tool.name, tool.description or "", tool.input_schema)
 
 
 def _variables(body: CountBody) -> dict[str, Any]:
@@ -104,9 +116,11 @@ def _system(body: CountBody) -> list[Mapping[str, Any]]:
 
 def _messages(message: Message, index: int) -> list[Mapping[str, Any]]:
     """Results of tools are messages of their own, before what else the user says."""
+    where = f"messages.{index}.content"
+    if not message.content:
+        raise refused(f"{where}: messages must have non-empty content", where)
     if isinstance(message.content, str):
         return [{"role": message.role, "content": message.content}]
-    where = f"messages.{index}.content"
     for block in message.content:
         if isinstance(block, OtherBlock):
             raise refused(f"{where}: {block.type} is not supported: the models served here read text", where)

@@ -72,16 +72,22 @@ class Message(Body):
 
 
 class MessageTool(Body):
-    """A function; the fields behind its schema say how Anthropic's own machines treat it."""
+    """A function; the fields behind its type say how Anthropic's own machines treat it. Those that Anthropic runs, of
+    other types, are taken only to be refused by name.
+    """
+
+    model_config = ConfigDict(extra="allow")
 
     name: str = Field(pattern=r"^[a-zA-Z0-9_.-]{1,128}$")
     description: str | None = None
-    input_schema: dict[str, Any]
-    type: Literal["custom"] | None = None
+    input_schema: dict[str, Any] | None = None
+    type: str | None = None
     cache_control: CacheControl | None = None
     strict: bool | None = None
     input_examples: list[dict[str, Any]] | None = None
     eager_input_streaming: bool | None = None
+    defer_loading: bool | None = None
+    allowed_callers: list[str] | None = None
 
 
 class MessageToolChoice(Body):
@@ -120,21 +126,29 @@ class CountBody(Body):
     tool_choice: MessageToolChoice | None = None
     thinking: Thinking | None = None
     output_config: OutputConfig | None = None
+    output_format: OutputFormat | None = None  # an older place of output_config's
     cache_control: CacheControl | None = None
 
 
 class MessagesBody(CountBody):
-    """experts: ours, as in OpenAI's protocol."""
+    """experts: ours, as in OpenAI's protocol. The fields of the last block are taken, and change nothing."""
 
     max_tokens: Annotated[int, Field(ge=1, le=MAX_INT)]
     stop_sequences: list[StopText] | None = Field(None, max_length=16)
     stream: bool | None = None
     temperature: float | None = Field(None, ge=0, le=1)
-    top_p: float | None = Field(None, gt=0, le=1)
+    top_p: float | None = Field(None, ge=0, le=1)
     top_k: Count | None = None
     metadata: Metadata | None = None
     service_tier: str | None = None
     experts: bool = False
+
+    inference_geo: str | None = None
+    speed: str | None = None
+    diagnostics: dict[str, Any] | None = None
+    context_management: dict[str, Any] | None = None
+    mcp_servers: list[Any] | None = Field(None, max_length=0)
+    container: None = None
 
 
 class ContentAnswer(Answer):
@@ -165,7 +179,7 @@ class MessageAnswer(Answer):
     role: Literal["assistant"]
     model: str
     content: list[ContentAnswer]
-    stop_reason: Literal["end_turn", "max_tokens", "stop_sequence", "tool_use"]
+    stop_reason: Literal["end_turn", "max_tokens", "stop_sequence", "tool_use", "model_context_window_exceeded"]
     stop_sequence: str | None
     usage: MessageUsage
 

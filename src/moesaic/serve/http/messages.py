@@ -48,7 +48,7 @@ def _answer(call: MessageCall, outcome: Outcome) -> dict[str, Any]:
     usage = _usage(outcome.finished.usage)
     if outcome.experts:
         usage["expert_activation"] = activation(outcome.experts)
-    return {**call.head, "content": blocks, **_reasons(outcome.finished, answering), "usage": usage}
+    return {**call.head, "content": blocks, **_reasons(call, outcome.finished, answering), "usage": usage}
 
 
 def _blocks(parts: list[Part]) -> Iterator[dict[str, Any]]:
@@ -102,9 +102,11 @@ def _with_input(block: dict[str, Any]) -> dict[str, Any]:
     return {**block, "input": value if isinstance(value, dict) else {}}
 
 
-def _reasons(finished: Finished, answering: Answering) -> dict[str, Any]:
+def _reasons(call: MessageCall, finished: Finished, answering: Answering) -> dict[str, Any]:
     if finished.reason != "stop":
-        return {"stop_reason": "max_tokens", "stop_sequence": None}
+        size = finished.usage.prompt_tokens + finished.usage.completion_tokens
+        is_full = size >= call.served.max_length and finished.usage.completion_tokens < call.body.max_tokens
+        return {"stop_reason": "model_context_window_exceeded" if is_full else "max_tokens", "stop_sequence": None}
     if isinstance(finished.stop, str):
         return {"stop_reason": "stop_sequence", "stop_sequence": finished.stop}
     return {"stop_reason": "tool_use" if answering.calls else "end_turn", "stop_sequence": None}
@@ -135,7 +137,7 @@ async def _events(call: MessageCall, events: AsyncGenerator[From, None]) -> Asyn
             for chunk in [*blocks.of(answering.close()), *blocks.stop()]:
                 yield chunk
             usage = _usage(event.usage) | ({"expert_activation": activation(experts)} if experts else {})
-            yield sse.named({"type": "message_delta", "delta": _reasons(event, answering), "usage": usage})
+            yield sse.named({"type": "message_delta", "delta": _reasons(call, event, answering), "usage": usage})
     yield sse.named({"type": "message_stop"})
 
 

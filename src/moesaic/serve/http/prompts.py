@@ -1,14 +1,12 @@
 """The prompts of /v1/completions: a text, token ids, or a list of either."""
 
-from typing import Annotated, NamedTuple
-
-from pydantic import Field
+from typing import NamedTuple
 
 from moesaic.serve.http.errors import refused
+from moesaic.serve.http.generation import TokenId
 from moesaic.serve.http.settings import HttpSettings
 from moesaic.serve.served import Served
 
-TokenId = Annotated[int, Field(ge=0, le=2**31 - 1)]
 PromptField = str | list[TokenId] | list[str] | list[list[TokenId]]
 
 

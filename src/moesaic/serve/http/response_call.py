@@ -1,15 +1,15 @@
 """A body of /v1/responses as a conversation, and as the request that answers it."""
 
-import json
 import time
 import uuid
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from moesaic.engine.sampling import Sampling
-from moesaic.serve.dialogue import Dialogue, Prepared
+from moesaic.serve.http.calls import call_of
 from moesaic.serve.http.errors import refused
-from moesaic.serve.http.generation import schema_grammar
+from moesaic.serve.http.generation import likeliest, schema_grammar
 from moesaic.serve.http.limits import room
 from moesaic.serve.http.response_types import (
     LOGPROBS,
@@ -19,7 +19,9 @@ from moesaic.serve.http.response_types import (
     ItemContent,
     ItemMedia,
     ItemText,
+    PromptFields,
     Reasoning,
+    ResponseAllowedTools,
     ResponseBody,
     ResponseNamedTool,
     ResponseTool,
@@ -27,6 +29,7 @@ from moesaic.serve.http.response_types import (
 from moesaic.serve.http.settings import HttpSettings
 from moesaic.serve.request import Grammar, Request
 from moesaic.serve.served import Served
+from moesaic.serve.text.dialogue import Dialogue, Prepared
 from moesaic.serve.tools.parts import Tool
 
 Message = Mapping[str, Any]
@@ -55,20 +58,46 @@ def response_call(
 
     Raises ApiError, and GenerationError for what the template refuses.
     """
-    if body.include and (unknown := [name for name in body.include if name != LOGPROBS]):
-        raise refused(f"{unknown[0]!r} cannot be included; known: {LOGPROBS!r}", "include")
     messages = [*before, *_messages(body.input)]
-    prepared = served.speaker.prepare(_dialogue(body, messages), _grammar(body), settings.template_time_s)
+    prepared = prepare(body, messages, served, settings, body.max_output_tokens or 1)
     request = Request(
         prompt_ids=prepared.prompt_ids,
         max_new_tokens=room(served, settings, len(prepared.prompt_ids), body.max_output_tokens, "max_output_tokens"),
-        sampling=Sampling(temperature=1.0 if body.temperature is None else body.temperature, top_p=body.top_p),
+        sampling=Sampling(
+            temperature=1.0 if body.temperature is None else body.temperature, **likeliest(None, body.top_p)
+        ),
         eos_token_ids=served.eos_token_ids,
         top_logprobs=(body.top_logprobs or 0) if LOGPROBS in (body.include or ()) else None,
         grammar=prepared.grammar,
         experts=body.experts,
     )
     return ResponseCall(served, body, prepared, request, messages, _head(body, served))
+
+
+def count_input(body: PromptFields, before: Sequence[Message], served: Served, settings: HttpSettings) -> int:
+    """The tokens of the prompt. Slow, and raises, as `response_call`."""
+    return len(prepare(body, [*before, *_messages(body.input)], served, settings).prompt_ids)
+
+
+def prepare(
+    body: PromptFields, messages: Sequence[Message], served: Served, settings: HttpSettings, new_tokens: int = 1
+) -> Prepared:
+    """The prompt, and how to read what follows it; with truncation="auto" without the oldest messages, if need be, so
+    that so many new tokens fit.
+    """
+
+    def of_last(count: int) -> Prepared:
+        dialogue = _dialogue(body, messages[len(messages) - count :])
+        return served.speaker.prepare(dialogue, _grammar(body), settings.template_time_s)
+
+    def is_over(prepared: Prepared) -> bool:
+        return len(prepared.prompt_ids) + new_tokens > served.max_length
+
+    whole = of_last(len(messages))
+    if body.truncation != "auto" or not is_over(whole):
+        return whole
+    fitting = bisect_left(range(1, len(messages)), True, key=lambda count: is_over(of_last(count)))
+    return of_last(max(1, fitting))
 
 
 def _head(body: ResponseBody, served: Served) -> dict[str, Any]:
@@ -80,6 +109,7 @@ def _head(body: ResponseBody, served: Served) -> dict[str, Any]:
         "object": "response",
         "created_at": time.time(),
         "status": "in_progress",
+        "background": False,
         "model": served.name,
         "output": [],
         "error": None,
@@ -93,15 +123,15 @@ def _head(body: ResponseBody, served: Served) -> dict[str, Any]:
         "store": body.store is not False,
         "temperature": 1.0 if body.temperature is None else body.temperature,
         "text": {"format": wanted.model_dump(by_alias=True, exclude_none=True) if wanted else {"type": "text"}},
-        "tool_choice": choice.model_dump() if isinstance(choice, ResponseNamedTool) else choice or "auto",
+        "tool_choice": choice or "auto" if choice is None or isinstance(choice, str) else choice.model_dump(),
         "tools": [tool.model_dump() for tool in body.tools or ()],
         "top_p": 1.0 if body.top_p is None else body.top_p,
-        "truncation": "disabled",
+        "truncation": body.truncation or "disabled",
         "usage": None,
     }
 
 
-def _grammar(body: ResponseBody) -> Grammar | None:
+def _grammar(body: PromptFields) -> Grammar | None:
     wanted = body.text.format if body.text else None
     if wanted is None or wanted.type == "text":
         return None
@@ -112,17 +142,18 @@ def _grammar(body: ResponseBody) -> Grammar | None:
     return schema_grammar(wanted.schema_)
 
 
-def _dialogue(body: ResponseBody, messages: Sequence[Message]) -> Dialogue:
-    choice, called = body.tool_choice or "auto", None
-    if isinstance(choice, ResponseNamedTool):
+def _dialogue(body: PromptFields, messages: Sequence[Message]) -> Dialogue:
+    choice, called, tools = body.tool_choice or "auto", None, body.tools or ()
+    if isinstance(choice, ResponseAllowedTools):
+        names = {tool.name for tool in choice.tools}
+        choice, tools = choice.mode, [tool for tool in tools if tool.name in names]
+    elif isinstance(choice, ResponseNamedTool):
         choice, called = "required", choice.name
     system = [{"role": "system", "content": body.instructions}] if body.instructions else []
     effort = body.reasoning.effort if body.reasoning else None
     return Dialogue(
         messages=[*system, *messages],
-        tools=[
-            Tool(each.name, each.description or "", each.parameters or {"type": "object"}) for each in body.tools or ()
-        ],
+        tools=[_tool(tool) for tool in tools],
         choice=choice,
         called=called,
         many=body.parallel_tool_calls is not False,
@@ -165,19 +196,12 @@ def _message(item: InputItem, where: str) -> Message:
     if isinstance(item, FunctionOutput):
         return {"role": "tool", "tool_call_id": item.call_id, "content": _text(item.output, where)}
     if isinstance(item, FunctionCall):
-        return {"role": "assistant", "content": "", "tool_calls": [_call(item, where)]}
+        call = call_of(item.call_id, item.name, item.arguments)
+        return {"role": "assistant", "content": "", "tool_calls": [call]}
     if isinstance(item, Reasoning):
         thought = "\n".join(text.text for text in item.content or item.summary or ())
         return {"role": "assistant", "content": "", "reasoning_content": thought, "thinking": thought}
     return {"role": item.role, "content": _text(item.content, where)}
-
-
-def _call(item: FunctionCall, where: str) -> Message:
-    try:
-        arguments = json.loads(item.arguments or "{}")
-    except (ValueError, RecursionError) as error:
-        raise refused(f"Invalid value for '{where}.arguments': not JSON", f"{where}.arguments") from error
-    return {"id": item.call_id, "type": "function", "function": {"name": item.name, "arguments": arguments}}
 
 
 def _text(content: str | Sequence[ItemContent], where: str) -> str:

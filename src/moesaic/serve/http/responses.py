@@ -2,7 +2,6 @@
 
 import asyncio
 import itertools
-import json
 from collections.abc import AsyncGenerator, Mapping
 from typing import Annotated, Any
 
@@ -14,12 +13,13 @@ from moesaic.serve.http import sse
 from moesaic.serve.http.access import ServedModels, Settings
 from moesaic.serve.http.answering import Answering, without_end
 from moesaic.serve.http.bodies import BodyRoute
+from moesaic.serve.http.calls import call_of
 from moesaic.serve.http.declared import ERRORS, answers
 from moesaic.serve.http.logprobs import chat_logprobs
-from moesaic.serve.http.response_call import ResponseCall, joined, response_call
+from moesaic.serve.http.response_call import ResponseCall, count_input, joined, response_call
 from moesaic.serve.http.response_items import Fields, Items
 from moesaic.serve.http.response_store import ResponseStore, Stored
-from moesaic.serve.http.response_types import Deleted, ResponseAnswer, ResponseBody
+from moesaic.serve.http.response_types import CountInputBody, Deleted, InputTokens, ResponseAnswer, ResponseBody
 from moesaic.serve.http.running import From, check_ended_well, start, unless_gone
 from moesaic.serve.http.usage import Used
 from moesaic.serve.request import Finished, Progress
@@ -51,6 +51,16 @@ async def respond(
     if body.stream:
         return sse.stream(http.url.path, _numbered(events))
     return JSONResponse(await unless_gone(http, _last_response(events)))
+
+
+@router.post("/v1/responses/input_tokens", response_model=InputTokens, responses=ERRORS)
+async def count_tokens(
+    body: CountInputBody, models: ServedModels, settings: Settings, store: Responses, owner: Owner
+) -> Fields:
+    """The tokens that a prompt would have."""
+    before = store.before(body.previous_response_id, owner)
+    count = await asyncio.to_thread(count_input, body, before, models.find(body.model), settings)
+    return {"object": "response.input_tokens", "input_tokens": count}
 
 
 @router.get("/v1/responses/{response_id}", response_model=ResponseAnswer, responses=ERRORS)
@@ -149,18 +159,9 @@ def _keep(call: ResponseCall, response: Fields, store: ResponseStore, owner: str
 def _message(item: Mapping[str, Any]) -> Mapping[str, Any]:
     """An item of an answer as the next turn's prompt has it."""
     if item["type"] == "function_call":
-        function = {"name": item["name"], "arguments": _object(item["arguments"])}
-        call = {"id": item["call_id"], "type": "function", "function": function}
+        call = call_of(item["call_id"], item["name"], item["arguments"])
         return {"role": "assistant", "content": "", "tool_calls": [call]}
     text = "".join(part["text"] for part in item["content"])
     if item["type"] == "reasoning":
         return {"role": "assistant", "content": "", "reasoning_content": text, "thinking": text}
     return {"role": "assistant", "content": text}
-
-
-def _object(arguments: str) -> Any:
-    """Arguments that were cut short are a text."""
-    try:
-        return json.loads(arguments or "{}")
-    except ValueError:
-        return arguments

@@ -8,7 +8,8 @@ from moesaic.errors import ConfigError
 @dataclass(frozen=True, kw_only=True)
 class HttpSettings:
     """max_choices: continuations of one request (its prompts times n). max_prompts: in one request. max_depth: of
-    nested JSON. default_max_tokens: of an answer whose request names no limit; None: up to the context's end.
+    nested JSON. max_new_tokens: of an answer, also where a request asks for more; None: up to the context's
+    end.
     stored_responses: of /v1/responses, to be gone on from; the oldest are forgotten. template_time_s: of a chat
     template.
     """
@@ -16,7 +17,7 @@ class HttpSettings:
     max_choices: int = 128
     max_prompts: int = 1024
     max_depth: int = 64
-    default_max_tokens: int | None = None
+    max_new_tokens: int | None = None
     stored_responses: int = 256
     template_time_s: float = 2.0
 

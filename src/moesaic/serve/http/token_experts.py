@@ -4,7 +4,7 @@ from collections.abc import Set
 from typing import Any
 
 from moesaic.serve.request import Progress
-from moesaic.serve.token_texts import TokenTexts
+from moesaic.serve.text.token_texts import TokenTexts
 
 
 def token_experts(event: Progress, texts: TokenTexts, ends: Set[int] = frozenset()) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""POST /tokenize and /detokenize, as vLLM has them, and /v1/embeddings, which none of the models here can answer."""
+"""/tokenize, /detokenize and /tokenizer_info, as vLLM has them, and /v1/embeddings, which no model here can answer."""
 
 from typing import Annotated, Any, NoReturn
 
@@ -11,7 +11,8 @@ from moesaic.serve.http.chat_call import dialogue_of
 from moesaic.serve.http.chat_types import ChatBody, ChatMessage, ChatTool
 from moesaic.serve.http.declared import ERRORS
 from moesaic.serve.http.errors import refused
-from moesaic.serve.http.prompts import TokenId, known_ids
+from moesaic.serve.http.generation import TokenId
+from moesaic.serve.http.prompts import known_ids
 from moesaic.serve.served import Models, Served
 
 router = APIRouter(route_class=BodyRoute)
@@ -45,6 +46,17 @@ class DetokenizeBody(Body):
 
 class DetokenizeAnswer(Answer):
     prompt: str
+
+
+class TokenizerInfo(Answer):
+    """By Hugging Face's names."""
+
+    tokenizer_class: str
+    model_max_length: int
+    bos_token: str | None
+    eos_token: str | None
+    pad_token: str | None
+    chat_template: str | None
 
 
 class EmbeddingBody(Body):
@@ -85,6 +97,21 @@ def detokenize(body: DetokenizeBody, models: ServedModels) -> dict[str, Any]:
     served = _served(models, body.model)
     ids = known_ids(body.tokens, served, "tokens")
     return {"prompt": served.tokenizer.decode(ids, skip_special_tokens=False)}
+
+
+@router.get("/tokenizer_info", response_model=TokenizerInfo, responses=ERRORS)
+async def tokenizer_info(models: ServedModels, model: str | None = None) -> dict[str, Any]:
+    """What clients need to know that leave the work to /tokenize and /detokenize, as lm-eval does."""
+    served = _served(models, model)
+    tokenizer = served.tokenizer
+    return {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": served.max_length,
+        "bos_token": tokenizer.bos_token,
+        "eos_token": tokenizer.eos_token,
+        "pad_token": tokenizer.pad_token,
+        "chat_template": tokenizer.chat_template,
+    }
 
 
 def _served(models: Models, name: str | None) -> Served:

@@ -29,7 +29,7 @@ def create_application(
 def create_routes(settings: ServeSettings, fleet: Fleet, readiness: Readiness, metrics: Metrics) -> FastAPI:
     """The protocols and what machines ask, unprotected."""
     limits = settings.limits
-    routes = create_app(fleet.models, HttpSettings(max_choices=limits.choices, default_max_tokens=limits.new_tokens))
+    routes = create_app(fleet.models, HttpSettings(max_choices=limits.choices, max_new_tokens=limits.new_tokens))
     routes.state.ending = lambda: readiness.state == "draining"
     routes.include_router(probes(readiness, metrics, fleet))
     if settings.load_models:

@@ -101,12 +101,9 @@ class CountedRuns:
             wait_s = self._pace.wait_s(self.inside - together)
             message = f"{self.inside} requests run or wait, as many as may; ask again in {wait_s:.0f} s"
             raise ApiError(429, message, headers=retry_after(wait_s))
-        for name, size, most in (
-            ("a prompt", len(request.prompt_ids), limits.prompt_tokens),
-            ("an answer", request.max_new_tokens, limits.new_tokens),
-        ):
-            if most is not None and size > most:
-                raise GenerationError(f"{name} of {size} tokens; this server allows {most}, ask for fewer")
+        size, most = len(request.prompt_ids), limits.prompt_tokens
+        if most is not None and size > most:
+            raise GenerationError(f"a prompt of {size} tokens; this server allows {most}, send fewer")
 
 
 class _Counts:

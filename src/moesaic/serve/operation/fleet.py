@@ -4,19 +4,21 @@ import asyncio
 import gc
 from collections.abc import Callable, Mapping
 
-from moesaic.serve.desk import Desk
-from moesaic.serve.guidance import Guidance
+from moesaic.hub.embedded import cache_folder
+from moesaic.serve.choice.guidance import Guidance
 from moesaic.serve.http.errors import ApiError
-from moesaic.serve.kept_text import KeptText
 from moesaic.serve.live_routing import LiveRouting
-from moesaic.serve.loop import Loop
-from moesaic.serve.loop_settings import LoopSettings
+from moesaic.serve.loop.desk import Desk
+from moesaic.serve.loop.loop import Loop
+from moesaic.serve.loop.settings import LoopSettings
 from moesaic.serve.operation.counting import CountedRuns
 from moesaic.serve.operation.metrics import Metrics, ModelState
 from moesaic.serve.operation.opening import Opened, open_aside, open_model
+from moesaic.serve.operation.passing import clear_passed
 from moesaic.serve.operation.settings import ModelSettings, ServeSettings
 from moesaic.serve.seen import Stats
 from moesaic.serve.served import Models, Served, UnknownModelError
+from moesaic.serve.text.kept_text import KeptText
 
 
 class Fleet:
@@ -44,6 +46,7 @@ class Fleet:
 
     async def start(self) -> None:
         """Load every model that is to be there from the start, with all processors: nobody is served yet."""
+        clear_passed(cache_folder())
         for name, settings in self.settings.models.items():
             if settings.at_start:
                 await self._serve(name, settings, await asyncio.to_thread(open_model, settings))

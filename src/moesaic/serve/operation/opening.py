@@ -8,7 +8,6 @@ import asyncio
 import importlib
 import json
 import sys
-import tempfile
 from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
@@ -26,6 +25,7 @@ from moesaic.hub.embedded import cache_folder
 from moesaic.hub.resolve import weights_place
 from moesaic.hub.sources import open_source
 from moesaic.serve.operation.drafting import drafter_of
+from moesaic.serve.operation.passing import clear_passed, passing_folder
 from moesaic.serve.operation.settings import ModelSettings, parse_bytes
 from moesaic.serve.speculation.drafter import Drafter
 
@@ -100,9 +100,9 @@ def open_model(settings: ModelSettings, packed_file: Path | None = None, threads
 
 async def open_aside(settings: ModelSettings) -> Opened:
     """The same, packed by another process, for a server that goes on serving meanwhile."""
-    cache_folder().mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="loading-", dir=cache_folder(), ignore_cleanup_errors=True) as folder:
-        file = Path(folder) / "packed.safetensors"
+    clear_passed(cache_folder())
+    with passing_folder(cache_folder()) as folder:
+        file = folder / "packed.safetensors"
         await _pack(settings, file)
         return await asyncio.to_thread(open_model, settings, file)
 

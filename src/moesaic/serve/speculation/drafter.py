@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from moesaic.engine.cache import Text
+from moesaic.serve.choice.writing import Writing
 from moesaic.serve.seen import StepSeen
-from moesaic.serve.writing import Writing
 
 
 class Wanted(NamedTuple):

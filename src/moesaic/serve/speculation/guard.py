@@ -10,16 +10,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from moesaic.engine.engine import Engine
+from moesaic.serve.choice.writing import Writing
 from moesaic.serve.seen import StepSeen
 from moesaic.serve.speculation.drafter import Drafter, Wanted
 from moesaic.serve.speculation.times import MOST_TOKENS, StepTimes, bytes_touched
-from moesaic.serve.writing import Writing
 
-MAY_LOSE = 0.015  # of the time of a text
-_CREDIT_STEPS = 2.0  # that may be lost besides, so that a short text can try
+MAY_LOSE = 0.01  # of the time of a text
+_CREDIT_STEPS = 1.0  # that may be lost besides, so that a short text can try
 _KEPT = 0.95  # weight of older drafts, per draft that was looked at
 _MARGIN = 0.05  # of a step; predicted gains below are not worth the risk
 _DEEPEST = 8  # drafts behind a text
+_UNKNOWN = 0.6  # drafts right, and as many wrong, that are taken as seen before any was
+_UNSEEN = 0.1  # right ones, where guesses can be watched before they are run: they must show themselves first
 _FIRST_WAIT, _LONGEST_WAIT = 8, 256  # steps between trials of drafts that are not predicted to pay
 
 
@@ -35,8 +37,8 @@ class Account:
     right, wrong: drafts that were looked at, older ones weigh less. gained_s, elapsed_s: by drafts, and in all.
     """
 
-    right: float = 0.6
-    wrong: float = 0.6
+    right: float = _UNKNOWN
+    wrong: float = _UNKNOWN
     gained_s: float = 0.0
     elapsed_s: float = 0.0
     guessed: list[int] = field(default_factory=list)
@@ -145,7 +147,9 @@ class Guard(Drafter):
         runs = {id(run.account): run for run in self._runs}
         self._runs = []
         for each in wanted:
-            account = self._accounts.setdefault(each.writing, Account())
+            account = self._accounts.get(each.writing)
+            if account is None:
+                account = self._accounts[each.writing] = Account(right=_UNSEEN if self.drafter.free else _UNKNOWN)
             right = account.look_back(each.writing.token_ids)
             run = runs.get(id(account))
             if run is not None:

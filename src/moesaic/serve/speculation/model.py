@@ -15,9 +15,9 @@ from moesaic.engine.cache import Text
 from moesaic.engine.engine import Engine, in_steps
 from moesaic.engine.speculative import draft
 from moesaic.errors import ConfigError
-from moesaic.serve.choosing import Row, chosen_ids
+from moesaic.serve.choice.choosing import Row, chosen_ids
+from moesaic.serve.choice.writing import Writing
 from moesaic.serve.speculation.drafter import Drafter, Wanted
-from moesaic.serve.writing import Writing
 
 
 def check_same_tokens(tokenizer: Tokenizer, of_draft: Tokenizer) -> None:

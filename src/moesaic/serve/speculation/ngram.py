@@ -5,8 +5,8 @@ Prompt lookup: no model, and right where a text quotes, edits or repeats.
 
 from collections.abc import Sequence
 
+from moesaic.serve.choice.writing import Writing
 from moesaic.serve.speculation.drafter import Drafter, Wanted
-from moesaic.serve.writing import Writing
 
 
 class NgramDrafter(Drafter):

@@ -43,6 +43,7 @@ class StepTimes:
         self._touched, self._bytes_of_one = touched, touched(1)
         self._seen: dict[int, float] = {}
         self._per_byte, self._per_token = 1.0, _ROW_SHARE
+        self._is_fitted = True
 
     @property
     def known(self) -> bool:
@@ -56,13 +57,15 @@ class StepTimes:
         expected = self.predict(num_tokens) if self._seen else seconds
         share = _NEW if num_tokens in self._seen else _FIRST
         self._seen[num_tokens] = expected + share * (min(seconds, _LONGEST * expected) - expected)
-        self._fit()
+        self._is_fitted = False
 
     def predict(self, num_tokens: int) -> float:
         """Seconds; before anything was seen, in terms of what a token alone takes."""
         return self._seen.get(num_tokens) or self._formula(num_tokens)
 
     def _formula(self, num_tokens: int) -> float:
+        if not self._is_fitted:
+            self._fit()
         return self._per_byte * self._relative(num_tokens) + self._per_token * num_tokens
 
     def _relative(self, num_tokens: int) -> float:
@@ -81,3 +84,4 @@ class StepTimes:
             found = np.zeros(2)
             found[kept] = column.sum() / (column @ column)
         self._per_byte, self._per_token = float(found[0]), float(found[1])
+        self._is_fitted = True

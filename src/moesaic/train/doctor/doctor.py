@@ -19,6 +19,7 @@ from moesaic.train.random_state import undisturbed
 
 Mode = Literal["off", "advise", "act"]
 Line = dict[str, Any]
+WORSE = "the held-out loss got worse"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,7 +145,7 @@ class Doctor:
             for treatment in treatments
         ]
         if not after <= before * (1 + self.settings.at_once):
-            return lines + self._undo(step, patient, course, after)
+            return lines + self._undo(step, patient, course, after, WORSE)
         self._course = course
         return lines
 
@@ -167,7 +168,7 @@ class Doctor:
         patient, after = self._patient(step), self.held_out()
         self._course = None
         if not after <= course.held_out_before * (1 + self.settings.worse):
-            return self._undo(step, patient, course, after)
+            return self._undo(step, patient, course, after, WORSE)
         for treatment in course.treatments:
             treatment.end(patient)
         return [
@@ -182,7 +183,20 @@ class Doctor:
             for treatment in course.treatments
         ]
 
-    def _undo(self, step: int, patient: Patient, course: Course, after: float) -> list[Line]:
+    def leave(self, step: int) -> list[Line]:
+        """Undo what is on trial, since nobody will judge it: `step` comes next, and the doctor is called no more.
+
+        Treatments that were judged stay. What is left in `state` is what another doctor must know of this one.
+        """
+        self._window.clear()
+        self._seen = {}
+        if self._course is None:
+            return []
+        course, self._course = self._course, None
+        with undisturbed():
+            return self._undo(step, self._patient(step), course, self.held_out(), "no doctor is left to judge it")
+
+    def _undo(self, step: int, patient: Patient, course: Course, after: float, why: str) -> list[Line]:
         for treatment in reversed(course.treatments):
             treatment.undo(patient)
         return [
@@ -191,7 +205,7 @@ class Doctor:
                 "undone",
                 treatment.finding,
                 remedy=treatment.remedy,
-                sentence=f"{treatment.remedy} of step {course.step} is undone: the held-out loss got worse",
+                sentence=f"{treatment.remedy} of step {course.step} is undone: {why}",
                 held_out=[course.held_out_before, after],
             )
             for treatment in course.treatments

@@ -1,0 +1,1 @@
+"""How one text is written: what may follow, what is drawn, when it ends."""

@@ -1,0 +1,241 @@
+"""Text that must be JSON, or of a schema, an expression or a grammar: which tokens may come next.
+
+llguidance parses and computes the masks; here grammars are compiled once, beside the engine, and each request has its
+place in one. V vocab.
+"""
+
+import itertools
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import tokenizers
+
+from moesaic.data.tokenizer import Tokenizer
+from moesaic.errors import GenerationError, MissingDependencyError
+from moesaic.serve.request import Grammar, Request
+
+if TYPE_CHECKING:
+    from llguidance import LLMatcher, LLTokenizer
+
+MAX_CHARACTERS = 65_536
+COMPILE_S = 5.0
+KEPT_GRAMMARS = 64
+MAX_SYMBOLS = 50_000  # of a grammar; llguidance's own limit, ten times that, lets it work for half a minute
+# Small models write spaces without end where they may: what llama.cpp's schemas allow instead.
+JSON_SPACE = r" ?|\n{1,2}[ \t]{0,20}"
+_END = "<|end of the grammar|>"  # a token of llguidance's alone: which of the model's tokens end a text, requests say
+
+
+class Guidance:
+    """Compiles grammars for a tokenizer, and computes masks while the engine runs.
+
+    vocab_size: of the model, whose logits may be more than the tokenizer has tokens; those are never allowed.
+    Thread-safe.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, vocab_size: int) -> None:
+        self.vocab_size = vocab_size
+        self._tokenizer = tokenizer
+        self._compilers = ThreadPoolExecutor(2, "grammars")
+        self._masks = ThreadPoolExecutor(1, "masks")
+        self._lock = threading.Lock()
+        self._compiled: OrderedDict[Grammar, Future[LLMatcher]] = OrderedDict()
+        # At once: it takes seconds for large vocabularies, of which no request's limit should know.
+        self._vocabulary = self._compilers.submit(self._make_vocabulary)
+
+    def guide(self, request: Request) -> "Guide | None":
+        """A place at the beginning of a request's grammar, if it has one; waits until that is compiled.
+
+        Raises GenerationError for one that is too large, wrong, impossible, or takes too long, and
+        MissingDependencyError without llguidance.
+        """
+        grammar = request.grammar
+        if grammar is None:
+            return None
+        if len(grammar.text) > MAX_CHARACTERS:
+            raise GenerationError(
+                f"a {_name(grammar)} of {len(grammar.text):,} characters; use {MAX_CHARACTERS:,} or fewer"
+            )
+        vocabulary, end_id = self._vocabulary.result()
+        try:
+            matcher = self._future(grammar).result(COMPILE_S)
+        except TimeoutError as error:
+            raise GenerationError(f"a {_name(grammar)} that takes more than {COMPILE_S:g} s to compile") from error
+        known = self._tokenizer.vocab_size
+        eos_ids = sorted(token for token in request.eos_token_ids if token < self.vocab_size)
+        ends = [
+            token
+            for token in eos_ids
+            if token == self._tokenizer.eos_id or token >= known or vocabulary.is_special_token(token)
+        ]
+        return Guide(matcher.deep_copy(), end_id, ends, self.vocab_size)
+
+    def look_ahead(self, guides: Sequence[tuple["Guide", Sequence[int]]]) -> None:
+        """Begin to compute what each of these may write next, and after each of its drafts."""
+        if guides:
+            done = self._masks.submit(lambda: [guide.compute(drafts) for guide, drafts in guides])
+            for guide, _ in guides:
+                guide.wait_for(done)
+
+    def close(self) -> None:
+        """End the threads, once they have done what they are at."""
+        self._compilers.shutdown(wait=False, cancel_futures=True)
+        self._masks.shutdown(wait=False, cancel_futures=True)
+
+    def _future(self, grammar: Grammar) -> "Future[LLMatcher]":
+        with self._lock:
+            future = self._compiled.get(grammar)
+            if future is None:
+                future = self._compiled[grammar] = self._compilers.submit(self._compile, grammar)
+            self._compiled.move_to_end(grammar)
+            if len(self._compiled) > KEPT_GRAMMARS:
+                self._compiled.popitem(last=False)
+            return future
+
+    def _compile(self, grammar: Grammar) -> "LLMatcher":
+        vocabulary, end_id = self._vocabulary.result()
+        from llguidance import LLMatcher, LLParserLimits
+
+        limits = LLParserLimits(max_grammar_size=MAX_SYMBOLS, verbose_errors=False)
+        try:
+            matcher = LLMatcher(vocabulary, _source(grammar), log_level=0, limits=limits)
+        except ValueError as error:
+            raise GenerationError(f"a {_name(grammar)} that cannot be used: {_line(str(error))}") from error
+        if matcher.is_error():
+            raise GenerationError(f"a {_name(grammar)} that cannot be used: {_line(matcher.get_error())}")
+        first_V = _bits(matcher, max(self.vocab_size, end_id + 1))
+        first_V[end_id] = False
+        if matcher.is_error() or not first_V.any():
+            raise GenerationError(f"a {_name(grammar)} that no text fulfils, or only the empty one")
+        return matcher
+
+    def _make_vocabulary(self) -> "tuple[LLTokenizer, int]":
+        """The tokenizer with a token more, that ends texts, and the id of that."""
+        try:
+            from llguidance import LLTokenizer
+        except ImportError as error:
+            raise MissingDependencyError(
+                'schemas, expressions and grammars need the package llguidance; run: pip install "moesaic[serve]"'
+            ) from error
+        backend = tokenizers.Tokenizer.from_str(self._tokenizer.backend.to_str())
+        backend.add_special_tokens([tokenizers.AddedToken(_END, special=True, normalized=False)])
+        end_id = backend.token_to_id(_END)
+        assert end_id is not None and self._tokenizer.backend.id_to_token(end_id) is None
+        return LLTokenizer(backend.to_str(), eos_token=end_id), end_id
+
+
+class Guide:
+    """One request's place in its grammar.
+
+    ended: nothing may follow; error: what went wrong on the way, which ends the request too.
+    """
+
+    def __init__(self, matcher: "LLMatcher", end_id: int, ends: Sequence[int], vocab_size: int) -> None:
+        self.ended, self.error = False, ""
+        self._matcher, self._end_id = matcher, end_id
+        self._ends, self._vocab_size = list(ends), vocab_size
+        self._pending: Future[Any] | None = None
+        self._drafts: list[int] = []
+        self._masks: list[np.ndarray] = []  # what may follow the text, and each of the drafts
+
+    def num_valid(self, drafts: Sequence[int]) -> int:
+        """How many of these the grammar allows, one after another."""
+        self._settle()
+        return self._num_valid(drafts)
+
+    def allowed(self, drafts: Sequence[int] = ()) -> np.ndarray:
+        """Which tokens may follow the text and these drafts, bool [V]; none where the text has ended.
+
+        All, after drafts that are not valid themselves.
+        """
+        self._settle()
+        count = len(drafts)
+        if self._drafts[:count] != list(drafts) or not self._masks:
+            self.compute(drafts)
+        return self._masks[count] if count < len(self._masks) else np.ones(self._vocab_size, bool)
+
+    def add(self, token_id: int) -> bool:
+        """Go on by a token. False: the grammar does not take it, and the text ends before it."""
+        self._settle()
+        self._masks, self._drafts = [], []
+        if token_id in self._ends:
+            self.ended = True
+            return self._matcher.is_accepting()
+        if not self._num_valid([token_id]):
+            self.ended = True
+            if not (self._matcher.is_accepting() or self.error):
+                self.error = f"token {token_id} is not of the grammar"
+            return False
+        self._matcher.consume_token(token_id)
+        self._check()
+        self.ended = self.ended or self._matcher.is_stopped()
+        return True
+
+    def wait_for(self, done: "Future[Any]") -> None:
+        """`compute` runs elsewhere until this is done; everything else waits for it."""
+        self._pending = done
+
+    def compute(self, drafts: Sequence[int]) -> None:
+        """Find what may follow the text, and each of the drafts that are valid."""
+        valid = list(drafts[: self._num_valid(drafts)])
+        masks = [self._mask()]
+        for token in valid:
+            self._matcher.consume_token(token)
+            masks.append(self._mask())
+        if valid:
+            self._matcher.rollback(len(valid))
+        self._masks, self._drafts = masks, list(drafts)
+        self._check()
+
+    def _num_valid(self, token_ids: Sequence[int]) -> int:
+        known = list(itertools.takewhile(lambda token: token < self._end_id, token_ids))  # others break a matcher
+        return self._matcher.validate_tokens(known) if known else 0
+
+    def _settle(self) -> None:
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def _mask(self) -> np.ndarray:
+        allowed_V = _bits(self._matcher, max(self._vocab_size, self._end_id + 1))
+        may_end, allowed_V[self._end_id] = bool(allowed_V[self._end_id]), False
+        allowed_V[self._ends] = may_end
+        return allowed_V[: self._vocab_size]
+
+    def _check(self) -> None:
+        """What llguidance has met on the way, a limit of its own for example."""
+        if self._matcher.is_error():
+            self.error = self.error or f"the grammar: {_line(self._matcher.get_error())}"
+            self.ended = True
+
+
+def _source(grammar: Grammar) -> str:
+    """As llguidance takes it. Raises ValueError for a schema that is not JSON."""
+    from llguidance import LLMatcher
+
+    if grammar.kind == "regex":
+        return LLMatcher.grammar_from_regex(grammar.text)
+    if grammar.kind == "lark":
+        return LLMatcher.grammar_from_lark(grammar.text)
+    schema = '{"type": "object"}' if grammar.kind == "json_object" else grammar.text
+    return LLMatcher.grammar_from_json_schema(schema, overrides={"whitespace_pattern": JSON_SPACE})
+
+
+def _bits(matcher: "LLMatcher", size: int) -> np.ndarray:
+    """The mask of the next token, bool [size]."""
+    return np.unpackbits(np.frombuffer(matcher.compute_bitmask(), np.uint8), count=size, bitorder="little").view(bool)
+
+
+def _name(grammar: Grammar) -> str:
+    return {"regex": "regular expression", "lark": "grammar"}.get(grammar.kind, "JSON schema")
+
+
+def _line(message: str) -> str:
+    """The first line of a message, and the last sentence where that says what is wrong."""
+    lines = [line.strip() for line in message.strip().splitlines() if line.strip()]
+    error = next((line for line in lines if line.startswith("error:")), "")
+    return " ".join(part for part in (lines[0] if lines else "unknown", error) if part)

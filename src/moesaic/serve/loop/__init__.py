@@ -1,0 +1,1 @@
+"""Requests through an engine, many together, step by step."""

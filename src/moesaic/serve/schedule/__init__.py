@@ -1,0 +1,1 @@
+"""Who waits, who runs, and what of the cache is whose."""

@@ -1,0 +1,113 @@
+"""The guard, over simulated steps: what drafts cost and how often they are right is given, and the time is added up."""
+
+import random
+from collections.abc import Callable, Sequence
+
+import pytest
+
+from moesaic.engine.cache import Text
+from moesaic.plan.routing import distinct_experts
+from moesaic.serve.choice.writing import Writing
+from moesaic.serve.request import Request
+from moesaic.serve.seen import StepSeen
+from moesaic.serve.speculation.drafter import Drafter, Wanted
+from moesaic.serve.speculation.guard import Guard
+from moesaic.serve.speculation.times import StepTimes, bytes_touched
+from tests.serve.runners import KINDS, model_of
+
+LENGTH = 256  # the shortest texts for which the guard promises anything
+Right = Callable[[int], float]  # how likely a draft is right, by its place in the text
+
+
+def sparse(num_tokens: int) -> float:
+    """A step that mostly reads 8 of 128 experts for each token."""
+    return 0.3 + 0.7 * distinct_experts(128, 8, num_tokens) / 8 + 0.02 * num_tokens
+
+
+def dense(num_tokens: int) -> float:
+    return 1.0 + 0.03 * num_tokens
+
+
+class Simulated(Drafter):
+    """Texts whose token at place i is i. A draft is right with a given probability."""
+
+    def __init__(self, right: Right, *, free: bool) -> None:
+        self.right, self.free = right, free
+        self._random = random.Random(3)
+        self.num_guesses = 0
+
+    def propose(self, wanted: Sequence[Wanted]) -> list[list[int]]:
+        return [self._of(len(each.writing.token_ids), min(each.room, 6)) for each in wanted]
+
+    def _of(self, place: int, room: int) -> list[int]:
+        self.num_guesses += room
+        return [at if self._random.random() < self.right(at) else -1 for at in range(place, place + room)]
+
+
+def seconds(times: Callable[[int], float], right: Right, *, texts: int = 1, free: bool = True) -> float:
+    """Of a run in which every text is written to its end, over the seconds without drafts."""
+    generator = random.Random(5)
+    drafter = Simulated(right, free=free)
+    guard = Guard(drafter, StepTimes(times))
+    writings = [Writing(Request(prompt_ids=(0,), max_new_tokens=LENGTH), lambda ids: "", 9999) for _ in range(texts)]
+    total, clock = 0.0, 1e-3  # a step's time, in seconds
+    while writings:
+        wanted = [Wanted(each, Text(), LENGTH - each.num_new - 1) for each in writings]
+        drafts = guard.propose([each for each in wanted if each.room > 0])
+        drafts += [[]] * (len(wanted) - len(drafts))
+        num_drafts = sum(map(len, drafts))
+        step_s = clock * times(len(writings) + num_drafts) * generator.uniform(0.95, 1.1)
+        guard.hear(StepSeen(len(writings) + num_drafts, step_s, (), num_drafts))
+        total += step_s
+        for each, drafted in zip(writings, drafts, strict=True):
+            place = len(each.token_ids)
+            accepted = next((i for i, token in enumerate(drafted) if token != place + i), len(drafted))
+            each.token_ids += range(place, place + accepted + 1)
+        for each in [each for each in writings if each.num_new >= LENGTH - 1]:
+            guard.forget(each)
+            writings.remove(each)
+    return total / (LENGTH * clock * times(texts) * 1.025)
+
+
+@pytest.mark.parametrize("texts", [1, 4])
+@pytest.mark.parametrize("free", [True, False], ids=["free", "costly"])
+@pytest.mark.parametrize("times", [sparse, dense])
+@pytest.mark.parametrize(
+    "right",
+    [
+        lambda place: 0.0,
+        lambda place: 0.2,
+        lambda place: 0.5,
+        lambda place: float(place % 2),
+        lambda place: float(place // 32 % 2),
+        lambda place: float(place < 40),
+    ],
+    ids=["never", "a fifth", "half", "every other", "by turns", "at first"],
+)
+def test_never_much_slower(right: Right, times: Callable[[int], float], free: bool, texts: int) -> None:
+    assert seconds(times, right, free=free, texts=texts) < 1 / 0.97
+
+
+@pytest.mark.parametrize("free", [True, False], ids=["free", "costly"])
+@pytest.mark.parametrize(("times", "gain"), [(sparse, 1.05), (dense, 3.0)])
+def test_faster_where_drafts_are_right(times: Callable[[int], float], gain: float, free: bool) -> None:
+    assert seconds(times, lambda place: 0.97, free=free) < 1 / gain
+
+
+def test_the_time_of_steps_is_learned() -> None:
+    times = StepTimes(lambda size: sparse(size) - 0.02 * size)
+    for size in (1, 2, 5, 1, 9, 24):
+        for _ in range(5):
+            times.observe(size, 0.05 * sparse(size))
+    for size in (1, 3, 4, 7, 16, 40):
+        assert times.predict(size) == pytest.approx(0.05 * sparse(size), rel=0.05)
+    times.observe(3, 100.0)
+    assert times.predict(3) < 0.3, "a step that was held up"
+
+
+def test_bytes_of_a_step() -> None:
+    """All experts of a layer at the most, and the rest in any case."""
+    config = model_of(KINDS[0]).config
+    touched = bytes_touched(config, {"experts": 1000, "attention": 50, "head": 7})
+    assert touched(1) == pytest.approx(57 + 1000 * 2 / 5) and touched(64) == pytest.approx(1057, abs=1)
+    assert bytes_touched(config, {"attention": 50})(3) == 50
