@@ -23,7 +23,6 @@ from moesaic.cli import output
 from moesaic.cli.text_source import gather_text
 from moesaic.data.held_out import HeldOutBatch
 from moesaic.data.packed import Packed
-from moesaic.kernels.rounding import BITS
 from moesaic.models.build import decoder_only
 from moesaic.models.decoder import Decoder
 
@@ -81,9 +80,9 @@ def measure(path: str, text: Packed, ggml: Path, max_tokens: int, length: int) -
         ours.setdefault(format.bits, after)
         rows.append(row)
         output.talk("  ".join(cells(row) + (expert_cells(row)[1:] if routing else [])))
-    for bits in BITS:
-        after = engine_losses(Engine(path, bits=bits), batches)
-        rows.append(loss_row(f"engine, {bits} bits", bits + 0.5, after, before, ours[bits + 0.5]))
+    for bits, values in ((8, "even"), (4, "even"), (4, "uneven")):
+        after = engine_losses(Engine(path, bits=bits, values=values), batches)
+        rows.append(loss_row(f"engine, {bits} bits, {values}", bits + 0.5, after, before, ours[bits + 0.5]))
         output.talk("  ".join(cells(rows[-1])))
     return rows
 

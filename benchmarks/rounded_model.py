@@ -12,6 +12,7 @@ from ggml_rounding import Ggml, bits_per_weight
 from rounding_loss import search
 from torch import Tensor
 
+from moesaic.kernels import uneven
 from moesaic.kernels.rounding import BITS
 from moesaic.models.decoder import Decoder
 
@@ -32,9 +33,15 @@ def formats(ggml: Path) -> list[Format]:
         for bits in BITS
         for group in (32, 128)
     ]
+    known.append(Format("moesaic 4 bits, uneven", 4.5, uneven_values))
     for name in ("Q8_0", "Q4_0", "Q4_K"):
         known.append(Format(f"llama.cpp {name}", bits_per_weight(name), partial(theirs.rounded, format=name)))
     return sorted(known, key=lambda each: -each.bits)
+
+
+def uneven_values(weight: Tensor) -> Tensor:
+    """Rounded as the engine does with values="uneven"."""
+    return uneven.dequantized(uneven.round_to_codes(weight))
 
 
 def matrices(model: Decoder) -> dict[str, torch.nn.Parameter]:

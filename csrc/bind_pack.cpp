@@ -11,6 +11,7 @@ Kind kind_of_values(const Array &values, Format format) {
     if (format == Format::fp8 || format == Format::mxfp4) return Kind::u8;
     for (Kind kind : {Kind::bf16, Kind::f16})
         if (is(values, kind)) return kind;
+    if (format == Format::uneven4 && is(values, Kind::u8)) return Kind::u8;
     return has_groups(format) && is(values, Kind::i8) ? Kind::i8 : Kind::f32;
 }
 
@@ -60,7 +61,8 @@ void bound_pack(const Arrays &values, const Arrays &scales, const Array &out, co
     PackSource source{element_of(kind), {value_blocks.data(), row_bytes(values)}, {}};
     if (kind == Kind::u8 || kind == Kind::i8) {
         if (scales.empty()) refuse("scales", "are missing");
-        const int64_t size_of_group = shape.format == Format::fp8 ? 128 : shape.row_group();
+        const bool is_by_block = shape.format == Format::fp8 || shape.format == Format::uneven4;
+        const int64_t size_of_group = is_by_block ? shape.block() : shape.row_group();
         const int64_t groups = (inputs + size_of_group - 1) / size_of_group;
         if (check_blocks("scales", scales, kind_of_scales(shape.format), matrices, groups, scale_blocks) != outputs)
             refuse("scales", "have other rows than the weights");

@@ -2,7 +2,7 @@
 #include "pack.h"
 
 #include "parallel.h"
-#include "round_columns.h"
+#include "round_uneven.h"
 #include "variants.h"
 
 namespace moesaic::MOESAIC_ISA {
@@ -119,6 +119,23 @@ void round_block(const Strip &strip, int64_t start, uint8_t *out) {
     }
 }
 
+void round_uneven_block(const Strip &strip, int64_t start, uint8_t *out) {
+    Columns x[uneven_block];
+    uint16_t words[strip_outputs];
+    int32_t codes[uneven_block][strip_outputs];
+    columns(strip.element, strip.values, start, uneven_block, x);
+    round_uneven(x, words, codes);
+    for (int o = 0; o < strip_outputs; ++o)
+        if (!strip.values.row[o]) words[o] = 0;
+    std::memcpy(out, words, sizeof words);
+    out += sizeof words;
+    for (int64_t i = 0; i < uneven_block; i += 8) {
+        int32_t eight[8][strip_outputs];
+        std::memcpy(eight, codes + i, sizeof eight);
+        put_halves(eight, out + i / 8 * unit_bytes);
+    }
+}
+
 using Word = uint32_t[strip_outputs];  // four numbers of each output
 
 // Two words of numbers in the low halves of their bytes, as one; `flip` is what each byte is xored with.
@@ -177,6 +194,15 @@ void pack_mxfp4(const Strip &strip, int64_t block, uint8_t *out) {
     for (int64_t j = 0; j < square / 2; ++j) put_both(words + 2 * j, 0, out + 64 + j * unit_bytes);
 }
 
+void pack_uneven4(const Strip &strip, int64_t block, uint8_t *out) {
+    Word words[square / 2];
+    turn(strip.values, block * uneven_block, square / 2, words);
+    uint16_t scales[strip_outputs];
+    scales_at(strip, block, scales);
+    std::memcpy(out, scales, sizeof scales);
+    for (int64_t j = 0; j < square / 4; ++j) put_both(words + 2 * j, 0, out + 64 + j * unit_bytes);
+}
+
 void pack_fp8(const Strip &strip, int64_t block, uint8_t *out) {
     constexpr int64_t quads = most_inputs / 4, pair_bytes = 2 * strip_outputs;
     Word words[quads], none = {};
@@ -201,6 +227,9 @@ void pack_block(const Strip &strip, int64_t block, uint8_t *out) {
     switch (strip.shape.format) {
         case Format::fp8: return pack_fp8(strip, block, out);
         case Format::mxfp4: return pack_mxfp4(strip, block, out);
+        case Format::uneven4:
+            if (strip.element == Element::codes) return pack_uneven4(strip, block, out);
+            return round_uneven_block(strip, block * uneven_block, out);
         default: break;
     }
     if (strip.element == Element::ints) pack_ints(strip, block, out);

@@ -13,6 +13,7 @@
 //   int6     group    32 fp16                  the lower four bits of q + 32 as in int4, then [group / 16][32][4] of the
 //                                              upper two, of inputs 16j + i, 16j + 4 + i, ... from the lowest bits on
 //   mxfp4    64       2 x 32 exponents         2 x [4][32][4] codes, halves of a byte as in int4
+//   uneven4  32       32 words (see uneven.h)  2 x [2][32][4] codes, the same way
 //
 // paired: the first 16 outputs of a strip are of the matrix's first half (gate), the others of its second (up).
 // What lies past the last output or input is zero.
@@ -20,9 +21,11 @@
 
 #include <cstdint>
 
+#include "uneven.h"
+
 namespace moesaic {
 
-enum class Format { f32, b16, fp8, int8, int6, int4, mxfp4 };
+enum class Format { f32, b16, fp8, int8, int6, int4, mxfp4, uneven4 };
 
 // Whole numbers whose scale is shared by as many inputs as one likes.
 constexpr bool has_groups(Format format) {
@@ -43,11 +46,13 @@ struct PackedShape {
             case Format::b16: return 2;
             case Format::fp8: return 128;
             case Format::mxfp4: return 64;
+            case Format::uneven4: return uneven_block;
             default: return group;
         }
     }
     // Inputs for which rows have one scale; 0 where rows are not quantized.
     int64_t row_group() const {
+        if (format == Format::uneven4) return uneven_group;
         return has_groups(format) ? group : format == Format::mxfp4 ? 32 : 0;
     }
     int64_t row_groups() const { return row_group() ? padded_inputs() / row_group() : 0; }
@@ -66,8 +71,7 @@ struct PackedShape {
             case Format::fp8: return (4 + 128) * strip_outputs;
             case Format::int8: return 64 + group * strip_outputs;
             case Format::int6: return 64 + group * strip_outputs * 3 / 4;
-            case Format::int4: return 64 + group * strip_outputs / 2;
-            default: return 64 + 64 * strip_outputs / 2;
+            default: return 64 + block() * strip_outputs / 2;
         }
     }
     int64_t strips() const {

@@ -8,13 +8,14 @@ namespace moesaic {
 
 // Raises ValueError for an unknown format, a group that it does not have, or odd paired outputs.
 inline PackedShape check_packed(const std::string &format, int64_t outputs, int64_t inputs, int64_t group, bool paired) {
-    const std::array<std::pair<const char *, Format>, 7> known = {{{"fp32", Format::f32},
+    const std::array<std::pair<const char *, Format>, 8> known = {{{"fp32", Format::f32},
                                                                    {"bf16", Format::b16},
                                                                    {"fp8", Format::fp8},
                                                                    {"int8", Format::int8},
                                                                    {"int6", Format::int6},
                                                                    {"int4", Format::int4},
-                                                                   {"mxfp4", Format::mxfp4}}};
+                                                                   {"mxfp4", Format::mxfp4},
+                                                                   {"uneven4", Format::uneven4}}};
     if (outputs < 0 || inputs < 0) refuse("weights", "have a negative size");
     if (paired && outputs % 2) refuse("outputs", "are odd in number; paired ones are gate and up, equally many");
     for (const auto &[name, value] : known) {
@@ -22,7 +23,7 @@ inline PackedShape check_packed(const std::string &format, int64_t outputs, int6
         if (has_groups(value) && group != 32 && group != 64 && group != 128) refuse("group", "must be 32, 64 or 128");
         return {value, outputs, inputs, group, paired};
     }
-    refuse("format", "is not known; use fp32, bf16, fp8, int8, int6, int4 or mxfp4");
+    refuse("format", "is not known; use fp32, bf16, fp8, int8, int6, int4, mxfp4 or uneven4");
 }
 
 // Raises ValueError for an unknown name.

@@ -147,6 +147,7 @@ constexpr int32_t offset_of(Format format) {
         case Format::int8: return signed_has_offset ? 128 : 0;
         case Format::int6: return 32;
         case Format::int4: return 8;
+        case Format::uneven4: return uneven_offset;
         default: return 12;
     }
 }
@@ -197,7 +198,8 @@ MOESAIC_INLINE void add_dot(Ints &sums, const Bytes &weights, const int8_t *x) {
 #if defined(__AVX2__) && !defined(__AVX512F__)
 constexpr int64_t dots_in_halves(Format format) {
     switch (format) {
-        case Format::int6: return 2;
+        case Format::int6:
+        case Format::uneven4: return 2;
         case Format::int4: return 8;
         case Format::mxfp4: return 4;
         default: return 1;

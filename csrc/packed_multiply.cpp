@@ -20,8 +20,8 @@ MOESAIC_INLINE void for_each_of(std::integer_sequence<int64_t, numbers...>, cons
 
 constexpr int64_t piece_bytes = 8 << 10;  // beside what it is made of, the next piece and the rows that it meets
 
-// Four inputs of R rows, the `quad`th of eight: the first of those that are summed in halves begins these, the last has
-// them added to the sums.
+// Four inputs of R rows, the `quad`th of those taken together: the first of those that are summed in halves begins these,
+// the last has them added to the sums.
 template <int R, class G, int64_t quad>
 MOESAIC_INLINE void dot_quad(Ints (&sums)[R], Ints (&halves)[R], const Bytes &four, const int8_t *x, int64_t stride) {
     constexpr int64_t together = dots_in_halves(G::format);
@@ -34,19 +34,23 @@ MOESAIC_INLINE void dot_quad(Ints (&sums)[R], Ints (&halves)[R], const Bytes &fo
     }
 }
 
-// Eight quads from the first on, which is a multiple of eight.
+// Quads that are taken together: all of a group of 16 inputs.
+template <class G>
+constexpr int64_t quads_together = G::size < 32 ? G::size / 4 : 8;
+
+// So many quads from the first on, which is a multiple of them.
 template <int R, class G>
-MOESAIC_INLINE void dot_eight(Ints (&sums)[R], const uint8_t *w, int64_t first, const int8_t *x, int64_t stride) {
+MOESAIC_INLINE void dot_quads(Ints (&sums)[R], const uint8_t *w, int64_t first, const int8_t *x, int64_t stride) {
     Ints halves[R];
     x += 4 * first;
     const auto each = [&](auto number, const Bytes &four) {
         dot_quad<R, G, decltype(number)::value>(sums, halves, four, x, stride);
     };
     if constexpr (G::eight_bits) {
-        for_each_of(std::make_integer_sequence<int64_t, 8>(),
+        for_each_of(std::make_integer_sequence<int64_t, quads_together<G>>(),
                     [&](auto number) { each(number, bytes(w + (first + number) * 4 * strip_outputs)); });
     } else {
-        for_each_of(std::make_integer_sequence<int64_t, 4>(), [&](auto pair) {
+        for_each_of(std::make_integer_sequence<int64_t, quads_together<G> / 2>(), [&](auto pair) {
             constexpr int64_t place = decltype(pair)::value;
             Bytes even, odd;
             G::template quads<place % 2 == 1>(w, first / 2 + place, even, odd);
@@ -58,7 +62,8 @@ MOESAIC_INLINE void dot_eight(Ints (&sums)[R], const uint8_t *w, int64_t first, 
 
 template <int R, class G>
 MOESAIC_INLINE void dot_group(Ints (&sums)[R], const uint8_t *w, const int8_t *x, int64_t stride) {
-    for (int64_t first = 0; first < G::size / 4; first += 8) dot_eight<R, G>(sums, w, first, x, stride);
+    for (int64_t first = 0; first < G::size / 4; first += quads_together<G>)
+        dot_quads<R, G>(sums, w, first, x, stride);
 }
 
 // Groups g0 to g1 of R rows, added to their sums, or begun where g0 is 0. `strip` is where group `strip_g0` lies.
@@ -177,6 +182,7 @@ void multiply_strip(const uint8_t *strip, const PackedShape &shape, const Packed
         case Format::int6: return ints_times_rows<Format::int6>(strip, shape, rows, sums);
         case Format::int4: return ints_times_rows<Format::int4>(strip, shape, rows, sums);
         case Format::mxfp4: return ints_times_rows<Format::mxfp4, 32>(strip, shape, rows, sums);
+        case Format::uneven4: return ints_times_rows<Format::uneven4, uneven_group>(strip, shape, rows, sums);
         default: return multiply_strip_of_floats(strip, shape, rows, sums);
     }
 }

@@ -154,6 +154,42 @@ MOESAIC_INLINE void bf16_of_block(const uint8_t *block, uint8_t *pairs) {
 // Twice the values of the 16 codes of e2m1, plus 12; the scales of rows are halved for it.
 alignas(16) constexpr uint8_t doubled_e2m1[16] = {12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0};
 
+// Scales of a strip's words, lifted (see uneven.h); odd: of the second group.
+MOESAIC_INLINE Floats uneven_scales(const uint8_t *p, bool odd) {
+    Floats scales;
+#if defined(__AVX512F__)
+    const __m128i shift = _mm_cvtsi32_si128(odd ? 5 : 0);
+    for (int i = 0; i < pass_vectors; ++i) {
+        const __m512i word = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(p) + i));
+        const __m512i own = _mm512_srl_epi32(word, shift);
+        const __m512i exponent = _mm512_and_si512(_mm512_slli_epi32(word, 13), _mm512_set1_epi32(63 << 23));
+        const __m512i four = _mm512_and_si512(_mm512_slli_epi32(own, 20), _mm512_set1_epi32(15 << 20));
+        const __m512i sign = _mm512_slli_epi32(_mm512_srli_epi32(own, 4), 31);
+        const __m512i lifted = _mm512_add_epi32(exponent, _mm512_set1_epi32(static_cast<int32_t>(uneven_lifted)));
+        scales.v[i] = {_mm512_castsi512_ps(_mm512_or_si512(_mm512_add_epi32(lifted, four), sign))};
+    }
+#elif defined(__AVX2__)
+    const __m256i word = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i *>(p)));
+    const __m256i own = _mm256_srl_epi32(word, _mm_cvtsi32_si128(odd ? 5 : 0));
+    const __m256i exponent = _mm256_and_si256(_mm256_slli_epi32(word, 13), _mm256_set1_epi32(63 << 23));
+    const __m256i four = _mm256_and_si256(_mm256_slli_epi32(own, 20), _mm256_set1_epi32(15 << 20));
+    const __m256i sign = _mm256_slli_epi32(_mm256_srli_epi32(own, 4), 31);
+    const __m256i lifted = _mm256_add_epi32(exponent, _mm256_set1_epi32(static_cast<int32_t>(uneven_lifted)));
+    scales.v[0] = {_mm256_castsi256_ps(_mm256_or_si256(_mm256_add_epi32(lifted, four), sign))};
+#else
+    float values[pass_outputs];
+    for (int o = 0; o < pass_outputs; ++o) {
+        uint16_t word;
+        std::memcpy(&word, p + 2 * o, 2);
+        const uint32_t own = odd ? word >> 5u : word, magnitude = static_cast<uint32_t>(word >> 10) << 23;
+        const uint32_t bits = (magnitude + uneven_lifted + ((own & 15u) << 20)) | (own >> 4 & 1u) << 31;
+        std::memcpy(&values[o], &bits, 4);
+    }
+    scales = floats_at(values);
+#endif
+    return scales;
+}
+
 // Where group g of a strip lies, its scales and its numbers. Wide: numbers of fewer bits made bytes, 32 scales as
 // floats before each group.
 template <Format F, int64_t group, bool wide>
@@ -165,7 +201,7 @@ struct Groups {
     static constexpr int64_t bits = eight_bits ? 8 : F == Format::int6 ? 6 : 4;
     static constexpr int64_t number_bytes = group * strip_outputs * bits / 8;
     static constexpr int64_t wide_bytes = (4 + group) * strip_outputs;
-    static constexpr int64_t block_groups = !wide && F == Format::mxfp4 ? 2 : 1;
+    static constexpr int64_t block_groups = !wide && (F == Format::mxfp4 || F == Format::uneven4) ? 2 : 1;
     static constexpr int64_t head_bytes = wide ? 4 * strip_outputs : 64;
     static constexpr int64_t block_bytes = head_bytes + block_groups * number_bytes;
     static constexpr bool in_memory = !wide;
@@ -178,6 +214,7 @@ struct Groups {
         const uint8_t *head = strip + g / block_groups * block_bytes;
         if constexpr (wide) return floats_at(reinterpret_cast<const float *>(head) + first_output);
         else if constexpr (F == Format::mxfp4) return exponent_scales(head + g % 2 * strip_outputs + first_output);
+        else if constexpr (F == Format::uneven4) return uneven_scales(head + 2 * first_output, g % 2);
         else return half_scales(head + 2 * first_output);
     }
     // Eight inputs of a pass's outputs, in two quads, where numbers have fewer than eight bits; odd: whether `pair` is.
@@ -186,6 +223,8 @@ struct Groups {
         const Bytes both = bytes(numbers + pair * 4 * strip_outputs);
         first = low_halves(both), second = high_halves(both);
         if constexpr (F == Format::mxfp4) first = look_up(doubled_e2m1, first), second = look_up(doubled_e2m1, second);
+        if constexpr (F == Format::uneven4)
+            first = look_up(uneven_values, first), second = look_up(uneven_values, second);
         if constexpr (F == Format::int6) {
             const Bytes upper = bytes(numbers + (group / 8 + pair / 2) * 4 * strip_outputs);
             first = six_bits<2 * odd>(first, upper), second = six_bits<2 * odd + 1>(second, upper);

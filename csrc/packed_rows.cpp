@@ -83,6 +83,7 @@ void prepare_inputs(const float *x, int64_t first, int64_t end, const PackedShap
             round_group(x, left < 0 ? 0 : left < group ? left : group, group, values, rows.scales + of_row);
         rows.starts[of_row] = -offset_of(shape.format) * total;
         if (shape.format == Format::mxfp4) rows.scales[of_row] *= 0.5f;  // what the kernels look up is twice the codes
+        if (shape.format == Format::uneven4) rows.scales[of_row] *= uneven_unit;
     }
 }
 

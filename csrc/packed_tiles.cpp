@@ -126,6 +126,8 @@ void tiles_of_ints(const uint8_t *wide, int64_t g0, int64_t g1, const PackedShap
     }
 }
 
+template void tiles_of_ints<16>(const uint8_t *, int64_t, int64_t, const PackedShape &, const PackedRows &,
+                                FetchInParts, float *);
 template void tiles_of_ints<32>(const uint8_t *, int64_t, int64_t, const PackedShape &, const PackedRows &,
                                 FetchInParts, float *);
 template void tiles_of_ints<64>(const uint8_t *, int64_t, int64_t, const PackedShape &, const PackedRows &,

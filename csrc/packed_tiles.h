@@ -12,7 +12,7 @@ namespace moesaic::MOESAIC_ISA {
 
 // From how many rows on whole numbers are summed by tiles (measured); the sums are exact, and so the same either way.
 constexpr int64_t rows_for_tiles(int64_t group) {
-    return group == 32 ? 12 : 8;
+    return group < 64 ? 12 : 8;
 }
 
 // The tile unit, set up for groups of whole numbers or for so many rows of bf16.

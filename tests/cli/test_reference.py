@@ -20,6 +20,7 @@ WRITING = [
     "--device DEVICE",
     "--bits {4,8}",
     "--experts-bits {4,8}",
+    "--values {even,uneven}",
     "--json",
 ]
 OPTIONS = {
@@ -143,6 +144,7 @@ OPTIONS = {
         "--port N",
         "--bits {4,8}",
         "--experts-bits {4,8}",
+        "--values {even,uneven}",
         "--dtype {fp32,bf16}",
         "--threads N",
         "--max-length N",
@@ -183,6 +185,7 @@ OPTIONS = {
         "MODEL",
         "--bits {8,4}",
         "--experts-bits {8,4}",
+        "--values {even,uneven}",
         "--batch N,N",
         "--prefill N",
         "--threads N",

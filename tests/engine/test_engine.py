@@ -72,7 +72,9 @@ def test_says_which_part_it_does_not_run(case: str) -> None:
         Engine(model_of(case))
 
 
-@pytest.mark.parametrize("settings", [{}, {"bits": 8}, {"bits": 4}, {"cache_format": "int8"}])
+@pytest.mark.parametrize(
+    "settings", [{}, {"bits": 8}, {"bits": 4}, {"bits": 4, "values": "uneven"}, {"cache_format": "int8"}]
+)
 @pytest.mark.parametrize("case", ["mixtral/", "deepseek_v3/", "gpt_oss/", "llama4_text/"])
 def test_a_token_has_the_same_bits_however_it_runs(case: str, settings: dict[str, Any]) -> None:
     model = model_of(next(name for name in OURS if name.startswith(case)))
@@ -227,6 +229,15 @@ def test_refuses_other_bits() -> None:
         Engine(model_of(OURS[0]), bits=5)  # type: ignore[arg-type]
 
 
+def test_uneven_values_are_for_four_bits() -> None:
+    with pytest.raises(ConfigError, match="values='uneven' without 4 bits, which they are for; add bits=4, or leave"):
+        Engine(model_of(OURS[0]), bits=8, values="uneven")
+    with pytest.raises(ConfigError, match="values='odd'; known: even, uneven"):
+        Engine(model_of(OURS[0]), bits=4, values="odd")  # type: ignore[arg-type]
+    packed = Engine(model_of(OURS[0]), bits=8, experts_bits=4, values="uneven").program.packed_bytes
+    assert packed == Engine(model_of(OURS[0]), bits=8, experts_bits=4).program.packed_bytes
+
+
 def test_packed_weights_are_kept_in_a_file(tmp_path: Path) -> None:
     case = next(case for case in OURS if case.startswith("deepseek_v3/"))
     save(model_of(case), tmp_path / "model")
@@ -239,6 +250,8 @@ def test_packed_weights_are_kept_in_a_file(tmp_path: Path) -> None:
     assert packed.stat().st_mtime_ns == before
     with pytest.raises(CheckpointError, match="packed, and it is written anew"):
         Engine(tmp_path / "model", bits=8, packed_file=packed)
+    with pytest.raises(CheckpointError, match="packed, and it is written anew"):
+        Engine(tmp_path / "model", bits=4, values="uneven", packed_file=packed)
     packed.write_bytes(packed.read_bytes()[:-5])
     with pytest.raises(CheckpointError, match="cut short or damaged; delete"):
         Engine(tmp_path / "model", bits=4, packed_file=packed)
@@ -249,7 +262,8 @@ def test_packed_weights_are_kept_in_a_file(tmp_path: Path) -> None:
 def test_files_are_packed_as_a_model_in_memory_is(tmp_path: Path) -> None:
     case = next(case for case in OURS if case.startswith("gpt_oss/"))
     save(model_of(case), tmp_path)
-    for bits in (None, 4, 8):
-        from_files = Engine(tmp_path, bits=bits, threads=2, dtype=torch.bfloat16)
-        in_memory = Engine(model_of(case), bits=bits, threads=1, dtype=torch.bfloat16)
+    every: list[dict[str, Any]] = [{}, {"bits": 4}, {"bits": 8}, {"bits": 4, "values": "uneven"}]
+    for settings in every:
+        from_files = Engine(tmp_path, **settings, threads=2, dtype=torch.bfloat16)
+        in_memory = Engine(model_of(case), **settings, threads=1, dtype=torch.bfloat16)
         assert torch.equal(rows(from_files, Text(), PROMPTS[2]), rows(in_memory, Text(), PROMPTS[2]))

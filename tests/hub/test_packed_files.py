@@ -15,7 +15,7 @@ from safetensors import safe_open
 from moesaic.errors import CheckpointError
 from moesaic.hub import packed_files
 from moesaic.hub.packed_files import Source, read_packed, source_of, write_packed
-from moesaic.kernels import blocks
+from moesaic.kernels import blocks, uneven
 from moesaic.kernels.blocks import PackedMatrices, PackedShape
 from moesaic.kernels.rounding import round_to_ints
 
@@ -36,6 +36,7 @@ def matrices() -> dict[str, PackedMatrices]:
         "mxfp4": blocks.pack_mxfp4(codes, exponents),
         "fp8": blocks.pack_fp8(fp8, torch.ones(2, 34, 1)),
         "none": blocks.pack_floats(weight[:0], "fp32"),
+        "uneven4": blocks.pack_uneven4(*uneven.round_to_codes(weight)),
     }
 
 
@@ -79,7 +80,7 @@ def test_the_layout_has_its_version() -> None:
     digest = hashlib.sha256()
     for packed in matrices().values():
         digest.update(packed.data.numpy().tobytes())
-    assert (packed_files.LAYOUT_VERSION, digest.hexdigest()[:16]) == (2, "bcb75002c24fbdb0")
+    assert (packed_files.LAYOUT_VERSION, digest.hexdigest()[:16]) == (2, "e8d19af035d8d27c")
 
 
 @settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])

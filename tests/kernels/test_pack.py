@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from moesaic.kernels import blocks
+from moesaic.kernels import blocks, uneven
 from moesaic.kernels.blocks import PackedMatrices
 from moesaic.kernels.rounding import Bits, round_to_ints
 
@@ -97,6 +97,24 @@ def test_mxfp4(size: tuple[int, int, bool], isa: str) -> None:
 
 
 @pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_rounding_to_uneven_values(dtype: torch.dtype, size: tuple[int, int, bool], isa: str) -> None:
+    outputs, inputs, paired = size
+    weight = weights(dtype, outputs, inputs)
+    found = native_packing.pack_rounded_uneven(weight, paired=paired)
+    assert_same(found, blocks.pack_uneven4(*uneven.round_to_codes(weight), paired=paired))
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_uneven_values(size: tuple[int, int, bool], isa: str) -> None:
+    outputs, inputs, paired = size
+    codes = torch.randint(16, (2, outputs, inputs), dtype=torch.uint8)
+    words = torch.randint(1 << 16, (2, outputs, -(-inputs // 32)), dtype=torch.int32)
+    found = native_packing.pack_uneven4(codes, words, paired=paired)
+    assert_same(found, blocks.pack_uneven4(codes, words, paired=paired))
+
+
+@pytest.mark.parametrize("size", SIZES)
 def test_fp8(size: tuple[int, int, bool], isa: str) -> None:
     outputs, inputs, paired = size
     values = torch.randint(256, (2, outputs, inputs), dtype=torch.uint8).view(torch.float8_e4m3fn)
@@ -115,6 +133,8 @@ def test_parts_need_not_be_joined(cuts: list[int], paired: bool) -> None:
     weight = weights(torch.bfloat16, 96, 130)
     floats = native_packing.pack_floats(parts(weight, cuts), "bf16", paired=paired)
     assert_same(floats, blocks.pack_floats(weight, "bf16", paired=paired))
+    of_values = native_packing.pack_rounded_uneven(parts(weight, cuts), paired=paired)
+    assert_same(of_values, blocks.pack_uneven4(*uneven.round_to_codes(weight), paired=paired))
     ints = native_packing.pack_rounded(parts(weight, cuts), 4, group=32, paired=paired)
     assert_same(ints, rounded(weight, 4, 32, paired))
     values, scales = round_to_ints(weight, 8, 64)
@@ -139,6 +159,8 @@ def test_what_is_not_finite_stays_in_its_group(poison: float, isa: str) -> None:
     weight = torch.randn(1, 40, 100)
     weight[0, 33, 70] = poison
     assert bool(blocks.unpack(native_packing.pack_floats(weight, "bf16"))[0, 33, 70].isnan() == (poison != poison))
+    of_values = blocks.unpack(native_packing.pack_rounded_uneven(weight))
+    assert of_values.isnan().nonzero()[:, 1:].tolist() == [[33, i] for i in range(64, 96)]
     for bits in (8, 6, 4):
         found = blocks.unpack(native_packing.pack_rounded(weight, bits, group=32))
         wanted = blocks.unpack(rounded(weight, bits, 32, False))

@@ -122,6 +122,19 @@ def test_every_code_and_exponent_of_mxfp4(rows_at_once: int, isa: str) -> None:
     assert torch.equal(found[:248], 127 * wanted[:248])  # higher ones go beyond fp32
 
 
+@pytest.mark.parametrize("rows_at_once", [1, 32])
+def test_every_word_of_uneven_values(rows_at_once: int, isa: str) -> None:
+    """As above: every scale and sign of both groups, and exponents from the least to that of no number."""
+    exponents, bits = torch.tensor([0, 1, 30, 60, 61, 62])[:, None], torch.arange(32)
+    words = (exponents << 10 | (bits ^ 21) << 5 | bits).flatten()[:, None].int()
+    codes = ((torch.arange(len(words))[:, None] + torch.arange(32)) % 16).to(torch.uint8)
+    packed = blocks.pack_uneven4(codes[None], words[None])
+    wanted = blocks.unpack(packed)[0]
+    assert wanted[:160].isfinite().all() and wanted[160:].isnan().all()
+    found = columns(packed, 32, 127.0, rows_at_once)
+    assert torch.equal(found[:160], 127 * wanted[:160]) and bool(found[160 + 31].isnan().all())
+
+
 def test_what_is_no_number_in_fp8_shows(isa: str) -> None:
     values = torch.ones(1, 40, 200).to(torch.float8_e4m3fn)
     values.view(torch.uint8)[0, 33, 140] = 0xFF
@@ -138,7 +151,9 @@ def columns(packed: blocks.PackedMatrices, inputs: int, value: float, rows_at_on
 
 
 def test_what_cannot_be_packed_is_refused() -> None:
-    with pytest.raises(ConfigError, match="weight format 'int3'; known: fp32, bf16, fp8, int8, int6, int4, mxfp4"):
+    with pytest.raises(
+        ConfigError, match="weight format 'int3'; known: fp32, bf16, fp8, int8, int6, int4, mxfp4, uneven4"
+    ):
         PackedShape(format="int3", outputs=1, inputs=1)  # pyright: ignore[reportArgumentType]
     with pytest.raises(ConfigError, match="group=48; use one of 32, 64, 128"):
         PackedShape(format="int4", outputs=1, inputs=1, group=48)
@@ -151,4 +166,4 @@ def test_bits_per_weight() -> None:
         return packed_and_weights(kind, 64, 128, False)[0].bits_per_weight
 
     assert bits("int4/32") == 4.5 and bits("int8/128") == 8.125 and bits("bf16") == 16 and bits("mxfp4") == 4.25
-    assert bits("fp8") == 8.25
+    assert bits("fp8") == 8.25 and bits("uneven4") == 4.5

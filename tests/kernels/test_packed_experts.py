@@ -90,7 +90,7 @@ def test_it_is_its_definition(kind: str, isa: str) -> None:
                 assert_agrees(tokens_of(len(ids_TK), hidden), experts, rows_of(ids_TK))
 
 
-@pytest.mark.parametrize("kind", ["bf16", "fp8", "int4/32", "mxfp4"])
+@pytest.mark.parametrize("kind", ["bf16", "fp8", "int4/32", "mxfp4", "uneven4"])
 def test_biases_clamps_weights_on_the_input_and_a_multiplier(kind: str, isa: str) -> None:
     x_TD, ids_TK = tokens_of(9, 129), chosen(9, idle=2)
     clamped = ClampedSwiglu(limit=0.5, alpha=1.702, shift=1.0)

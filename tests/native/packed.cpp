@@ -16,7 +16,8 @@ struct Kind {
 constexpr Kind kinds[] = {{"fp32", Format::f32, 0},     {"bf16", Format::b16, 0},      {"fp8", Format::fp8, 0},
                           {"int8/32", Format::int8, 32}, {"int8/64", Format::int8, 64}, {"int8/128", Format::int8, 128},
                           {"int4/32", Format::int4, 32}, {"int4/64", Format::int4, 64}, {"int4/128", Format::int4, 128},
-                          {"int6/32", Format::int6, 32}, {"int6/64", Format::int6, 64}, {"mxfp4", Format::mxfp4, 0}};
+                          {"int6/32", Format::int6, 32}, {"int6/64", Format::int6, 64}, {"mxfp4", Format::mxfp4, 0},
+                          {"uneven4", Format::uneven4, 0}};
 
 // outputs, inputs, paired: one, primes, whole strips and blocks, one more and one less
 struct Size {

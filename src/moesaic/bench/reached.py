@@ -55,6 +55,7 @@ class Case:
 
 _PRODUCTS: dict[Format, Number] = {
     "fp32": "fp32", "bf16": "bf16", "fp8": "bf16", "int8": "int8", "int6": "int8", "int4": "int8", "mxfp4": "int8",
+    "uneven4": "int8",
 }  # fmt: skip
 
 

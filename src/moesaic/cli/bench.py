@@ -28,6 +28,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--bits", type=int, choices=BITS, help="pack the weights in 8 or 4 bits (as they are, if not given)"
     )
     parser.add_argument("--experts-bits", type=int, choices=BITS, help="those of routed experts (as --bits)")
+    parser.add_argument(
+        "--values",
+        choices=("even", "uneven"),
+        default="even",
+        help="what 4 bits stand for: even steps, or uneven ones, which lose less and compute more (%(default)s)",
+    )
     parser.add_argument("--batch", metavar="N,N", default="1,8,32", help="texts that are written at once (%(default)s)")
     parser.add_argument(
         "--prefill",
@@ -65,6 +71,8 @@ def _check(args: argparse.Namespace) -> list[int]:
     """The batches. Raises ConfigError for options that make no sense."""
     if args.experts_bits is not None and args.bits is None:
         raise ConfigError("--experts-bits without --bits, which says how many the other weights get; give both")
+    if args.values == "uneven" and 4 not in (args.bits, args.experts_bits):
+        raise ConfigError("--values uneven without --bits 4, which it is for; give both")
     words = args.batch.split(",")
     if not all(word.strip().isdecimal() and int(word) > 0 for word in words):
         raise ConfigError(f"--batch {args.batch}; give numbers of texts above 0, comma-separated: 1,8,32")
@@ -98,6 +106,7 @@ def _measure(args: argparse.Namespace, batches: list[int]) -> dict[str, Any]:
         "random_weights": drawn,
         "bits": args.bits,
         "experts_bits": args.experts_bits or args.bits,
+        "values": args.values,
     }
     return settings | report(machine, kept, cases)
 
@@ -140,7 +149,12 @@ def _open(args: argparse.Namespace, max_length: int) -> "tuple[Engine, Any, bool
         weights = FileWeights(open_source(weights_place(args.model)))
     with output.progress(f"packing {args.model}"):
         engine = Engine(
-            weights, bits=args.bits, experts_bits=args.experts_bits, threads=args.threads, max_length=max_length
+            weights,
+            bits=args.bits,
+            experts_bits=args.experts_bits,
+            values=args.values,
+            threads=args.threads,
+            max_length=max_length,
         )
     return engine, weights.dtype, drawn
 

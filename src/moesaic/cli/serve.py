@@ -22,7 +22,7 @@ if TYPE_CHECKING:  # at run time these come in only once the options make sense
 DEFAULT_MODEL = "smollm2-moe"
 # Options that are settings of the server, and of each model.
 _OF_SERVER = ("host", "port", "api_key_file", "tls_cert", "tls_key", "drain_seconds")
-_OF_MODELS = ("bits", "experts_bits", "dtype", "threads", "max_length", "cache", "max_running")
+_OF_MODELS = ("bits", "experts_bits", "values", "dtype", "threads", "max_length", "cache", "max_running")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -77,6 +77,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def _add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--bits", type=int, choices=(4, 8), help="round the weights to 4 or 8 bits once they are read")
     parser.add_argument("--experts-bits", type=int, choices=(4, 8), help="those of routed experts (as --bits)")
+    parser.add_argument(
+        "--values",
+        choices=("even", "uneven"),
+        help="what 4 bits stand for: even steps, or uneven ones, which lose less and compute more (even)",
+    )
     parser.add_argument("--dtype", choices=list(DTYPES), help="compute in this format (the checkpoint's if not given)")
     parser.add_argument("--threads", metavar="N", type=int, help="use N processors (all that this process may use)")
     parser.add_argument("--max-length", metavar="N", type=int, help="longest text, prompt included (the model's own)")

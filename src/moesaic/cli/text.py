@@ -94,6 +94,12 @@ def add_text_arguments(parser: argparse.ArgumentParser, *, max_new_tokens: int, 
     )
     parser.add_argument("--bits", type=int, choices=(4, 8), help="round the weights to 4 or 8 bits once they are read")
     parser.add_argument("--experts-bits", type=int, choices=(4, 8), help="those of routed experts (as --bits)")
+    parser.add_argument(
+        "--values",
+        choices=("even", "uneven"),
+        default="even",
+        help="what 4 bits stand for: even steps, or uneven ones, which lose less and compute more (%(default)s)",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON document instead of the text as it comes")
 
 
@@ -108,6 +114,8 @@ def open_writer(path_or_preset: str, args: argparse.Namespace, *, decoder_for: s
 
     if args.bits is None and args.experts_bits is not None:
         raise ConfigError("--experts-bits without --bits, which says how many the other weights get; give both")
+    if args.values == "uneven" and 4 not in (args.bits, args.experts_bits):
+        raise ConfigError("--values uneven without --bits 4, which it is for; give both")
     config = _read_config(path_or_preset, decoder_for)
     device = device_of(args.device, "--device")
     if device.type != "cpu":
@@ -126,13 +134,21 @@ def open_writer(path_or_preset: str, args: argparse.Namespace, *, decoder_for: s
 
     tokenizer = open_tokenizer(path_or_preset)
     importlib.import_module("moesaic.tune.upcycle")  # makes known the preset whose weights it makes
-    engine = Engine(path_or_preset, bits=args.bits, experts_bits=args.experts_bits, dtype=torch_dtype(args.dtype))
+    engine = Engine(
+        path_or_preset,
+        bits=args.bits,
+        experts_bits=args.experts_bits,
+        values=args.values,
+        dtype=torch_dtype(args.dtype),
+    )
     if args.bits is not None:
         output.talk(f"weights packed in {output.size(sum(engine.program.packed_bytes.values()))}")
     return Writer(engine, tokenizer)
 
 
 def _without_engine(path_or_preset: str, args: argparse.Namespace) -> Writer:
+    if args.values == "uneven":
+        raise ConfigError("--values uneven is the engine's, and the plain decoder is to write; leave it out")
     opened = open_model(path_or_preset, args.dtype)
     if args.bits is not None:
         from moesaic.cli import output

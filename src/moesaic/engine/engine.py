@@ -21,7 +21,7 @@ from moesaic.errors import ConfigError, GenerationError
 from moesaic.hub.resolve import weights_place
 from moesaic.hub.sources import open_source
 from moesaic.kernels.paged import CACHE_FORMATS, CacheFormat
-from moesaic.kernels.rounding import Bits
+from moesaic.kernels.rounding import Bits, Values
 from moesaic.models.base import LanguageModel
 
 # Of a prompt that go through the program together: enough that weights are read for many tokens at once, few enough
@@ -42,7 +42,8 @@ class Engine:
 
     path_or_model: a folder, a .gguf file, a preset that brings its weights, a model in memory, or any Weights.
     bits: 8 or 4, of projections and experts; None: as the files have them. experts_bits: of routed experts, where
-    these differ.
+    these differ. values: what four bits stand for, "even" steps or "uneven" ones, which lose less and compute more
+    (docs/quantize.md).
     dtype: of what is not rounded, fp32 or bf16; None: as the files have it, be it FP8 in blocks or MXFP4.
     threads: None: every processor that this process may use. max_length: the most tokens of a text; None: as many as
     the model was made for. cache_format: of keys and values, "fp32", "bf16" or "int8" (8.5 bits a number, see
@@ -62,6 +63,7 @@ class Engine:
         *,
         bits: Bits | None = None,
         experts_bits: Bits | None = None,
+        values: Values = "even",
         dtype: torch.dtype | None = None,
         threads: int | None = None,
         max_length: int | None = None,
@@ -75,7 +77,7 @@ class Engine:
                 raise ConfigError(f"{name}={value}; use 1 or more, or leave it out")
         if cache_format not in (None, *CACHE_FORMATS):
             raise ConfigError(f"cache_format={cache_format!r}; use {', '.join(CACHE_FORMATS)}, or leave it out")
-        precision = Precision(bits=bits, experts_bits=experts_bits, dtype=dtype)
+        precision = Precision(bits=bits, experts_bits=experts_bits, values=values, dtype=dtype)
         dtype = dtype or weights.dtype
         require_memory(weights.config, precision, dtype.itemsize, weights.coded, mtp=mtp)
         store = None if packed_file is None else PackedStore(Path(packed_file), weights, precision)

@@ -22,6 +22,7 @@ class PackedStore:
             raise ConfigError("packed_file with a model in memory; only what came from files can be told apart again")
         self._path = path
         bits = f"{precision.bits or 'own'} bits, experts {precision.of_experts or 'own'}"
+        bits += ", uneven" if precision.values == "uneven" else ""
         dtype = precision.dtype or "own dtype"
         self._source = source_of(f"{weights.where} ({bits}, {dtype})", weights.files)
 

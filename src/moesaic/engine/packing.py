@@ -6,6 +6,7 @@ E experts, O outputs, I inputs.
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import get_args
 
 import torch
 from torch import Tensor
@@ -15,8 +16,8 @@ from moesaic.errors import ConfigError
 from moesaic.hub.codes import CodedTensor, Codes, CodesFormat
 from moesaic.hub.memory import empty
 from moesaic.kernels.blocks import Format, PackedMatrices
-from moesaic.kernels.native_packing import Parts, pack_floats, pack_fp8, pack_mxfp4, pack_rounded
-from moesaic.kernels.rounding import BITS, GROUP, Bits
+from moesaic.kernels.native_packing import Parts, pack_floats, pack_fp8, pack_mxfp4, pack_rounded, pack_rounded_uneven
+from moesaic.kernels.rounding import BITS, GROUP, Bits, Values
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +26,7 @@ class Precision:
 
     dtype: of what is not rounded, fp32 or bf16; None: as the files have it: fp32, bf16, FP8 in blocks, MXFP4 (other
     formats become fp32).
+    values: what four bits stand for.
     The head has 8 bits where others have 8, and 6 where they have 4; matrices that heads read one by one (MLA) have 8.
     Routers, norms and embeddings are never rounded. Raises ConfigError for other bits or another dtype.
     """
@@ -32,11 +34,16 @@ class Precision:
     bits: Bits | None = None
     experts_bits: Bits | None = None
     dtype: torch.dtype | None = None
+    values: Values = "even"
 
     def __post_init__(self) -> None:
         for value in (self.bits, self.experts_bits):
             if value is not None and value not in BITS:
                 raise ConfigError(f"{value} bits; known: {', '.join(map(str, BITS))}, or none to keep what files have")
+        if self.values not in get_args(Values):
+            raise ConfigError(f"values={self.values!r}; known: {', '.join(get_args(Values))}")
+        if self.values == "uneven" and 4 not in (self.bits, self.experts_bits):
+            raise ConfigError("values='uneven' without 4 bits, which they are for; add bits=4, or leave them out")
         if self.dtype not in (None, torch.float32, torch.bfloat16):
             raise ConfigError(f"dtype={self.dtype}; known: torch.float32, torch.bfloat16, or none for the files' own")
 
@@ -78,13 +85,13 @@ class Packer:
             coded = self._coded(names, bits)
             if coded:
                 return packed_codes(coded[0].format, [each.read(None) for each in coded], paired=paired)
-            return packed_as([self.read(name)[None] for name in names], bits, paired=paired)
+            return self._rounded([self.read(name)[None] for name in names], bits, paired=paired)
 
         return self._once(" ".join(names), part, make)
 
     def tensor(self, name: str, read: Callable[[], Tensor], bits: Bits | None, part: str) -> PackedMatrices:
         """Matrices [E, O, I] that something else is made into."""
-        return self._once(name, part, lambda: packed_as(read(), bits))
+        return self._once(name, part, lambda: self._rounded(read(), bits))
 
     def exact(self, name: str, part: str) -> PackedMatrices:
         """A matrix in fp32, whatever the others have."""
@@ -98,7 +105,7 @@ class Packer:
         def pack(expert: int, out: Tensor | None = None) -> PackedMatrices:
             if coded:
                 return packed_codes(coded[0].format, [coded[0].read(expert)], paired=paired, out=out)
-            return packed_as(self.read(name, expert)[None], bits, paired=paired, out=out)
+            return self._rounded(self.read(name, expert)[None], bits, paired=paired, out=out)
 
         def make() -> PackedMatrices:
             first = pack(0)
@@ -117,6 +124,11 @@ class Packer:
         found = [coded for name in names if (coded := self.weights.coded(name)) is not None]
         return found if len(found) == len(names) and len({coded.format for coded in found}) == 1 else []
 
+    def _rounded(
+        self, weight_EOI: Parts, bits: Bits | None, *, paired: bool = False, out: Tensor | None = None
+    ) -> PackedMatrices:
+        return packed_as(weight_EOI, bits, values=self.precision.values, paired=paired, out=out)
+
     def _once(self, name: str, part: str, make: Callable[[], PackedMatrices]) -> PackedMatrices:
         packed = self.held[name] if name in self.held else make()
         self.packed[name] = packed
@@ -125,9 +137,16 @@ class Packer:
 
 
 def packed_as(
-    weight_EOI: Parts, bits: Bits | None, *, paired: bool = False, out: Tensor | None = None
+    weight_EOI: Parts,
+    bits: Bits | None,
+    *,
+    values: Values = "even",
+    paired: bool = False,
+    out: Tensor | None = None,
 ) -> PackedMatrices:
     """Matrices rounded to `bits`, or as they are: fp32, or bf16 where they are that."""
+    if bits == 4 and values == "uneven":
+        return pack_rounded_uneven(weight_EOI, paired=paired, out=out)
     if bits is not None:
         return pack_rounded(weight_EOI, bits, group=GROUP, paired=paired, out=out)
     dtype = (weight_EOI if isinstance(weight_EOI, Tensor) else weight_EOI[0]).dtype

@@ -13,9 +13,10 @@ from torch.nn.functional import pad
 
 from moesaic.checks import require
 from moesaic.config.activation import Activation
+from moesaic.kernels import uneven
 from moesaic.kernels.rounding import Bits
 
-Format = Literal["fp32", "bf16", "fp8", "int8", "int6", "int4", "mxfp4"]
+Format = Literal["fp32", "bf16", "fp8", "int8", "int6", "int4", "mxfp4", "uneven4"]
 FORMATS: tuple[Format, ...] = get_args(Format)
 INTS: Mapping[Bits, Format] = {4: "int4", 6: "int6", 8: "int8"}
 """The format of whole numbers of so many bits."""
@@ -49,13 +50,13 @@ class PackedShape:
     @property
     def block(self) -> int:
         """Inputs of a block."""
-        fixed = {"fp32": 1, "bf16": 2, "fp8": FP8_BLOCK, "mxfp4": 2 * MXFP4_GROUP}
+        fixed = {"fp32": 1, "bf16": 2, "fp8": FP8_BLOCK, "mxfp4": 2 * MXFP4_GROUP, "uneven4": uneven.BLOCK}
         return fixed.get(self.format, self.group)
 
     @property
     def scale_group(self) -> int:
         """Inputs that share a scale; 0 where there are none."""
-        fixed = {"fp32": 0, "bf16": 0, "fp8": FP8_BLOCK, "mxfp4": MXFP4_GROUP}
+        fixed = {"fp32": 0, "bf16": 0, "fp8": FP8_BLOCK, "mxfp4": MXFP4_GROUP, "uneven4": uneven.GROUP}
         return fixed.get(self.format, self.group)
 
     @property
@@ -69,7 +70,7 @@ class PackedShape:
     @property
     def num_bytes(self) -> int:
         """What a packed matrix takes, scales and padding included: a multiple of 64."""
-        bits = {"fp32": 32, "bf16": 16, "int6": 6, "int4": 4, "mxfp4": 4}.get(self.format, 8)
+        bits = {"fp32": 32, "bf16": 16, "int6": 6, "int4": 4, "mxfp4": 4, "uneven4": 4}.get(self.format, 8)
         return self.num_strips * self.num_blocks * (self.head_bytes + STRIP * self.block * bits // 8)
 
     @property
@@ -150,6 +151,14 @@ def pack_mxfp4(codes_EOI: Tensor, exponents_EOG: Tensor, *, paired: bool = False
     return _joined(exponents.permute(0, 1, 3, 4, 2).flatten(-2), _halves(codes), shape)
 
 
+def pack_uneven4(codes_EOI: Tensor, words_EOB: Tensor, *, paired: bool = False) -> PackedMatrices:
+    """Codes of uneven values (0 to 15) with a word of two scales for each 32 inputs: see uneven.py."""
+    shape = PackedShape(format="uneven4", outputs=codes_EOI.shape[1], inputs=codes_EOI.shape[2], paired=paired)
+    codes = _in_strips(codes_EOI, shape).unflatten(-1, (shape.num_blocks, -1, 2, 4))
+    words = _in_strips(words_EOB.short(), shape, uneven.BLOCK)  # [E, S, 32, N]
+    return _joined(_bytes_of(words.transpose(2, 3)), _halves(codes), shape)
+
+
 def pack_fp8(values_EOI: Tensor, scales_EOG: Tensor, *, paired: bool = False) -> PackedMatrices:
     """float8_e4m3fn times an fp32 scale for each 128 inputs of an output; NaN is kept as a scale of NaN."""
     shape = PackedShape(format="fp8", outputs=values_EOI.shape[1], inputs=values_EOI.shape[2], paired=paired)
@@ -191,6 +200,9 @@ def _numbers(blocks: Tensor, shape: PackedShape) -> tuple[Tensor, Tensor]:
     if shape.format == "mxfp4":
         exponents = head.unflatten(-1, (2, STRIP)).contiguous().view(torch.float8_e8m0fnu).float()
         return E2M1[_whole(body, shape).long()], exponents.permute(0, 1, 4, 2, 3).flatten(-2)
+    if shape.format == "uneven4":
+        words = head.contiguous().view(torch.int16).int().transpose(2, 3) & 0xFFFF
+        return uneven.VALUES[_whole(body, shape).long()], uneven.scales_of(words)
     scales = head.contiguous().view(torch.float16).float().transpose(2, 3)
     if shape.format == "int4":
         return _whole(body, shape).float() - 8, scales

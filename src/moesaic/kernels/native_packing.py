@@ -56,6 +56,22 @@ def pack_mxfp4(
     return _pack(codes_EOI, exponents_EOG, "mxfp4", 32, paired, out)
 
 
+def pack_rounded_uneven(weight_EOI: Parts, *, paired: bool = False, out: Tensor | None = None) -> PackedMatrices:
+    """What blocks.pack_uneven4 makes of uneven.round_to_codes, in one pass; weights are fp32, bf16 or fp16.
+
+    It takes four times as long as even steps.
+    """
+    return _pack(weight_EOI, (), "uneven4", 32, paired, out)
+
+
+def pack_uneven4(
+    codes_EOI: Parts, words_EOB: Parts, *, paired: bool = False, out: Tensor | None = None
+) -> PackedMatrices:
+    """See blocks.pack_uneven4."""
+    words = [words.short().view(torch.float16) for words in _parts(words_EOB)]  # any type of 16 bits
+    return _pack(codes_EOI, words, "uneven4", 32, paired, out)
+
+
 def pack_fp8(
     values_EOI: Parts, scales_EOG: Parts, *, paired: bool = False, out: Tensor | None = None
 ) -> PackedMatrices:

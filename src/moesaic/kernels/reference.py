@@ -319,8 +319,9 @@ def adamw_(
 def packed_linear(x_RI: Tensor, packed: PackedMatrices, offsets: Tensor, bias_EO: Tensor | None = None) -> Tensor:
     """y_RO in fp32: each expert's rows (fp32) times its own packed matrix, and its bias.
 
-    bf16 and fp8 weights multiply rows rounded to bf16, whole numbers (int8, int4, mxfp4) rows rounded to 8 bits; both
-    are summed in fp32, whole numbers exactly within a group. A row with a number that is not finite becomes NaN.
+    bf16 and fp8 weights multiply rows rounded to bf16, numbers of few bits (int8, int4, mxfp4, uneven4) rows rounded to
+    8 bits; both are summed in fp32, whole numbers exactly within a group. A row with a number that is not finite
+    becomes NaN.
     """
     y_RO = _packed_product(x_RI, packed, offsets)
     return y_RO if bias_EO is None else y_RO + bias_EO.repeat_interleave(offsets.diff(), dim=0)

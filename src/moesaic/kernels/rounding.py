@@ -12,6 +12,8 @@ from torch import Tensor
 Bits = Literal[4, 6, 8]
 BITS: tuple[Bits, ...] = (4, 8)
 """What models are rounded to; six bits are for the engine's heads, and no file has them."""
+Values = Literal["even", "uneven"]
+"""What four bits stand for: whole numbers, or the sixteen values of uneven.py."""
 GROUP = 32
 """Inputs that share a scale where nobody says how many."""
 

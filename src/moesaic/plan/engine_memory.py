@@ -31,7 +31,8 @@ def held_bytes(config: ModelConfig, formats: Formats) -> float:
     for layer, _, count in layer_kinds(config.layers):
         if isinstance(layer.attention, MlaConfig):
             by_head = sum(s.numel for s in part_specs(layer.attention, config.hidden_size) if "kv_b_proj" in s.name)
-            wide = {"int4": "int8", "fp8-128": "bf16"}.get(formats.by_role["attention"], formats.by_role["attention"])
+            packing = formats.by_role["attention"]
+            wide = {"int4": "int8", "uneven4": "int8", "fp8-128": "bf16"}.get(packing, packing)
             total += count * by_head * (PACKINGS[wide].bits - formats.of("attention").bits) / 8
     return total
 

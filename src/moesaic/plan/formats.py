@@ -29,12 +29,13 @@ PACKINGS: dict[str, Packing] = {
     "int6": Packing(6.5, "int8"),
     "int4": Packing(4.5, "int8"),
     "int4-128": Packing(4.125, "bf16"),
+    "uneven4": Packing(4.5, "int8"),
     "mxfp4": Packing(4.25, "fp4"),
 }
 """fp8: e4m3 with an fp32 scale for each 128 x 128 block (DeepSeek-V3, arXiv:2412.19437, sec. 3.3); fp8-128: for each
-128 weights of an output, as moesaic's engine holds it. int8, int6, int4:
-as moesaic packs them, an fp16 scale for each 32 weights; int4-128: for each 128 (GPTQ, AWQ), multiplied in bf16. mxfp4:
-an exponent of 8 bits for each 32 (gpt-oss)."""
+128 weights of an output, as moesaic's engine holds it. int8, int6, int4: as moesaic packs them, an fp16 scale for each
+32 weights; int4-128: for each 128 (GPTQ, AWQ), multiplied in bf16. uneven4: moesaic's sixteen uneven values, two scales
+in 16 bits for each 32. mxfp4: an exponent of 8 bits for each 32 (gpt-oss)."""
 
 _MATRICES: tuple[Role, ...] = ("experts", "shared_experts", "attention", "mlp")
 """Roles that a narrow format is meant for: embeddings, heads, routers and norms stay as they are, in the files of

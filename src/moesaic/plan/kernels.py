@@ -262,7 +262,7 @@ def _projections(attention: Any, size: int, formats: Formats) -> list[tuple[str,
     if not isinstance(attention, MlaConfig):
         return [(packing, float(sum(matrices.values())))]
     by_head = next(numel for name, numel in matrices.items() if "kv_b_proj" in name)
-    one_by_one = {"int4": "int8", "fp8-128": "bf16"}.get(packing, packing)
+    one_by_one = {"int4": "int8", "uneven4": "int8", "fp8-128": "bf16"}.get(packing, packing)
     return [(packing, float(sum(matrices.values()) - by_head)), (one_by_one, float(by_head))]
 
 

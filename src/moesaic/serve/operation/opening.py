@@ -86,6 +86,7 @@ def open_model(settings: ModelSettings, packed_file: Path | None = None, threads
         settings.path,
         bits=settings.bits,  # pyright: ignore[reportArgumentType]
         experts_bits=settings.experts_bits,  # pyright: ignore[reportArgumentType]
+        values=settings.values,
         dtype=_dtype(settings),
         threads=threads or settings.threads,
         max_length=settings.max_length,

@@ -15,8 +15,9 @@ _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "
 class ModelSettings:
     """One model, and how it runs.
 
-    path: what `Engine` takes. bits, experts_bits, dtype, threads, max_length, cache_format: the engine's. cache: room
-    for texts and for prefixes, taken at once: tokens (a number) or bytes ("4GiB"). max_running: requests in one step.
+    path: what `Engine` takes. bits, experts_bits, values, dtype, threads, max_length, cache_format: the engine's.
+    cache: room for texts and for prefixes, taken at once: tokens (a number) or bytes ("4GiB"). max_running: requests in
+    one step.
     step_tokens: of all requests together in one step. share_prefixes, verify_hits: see `LoopSettings`. speculation:
     who drafts tokens: the text itself, the model's layers that predict further tokens, or `draft`, another model.
     at_start: load it when the server starts; else when a client says so (see `load_models`).
@@ -25,6 +26,7 @@ class ModelSettings:
     path: str
     bits: int | None = None
     experts_bits: int | None = None
+    values: Literal["even", "uneven"] = "even"
     dtype: Literal["fp32", "bf16"] | None = None
     threads: int | None = None
     max_length: int | None = None
@@ -45,6 +47,8 @@ class ModelSettings:
                 raise ConfigError(f"{name}={getattr(self, name)}; use 4 or 8, or leave it out")
         if self.experts_bits is not None and self.bits is None:
             raise ConfigError("experts_bits without bits, which says how many the other weights get; give both")
+        if self.values == "uneven" and 4 not in (self.bits, self.experts_bits):
+            raise ConfigError('values="uneven" without bits=4, which they are for; give both')
         if (self.draft is None) == (self.speculation == "draft"):
             raise ConfigError('speculation="draft" and draft=PATH need each other; give both, or neither')
         _require_positive(self, "threads", "max_length", "max_running", "step_tokens")
