@@ -23,9 +23,11 @@ from moesaic.cli import output
 from moesaic.cli.text_source import gather_text
 from moesaic.data.held_out import HeldOutBatch
 from moesaic.data.packed import Packed
+from moesaic.kernels.rounding import Bits, Values
 from moesaic.models.build import decoder_only
 from moesaic.models.decoder import Decoder
 
+ENGINES: tuple[tuple[Bits, Values], ...] = ((8, "even"), (4, "even"), (4, "uneven"))
 SERVED_TOKENS = 512  # of each domain, on which experts' outputs are compared
 
 Row = dict[str, Any]
@@ -80,7 +82,7 @@ def measure(path: str, text: Packed, ggml: Path, max_tokens: int, length: int) -
         ours.setdefault(format.bits, after)
         rows.append(row)
         output.talk("  ".join(cells(row) + (expert_cells(row)[1:] if routing else [])))
-    for bits, values in ((8, "even"), (4, "even"), (4, "uneven")):
+    for bits, values in ENGINES:
         after = engine_losses(Engine(path, bits=bits, values=values), batches)
         rows.append(loss_row(f"engine, {bits} bits, {values}", bits + 0.5, after, before, ours[bits + 0.5]))
         output.talk("  ".join(cells(rows[-1])))

@@ -19,7 +19,8 @@ with passing_folder(Path(sys.argv[1])) as folder:
 
 
 def age(folder: Path) -> None:
-    os.utime(folder, (time.time() - 3600,) * 2)
+    an_hour_ago = time.time() - 3600
+    os.utime(folder, (an_hour_ago, an_hour_ago))
 
 
 def test_a_folder_is_gone_in_the_end(tmp_path: Path) -> None:
