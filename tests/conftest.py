@@ -22,6 +22,12 @@ os.environ["MOESAIC_DEVICE"] = "cpu"
 GPU = pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU that torch finds"))
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _state(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """What training and bench foretell and measure here is no measurement of the machine: it stays out of its file."""
+    os.environ["XDG_STATE_HOME"] = str(tmp_path_factory.mktemp("state"))
+
+
 @pytest.fixture(params=["cpu", GPU])
 def device(request: pytest.FixtureRequest) -> torch.device:
     """The CPU, and a GPU where there is one."""
