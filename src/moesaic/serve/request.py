@@ -13,6 +13,7 @@ from moesaic.errors import GenerationError
 
 MAX_TOP_LOGPROBS = 20
 GrammarKind = Literal["json_object", "json_schema", "regex", "lark"]
+PoolingKind = Literal["mean", "last"]
 
 
 class Grammar(NamedTuple):
@@ -28,8 +29,10 @@ class Request:
 
     eos_token_ids: end it and are not part of its text. stop: so do these texts (kept in it with include_stop).
     top_logprobs: None: no log probabilities; N: of the chosen token and of the N likeliest. prompt_logprobs: the same
-    of the prompt's tokens. priority: smaller goes first. speculate: may drafts be used. experts: tell which experts its
-    tokens went to. timeout_s: after which it ends as it stands. client: whose it is; those of one priority take turns.
+    of the prompt's tokens. pooling: no text but a vector of the prompt, the mean of its tokens' hidden states or that
+    of the last; for max_new_tokens=0. priority: smaller goes first. speculate: may drafts be used. experts: tell which
+    experts its tokens went to. timeout_s: after which it ends as it stands. client: whose it is; those of one priority
+    take turns.
     """
 
     prompt_ids: tuple[int, ...]
@@ -41,6 +44,7 @@ class Request:
     min_new_tokens: int = 0
     top_logprobs: int | None = None
     prompt_logprobs: int | None = None
+    pooling: PoolingKind | None = None
     grammar: Grammar | None = None
     priority: int = 0
     speculate: bool = True
@@ -57,6 +61,8 @@ class Request:
             value = getattr(self, name)
             if value is not None and not 0 <= value <= MAX_TOP_LOGPROBS:
                 raise GenerationError(f"{name}={value}; use 0 to {MAX_TOP_LOGPROBS}")
+        if self.pooling is not None and (self.max_new_tokens or self.prompt_logprobs is not None):
+            raise GenerationError("pooling with a text or log probabilities; use max_new_tokens=0, and ask for one")
         if "" in self.stop:
             raise GenerationError("an empty stop text; leave it out")
 
@@ -73,6 +79,12 @@ class PromptScored(NamedTuple):
     """The tokens of the prompt with their log probabilities."""
 
     tokens: tuple[TokenInfo, ...]
+
+
+class Pooled(NamedTuple):
+    """A vector of the whole prompt, fp32 [D], of length 1."""
+
+    vector_D: np.ndarray
 
 
 class Progress(NamedTuple):
@@ -109,7 +121,7 @@ class Finished(NamedTuple):
     error: str | None = None
 
 
-Event = PromptScored | Progress | Finished
+Event = PromptScored | Pooled | Progress | Finished
 
 
 class Heard(NamedTuple):

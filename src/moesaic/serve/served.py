@@ -11,7 +11,7 @@ from moesaic.errors import ConfigError, MoesaicError
 from moesaic.serve.choice.guidance import Guidance
 from moesaic.serve.live_routing import LiveRouting
 from moesaic.serve.loop.desk import Desk
-from moesaic.serve.request import Event, Request
+from moesaic.serve.request import Event, PoolingKind, Request
 from moesaic.serve.seen import Stats
 from moesaic.serve.text.dialogue import Speaker
 from moesaic.serve.text.kept_text import KeptText
@@ -42,6 +42,7 @@ class Served:
     """A model under a name. `desk` is there between `start` and `close`; created: seconds since 1970.
 
     open_desk: called inside the running event loop. routing: the load of its experts; None: it runs elsewhere.
+    embeddings: of which hidden states; None: it makes none.
     """
 
     def __init__(
@@ -54,9 +55,10 @@ class Served:
         open_desk: Callable[[], Runs],
         created: int | None = None,
         routing: LiveRouting | None = None,
+        embeddings: PoolingKind | None = None,
     ) -> None:
         self.name, self.tokenizer, self.config, self.max_length = name, tokenizer, config, max_length
-        self.routing = routing
+        self.routing, self.embeddings = routing, embeddings
         self.created = int(time.time()) if created is None else created
         self.eos_token_ids = _ends(tokenizer, config)
         self.token_texts, self.speaker = TokenTexts(tokenizer), Speaker(tokenizer)
@@ -64,7 +66,14 @@ class Served:
         self._desk: Runs | None = None
 
     @classmethod
-    def of_engine(cls, name: str, engine: Engine, tokenizer: Tokenizer, created: int | None = None) -> "Served":
+    def of_engine(
+        cls,
+        name: str,
+        engine: Engine,
+        tokenizer: Tokenizer,
+        created: int | None = None,
+        embeddings: PoolingKind | None = None,
+    ) -> "Served":
         """A model that this process runs itself."""
         routing = LiveRouting(engine)
 
@@ -82,6 +91,7 @@ class Served:
             open_desk=open_desk,
             routing=routing,
             created=created,
+            embeddings=embeddings,
         )
 
     @property

@@ -33,7 +33,10 @@ class Server:
 
     def __init__(self) -> None:
         engines = {MODEL: tiny.engine(), LONG: long_engine()}
-        models = [Served.of_engine(name, engine, tiny.tokenizer(), created=1) for name, engine in engines.items()]
+        models = [
+            Served.of_engine(name, engine, tiny.tokenizer(), created=1, embeddings="mean" if name == LONG else None)
+            for name, engine in engines.items()
+        ]
         app = create_app(Models(models))
         self._server = uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="on"))
         listening = socket.create_server(("127.0.0.1", 0))  # who comes before the server has started waits in its queue

@@ -1,4 +1,4 @@
-"""Models, embeddings and tokens, asked by the official client."""
+"""Models and tokens, asked by the official client."""
 
 from typing import Any
 
@@ -14,11 +14,6 @@ def test_models(client: openai.OpenAI) -> None:
     assert client.models.retrieve(MODEL).created == 1
     with pytest.raises(openai.NotFoundError):
         client.models.retrieve("nobody")
-
-
-def test_no_embeddings(client: openai.OpenAI) -> None:
-    with pytest.raises(openai.BadRequestError, match="makes no embeddings"):
-        client.embeddings.create(model=MODEL, input="fox")
 
 
 def post(client: openai.OpenAI, server: Server, path: str, body: dict[str, Any]) -> Any:

@@ -4,12 +4,14 @@ import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 
+from moesaic.engine.engine import Piece, Text
 from moesaic.errors import ConfigError, GenerationError, QueueFullError, ServerClosingError
 from moesaic.serve.loop.loop import Loop
 from moesaic.serve.loop.settings import LoopSettings
-from moesaic.serve.request import Finished, Heard, Request
+from moesaic.serve.request import Event, Finished, Heard, Pooled, PoolingKind, Request
 from moesaic.serve.seen import StepSeen
 from tests.serve import tiny
 
@@ -62,6 +64,32 @@ def test_writes_what_the_engine_writes(served: Served) -> None:
         last = events[-1]
         assert isinstance(last, Finished) and last.reason == "length"
         assert last.usage[:2] == (len(prompt), 12)
+
+
+@pytest.mark.parametrize("kind", ["mean", "last"])
+def test_vectors_are_those_of_the_prompt_alone(kind: PoolingKind) -> None:
+    """In small pieces, beside texts that are written, and behind a prefix that another left."""
+    asked = [Request(prompt_ids=prompt, max_new_tokens=0, pooling=kind) for prompt in PROMPTS]
+    writes = [Request(prompt_ids=prompt, max_new_tokens=12) for prompt in PROMPTS]
+    served = Served(step_tokens=48)
+    try:
+        mixed = [each for pair in zip(writes, asked, strict=True) for each in pair]
+        first = [vector_of(events) for events in tiny.run(served.loop, served.listener, mixed)[1::2]]
+        again = [vector_of(events) for events in tiny.run(served.loop, served.listener, asked)]
+    finally:
+        served.loop.close()
+    for prompt, *found in zip(PROMPTS, first, again, strict=True):
+        engine = tiny.engine()
+        engine.step([Piece(Text(), list(prompt))])
+        hidden_TD = engine.hidden_states().double()
+        expected_D = hidden_TD.mean(0) if kind == "mean" else hidden_TD[-1]
+        assert np.array_equal(*found)
+        assert np.allclose(found[0], expected_D / expected_D.norm(), atol=1e-6)
+
+
+def vector_of(events: Sequence[Event]) -> np.ndarray:
+    (vector_D,) = (event.vector_D for event in events if isinstance(event, Pooled))
+    return vector_D
 
 
 def test_many_threads_ask_and_some_change_their_minds(served: Served) -> None:

@@ -5,13 +5,15 @@ from contextlib import asynccontextmanager
 
 from fastapi import FastAPI
 
-from moesaic.serve.http import chat, completions, messages, models, page, responses, routing, tokens
+from moesaic.serve.http import chat, completions, embeddings, messages, models, page, responses, routing, tokens
 from moesaic.serve.http.errors import add_error_handlers
 from moesaic.serve.http.response_store import ResponseStore
 from moesaic.serve.http.settings import HttpSettings
 from moesaic.serve.served import Models
 
-ROUTERS = tuple(protocol.router for protocol in (chat, completions, messages, models, page, responses, routing, tokens))
+ROUTERS = tuple(
+    protocol.router for protocol in (chat, completions, embeddings, messages, models, page, responses, routing, tokens)
+)
 
 
 def create_app(served: Models, settings: HttpSettings | None = None) -> FastAPI:

@@ -1,4 +1,4 @@
-"""The prompts of /v1/completions: a text, token ids, or a list of either."""
+"""The prompts of /v1/completions and the inputs of /v1/embeddings: a text, token ids, or a list of either."""
 
 from typing import NamedTuple
 
@@ -15,24 +15,26 @@ class Prompt(NamedTuple):
     text: str
 
 
-def prompts_of(field: PromptField, served: Served, settings: HttpSettings, *, add_special_tokens: bool) -> list[Prompt]:
+def prompts_of(
+    field: PromptField, served: Served, settings: HttpSettings, *, add_special_tokens: bool, param: str = "prompt"
+) -> list[Prompt]:
     """Every prompt as token ids and as text. Raises ApiError for those that the model cannot read."""
     singles = [field] if isinstance(field, str) or _is_ids(field) else field
     if len(singles) > settings.max_prompts:
-        raise refused(f"{len(singles)} prompts in one request; send at most {settings.max_prompts}", "prompt")
-    return [_prompt(each, served, add_special_tokens) for each in singles]  # pyright: ignore[reportArgumentType]
+        raise refused(f"{len(singles)} prompts in one request; send at most {settings.max_prompts}", param)
+    return [_prompt(each, served, add_special_tokens, param) for each in singles]  # pyright: ignore[reportArgumentType]
 
 
 def _is_ids(field: PromptField) -> bool:
     return not field or isinstance(field[0], int)
 
 
-def _prompt(given: str | list[int], served: Served, add_special_tokens: bool) -> Prompt:
+def _prompt(given: str | list[int], served: Served, add_special_tokens: bool, param: str) -> Prompt:
     if isinstance(given, str):
         ids = served.tokenizer.encode(given, add_special_tokens=add_special_tokens)
-        return Prompt(_not_empty(ids), given)
-    ids = known_ids(given, served, "prompt")
-    return Prompt(_not_empty(ids), served.tokenizer.decode(ids, skip_special_tokens=False))
+        return Prompt(_not_empty(ids, param), given)
+    ids = known_ids(given, served, param)
+    return Prompt(_not_empty(ids, param), served.tokenizer.decode(ids, skip_special_tokens=False))
 
 
 def known_ids(token_ids: list[int], served: Served, param: str) -> list[int]:
@@ -43,7 +45,7 @@ def known_ids(token_ids: list[int], served: Served, param: str) -> list[int]:
     return token_ids
 
 
-def _not_empty(token_ids: list[int]) -> tuple[int, ...]:
+def _not_empty(token_ids: list[int], param: str) -> tuple[int, ...]:
     if not token_ids:
-        raise refused("the prompt is empty; send at least one token", "prompt", "invalid_value")
+        raise refused(f"the {param} is empty; send at least one token", param, "invalid_value")
     return tuple(token_ids)

@@ -12,7 +12,7 @@ import numpy as np
 from fastapi import Request as HttpRequest
 
 from moesaic.serve.http.errors import ApiError
-from moesaic.serve.request import Event, Finished, Progress, PromptScored, Request, TokenInfo
+from moesaic.serve.request import Event, Finished, Pooled, Progress, PromptScored, Request, TokenInfo
 from moesaic.serve.served import Runs
 
 T = TypeVar("T")
@@ -37,6 +37,7 @@ class Outcome:
         self.tokens: list[TokenInfo] = []
         self.progress: list[Progress] = []
         self.prompt: tuple[TokenInfo, ...] = ()
+        self.vector_D: np.ndarray | None = None
         self._finished: Finished | None = None
 
     @property
@@ -58,6 +59,8 @@ class Outcome:
             self.progress.append(event)
         elif isinstance(event, PromptScored):
             self.prompt = event.tokens
+        elif isinstance(event, Pooled):
+            self.vector_D = event.vector_D
         else:
             self._finished = event
 

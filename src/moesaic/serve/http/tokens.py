@@ -1,6 +1,6 @@
-"""/tokenize, /detokenize and /tokenizer_info, as vLLM has them, and /v1/embeddings, which no model here can answer."""
+"""/tokenize, /detokenize and /tokenizer_info, as vLLM has them."""
 
-from typing import Annotated, Any, NoReturn
+from typing import Any
 
 from fastapi import APIRouter
 from pydantic import Field
@@ -59,14 +59,6 @@ class TokenizerInfo(Answer):
     chat_template: str | None
 
 
-class EmbeddingBody(Body):
-    model: str
-    input: str | list[str] | list[TokenId] | list[list[TokenId]]
-    encoding_format: str | None = None
-    dimensions: Annotated[int, Field(ge=1)] | None = None
-    user: str | None = None
-
-
 @router.post("/tokenize", response_model=TokenizeAnswer, responses=ERRORS)
 def tokenize(body: TokenizeBody, models: ServedModels, settings: Settings) -> dict[str, Any]:
     """The token ids of a text or a conversation. In a thread of its own, as long texts take a while."""
@@ -117,15 +109,3 @@ async def tokenizer_info(models: ServedModels, model: str | None = None) -> dict
 def _served(models: Models, name: str | None) -> Served:
     """The first one where the client names none."""
     return models.find(next(iter(models), "") if name is None else name)
-
-
-@router.post("/v1/embeddings", response_model=None, responses=ERRORS)
-async def embed(body: EmbeddingBody, models: ServedModels) -> NoReturn:
-    """Refused: decoders predict tokens."""
-    served = models.find(body.model)
-    raise refused(
-        f"the model {served.name!r} makes no embeddings: it is a decoder, trained to predict tokens; "
-        "use a model that was trained for embeddings",
-        "model",
-        "model_not_supported",
-    )

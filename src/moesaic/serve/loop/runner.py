@@ -17,6 +17,7 @@ from moesaic.engine.engine import Engine
 from moesaic.errors import GenerationError
 from moesaic.serve.choice.choosing import Row, choose
 from moesaic.serve.choice.guidance import Guidance, Guide
+from moesaic.serve.choice.pooling import PromptPooling
 from moesaic.serve.choice.prompt_scores import PromptScores, rows_at_once
 from moesaic.serve.choice.rules import check_rules
 from moesaic.serve.choice.writing import Writing
@@ -86,21 +87,22 @@ class Runner:
         request = writing.request
         count = request.prompt_logprobs
         scores = None if count is None else PromptScores(request.prompt_ids, count)
+        pooling = None if request.pooling is None else PromptPooling(len(request.prompt_ids), request.pooling)
         # What would follow a prompt is of no interest where nothing is to be written.
-        token_ids = list(request.prompt_ids[:-1]) if writing.ended else writing.token_ids
+        token_ids = list(request.prompt_ids[:-1]) if writing.ended and pooling is None else writing.token_ids
         job = Job(
             number,
             token_ids,
             request.priority,
             request.client,
-            shares=self._shares and scores is None,
+            shares=self._shares and scores is None and request.pooling != "mean",
             scored=scores is not None,
         )
-        running = self.running[number] = Running(job, writing, scores)
+        running = self.running[number] = Running(job, writing, scores, pooling)
         self.counts["requests"] += 1
         self.counts["prompt_tokens"] += len(request.prompt_ids)
         self.scheduler.add(job)
-        if writing.ended and (scores is None or scores.complete):
+        if writing.ended and (scores is None or scores.complete) and pooling is None:
             self._finish(running)
 
     def end(self, number: int, reason: Ending, error: str | None = None) -> None:
@@ -228,10 +230,16 @@ class Runner:
         """Take what came of a turn."""
         if running.scores is not None:
             self._score(running, running.scores, turn, rows_NV)
+        if running.pooling is not None and turn.hidden_TD is not None:
+            try:
+                self._pool(running, running.pooling, turn, turn.hidden_TD)
+            except GenerationError as error:
+                self._fail(turn, error)
+                return
         if chosen:
             self._write(running, turn, rows_NV, chosen)
         self.scheduler.ran(running.job)
-        if running.writing.ended and running.scores is None:
+        if running.writing.ended and running.told:
             self._finish(running)
 
     def _score(self, running: Running, scores: PromptScores, turn: Turn, rows_NV: Tensor) -> None:
@@ -239,6 +247,12 @@ class Runner:
         if scores.complete:
             self._heard.append(Heard(running.job.number, scores.event()))
             running.scores, running.job.scored = None, False
+
+    def _pool(self, running: Running, pooling: PromptPooling, turn: Turn, hidden_TD: Tensor) -> None:
+        pooling.add(turn.start, hidden_TD)
+        if pooling.complete:
+            self._heard.append(Heard(running.job.number, pooling.event()))
+            running.pooling = None
 
     def _write(self, running: Running, turn: Turn, rows_NV: Tensor, chosen: Sequence[TokenInfo]) -> None:
         writing, job = running.writing, running.job

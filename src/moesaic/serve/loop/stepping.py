@@ -70,6 +70,8 @@ class Stepping:
         self.steps += 1
         self.tokens_run += num_tokens
         self.engine_s += seconds
+        if any(turn.wants_hidden for turn in turns):
+            self._read_hidden(turns)
         if self._listeners:
             seen = StepSeen(num_tokens, seconds, _rows(turns), sum(len(turn.drafts) for turn in turns))
             for listener in self._listeners:
@@ -77,6 +79,13 @@ class Stepping:
         if any(turn.wants_experts for turn in turns):
             self._read_experts(turns, num_tokens)
         return logits_NV
+
+    def _read_hidden(self, turns: Sequence[Turn]) -> None:
+        """Before anyone who listens has the engine run further."""
+        hidden_TD = self.engine.hidden_states()
+        for turn, rows in zip(turns, _rows(turns), strict=True):
+            if turn.wants_hidden:
+                turn.hidden_TD = hidden_TD[rows.first : rows.first + rows.num_tokens]
 
     def _read_experts(self, turns: Sequence[Turn], num_tokens: int) -> None:
         program, choices = self.engine.program, {}

@@ -1,6 +1,6 @@
 """What a step runs of each request, and what is to come of its rows of logits.
 
-N rows, V vocab, M columns of choices.
+N rows, V vocab, M columns of choices, T tokens, D hidden size.
 """
 
 import logging
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from moesaic.engine.engine import Piece
 from moesaic.serve.choice.choosing import Row
+from moesaic.serve.choice.pooling import PromptPooling
 from moesaic.serve.choice.prompt_scores import PromptScores
 from moesaic.serve.choice.writing import Writing
 from moesaic.serve.request import TokenInfo
@@ -24,11 +25,17 @@ _log = logging.getLogger(__name__)
 
 @dataclass(eq=False)
 class Running:
-    """A request and how far it is. scores: of its prompt, where asked for and not yet told."""
+    """A request and how far it is. scores, pooling: of its prompt, where asked for and not yet told."""
 
     job: Job
     writing: Writing
     scores: PromptScores | None = None
+    pooling: PromptPooling | None = None
+
+    @property
+    def told(self) -> bool:
+        """Whether nothing is owed of its prompt."""
+        return self.scores is None and self.pooling is None
 
 
 @dataclass(eq=False)
@@ -54,13 +61,15 @@ class Check:
 class Turn:
     """The next tokens of a request in a step, drafts behind them.
 
-    experts: by layer, those that its tokens went to, [tokens, M], where asked for.
+    experts: by layer, those that its tokens went to, [tokens, M], where asked for. hidden_TD: of its tokens, where a
+    vector is to come of them.
     """
 
     owner: Running | Check
     piece: Piece
     drafts: list[int] = field(default_factory=list)
     experts: dict[int, np.ndarray] | None = None
+    hidden_TD: Tensor | None = None
 
     @property
     def num_rows(self) -> int:
@@ -76,6 +85,10 @@ class Turn:
     @property
     def wants_experts(self) -> bool:
         return isinstance(self.owner, Running) and self.owner.writing.request.experts
+
+    @property
+    def wants_hidden(self) -> bool:
+        return isinstance(self.owner, Running) and self.owner.pooling is not None
 
     def choices(self) -> list[Row]:
         """Once it has run, the tokens to be chosen: the one that follows its own, and one behind each draft."""

@@ -118,6 +118,7 @@ class Fleet:
                 max_length=min(engine.max_length, cache_tokens),
                 open_desk=open_desk,
                 routing=routing,
+                embeddings=None if settings.embeddings == "off" else settings.embeddings,
             )
         )
 

@@ -20,6 +20,7 @@ class ModelSettings:
     one step.
     step_tokens: of all requests together in one step. share_prefixes, verify_hits: see `LoopSettings`. speculation:
     who drafts tokens: the text itself, the model's layers that predict further tokens, or `draft`, another model.
+    embeddings: what /v1/embeddings gives: the mean of the hidden states, that of the last token, or an error.
     at_start: load it when the server starts; else when a client says so (see `load_models`).
     """
 
@@ -38,6 +39,7 @@ class ModelSettings:
     verify_hits: float = 0.0
     speculation: Literal["off", "ngram", "mtp", "draft"] = "ngram"
     draft: str | None = None
+    embeddings: Literal["off", "mean", "last"] = "off"
     at_start: bool = True
 
     def __post_init__(self) -> None:
