@@ -58,7 +58,8 @@ class Served:
         embeddings: PoolingKind | None = None,
     ) -> None:
         self.name, self.tokenizer, self.config, self.max_length = name, tokenizer, config, max_length
-        self.routing, self.embeddings = routing, embeddings
+        self.routing = routing
+        self.embeddings: PoolingKind | None = embeddings
         self.created = int(time.time()) if created is None else created
         self.eos_token_ids = _ends(tokenizer, config)
         self.token_texts, self.speaker = TokenTexts(tokenizer), Speaker(tokenizer)

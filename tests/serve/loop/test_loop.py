@@ -71,20 +71,20 @@ def test_vectors_are_those_of_the_prompt_alone(kind: PoolingKind) -> None:
     """In small pieces, beside texts that are written, and behind a prefix that another left."""
     asked = [Request(prompt_ids=prompt, max_new_tokens=0, pooling=kind) for prompt in PROMPTS]
     writes = [Request(prompt_ids=prompt, max_new_tokens=12) for prompt in PROMPTS]
-    served = Served(step_tokens=48)
+    served = Served(step_tokens=48, max_running=8)
     try:
         mixed = [each for pair in zip(writes, asked, strict=True) for each in pair]
         first = [vector_of(events) for events in tiny.run(served.loop, served.listener, mixed)[1::2]]
         again = [vector_of(events) for events in tiny.run(served.loop, served.listener, asked)]
     finally:
         served.loop.close()
-    for prompt, *found in zip(PROMPTS, first, again, strict=True):
+    for prompt, found_D, again_D in zip(PROMPTS, first, again, strict=True):
         engine = tiny.engine()
         engine.step([Piece(Text(), list(prompt))])
         hidden_TD = engine.hidden_states().double()
         expected_D = hidden_TD.mean(0) if kind == "mean" else hidden_TD[-1]
-        assert np.array_equal(*found)
-        assert np.allclose(found[0], expected_D / expected_D.norm(), atol=1e-6)
+        assert np.array_equal(found_D, again_D)
+        assert np.allclose(found_D, expected_D / expected_D.norm(), atol=1e-6)
 
 
 def vector_of(events: Sequence[Event]) -> np.ndarray:

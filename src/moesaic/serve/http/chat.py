@@ -94,8 +94,10 @@ async def _chunks(call: ChatCall, events: AsyncGenerator[From, None]) -> AsyncGe
         elif isinstance(event, Progress):
             used.add_experts([event.experts] if event.experts else [])
             chunks = streams[index].progress(event)
-        else:
+        elif isinstance(event, PromptScored):
             chunks = streams[index].scored(event)
+        else:
+            continue
         for chunk in chunks:
             yield chunk
     if call.body.wants_usage:

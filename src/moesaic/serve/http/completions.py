@@ -88,7 +88,7 @@ async def _chunks(call: Call, events: AsyncGenerator[From, None]) -> AsyncGenera
             check_ended_well(event)
             used.add(index, event.usage)
             yield streams[index].chunk("", **_reasons(event))
-        else:
+        elif isinstance(event, Progress):
             used.add_experts([event.experts] if event.experts else [])
             yield streams[index].progress(event)
     if call.body.wants_usage:

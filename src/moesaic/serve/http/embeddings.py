@@ -87,4 +87,4 @@ def _pooling(body: EmbeddingBody, served: Served) -> PoolingKind:
 
 
 def _written(vector_D: np.ndarray, encoding: str | None) -> list[float] | str:
-    return base64.b64encode(vector_D.astype("<f4")).decode() if encoding == "base64" else vector_D.tolist()
+    return base64.b64encode(vector_D.astype("<f4").tobytes()).decode() if encoding == "base64" else vector_D.tolist()
