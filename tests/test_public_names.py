@@ -12,7 +12,7 @@ import moesaic
 
 SIGNATURES = {
     "Engine": (
-        "(path_or_model, *, bits=None, experts_bits=None, dtype=None, threads=None, max_length=None, "
+        "(path_or_model, *, bits=None, experts_bits=None, values='even', dtype=None, threads=None, max_length=None, "
         "cache_format=None, packed_file=None, mtp=False)"
     ),
     "lint": "(build, *, ranks=2)",

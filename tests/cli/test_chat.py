@@ -27,7 +27,9 @@ def fail_to_forget(num_turns: int) -> None:
 
 
 def writer(folder: Path) -> Writer:
-    return open_writer(str(folder), argparse.Namespace(bits=None, experts_bits=None, dtype=None, device="auto"))
+    return open_writer(
+        str(folder), argparse.Namespace(bits=None, experts_bits=None, values="even", dtype=None, device="auto")
+    )
 
 
 def answers(conversation: Conversation, questions: list[str]) -> list[str]:

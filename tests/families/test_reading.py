@@ -156,7 +156,10 @@ def test_end_tokens_may_be_one_or_many(eos: Any, read: tuple[int, ...]) -> None:
             {"model_type": "qwen3_5_moe", "text_config": {"model_type": "qwen3_5_moe_text"}},
             "'qwen3_5_moe' has a text part .* 'qwen3_5_moe_text', which is counted .* do not run yet; `moesaic count`",
         ),
-        ({"model_type": "jamba"}, "model_type 'jamba' is counted from its configuration only.* do not run yet"),
+        (
+            {"model_type": "jamba"},
+            "model_type 'jamba' is counted and planned from its configuration only.* do not run yet",
+        ),
         (MIXTRAL | {"num_experts_per_tok": 6}, "top_k=6 is more than num_experts=5; use 1 to 5"),
         (GPT_OSS | {"layer_types": ["full_attention"]}, "layer_types=.*for each of 2 layers"),
         (GPT_OSS | {"layer_types": ["full_attention", "linear_attention"]}, "give full_attention or sliding_attention"),

@@ -224,4 +224,5 @@ def test_memory_stays_far_below_the_largest_tensor(tmp_path: Path) -> None:
     save(model, tmp_path / "m")
     command = [sys.executable, "-c", MEASURE, str(tmp_path / "m")]
     done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=250)
-    assert int(done.stdout) < 134e6  # the smaller of the stacked experts' two sizes; about 100e6 was measured
+    # 87e6 to 135e6 was measured; holding the smaller of the stacked experts' two sizes besides would be 134e6 more.
+    assert int(done.stdout) < 180e6
