@@ -58,18 +58,19 @@ class Elsewhere(NamedTuple):
         ]
         for process in processes:
             process.start()
-        _wait(processes)
+        _wait(processes, job / "gradients")
         for process in processes:
             process.terminate()
+            process.join()
         if not (job / "gradients").exists():
             said = [path.read_text(encoding="utf-8") for path in sorted(job.glob("error-*"))]
             raise NotMeasured(f"{self.size} ranks did not finish: {said[0] if said else 'they took too long'}")
 
 
-def _wait(processes: Sequence[BaseProcess]) -> None:
-    """Until all are done, or one has failed, for which the others would wait."""
+def _wait(processes: Sequence[BaseProcess], result: Path) -> None:
+    """Until the result is there, or one has failed, for which the others would wait."""
     deadline = time.monotonic() + TIMEOUT_S
-    while running := [process for process in processes if process.is_alive()]:
+    while not result.exists() and (running := [process for process in processes if process.is_alive()]):
         if time.monotonic() > deadline or any(process.exitcode for process in processes):
             return
         wait([process.sentinel for process in running], timeout=1.0)
@@ -78,7 +79,11 @@ def _wait(processes: Sequence[BaseProcess]) -> None:
 def _rank(
     rank: int, size: int, port: int, job: Path, build: Callable[[], Any], state: dict[str, Tensor], batch: Any
 ) -> None:
-    """One process. What a rank of torchrun finds in its environment is there before the builder runs."""
+    """One process. What a rank of torchrun finds in its environment is there before the builder runs.
+
+    It leaves without taking anything down: where a model in DDP is freed after its process group, torch may wait for a
+    thread of its own for ever.
+    """
     import torch.distributed as dist
 
     from moesaic.train.lint.suite import set_up_of
@@ -87,8 +92,13 @@ def _rank(
     os.environ.update({name: str(value) for name, value in own.items()})
     os.environ.update({"MASTER_ADDR": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo", "ACCELERATE_USE_CPU": "true"})
     torch.set_num_threads(1)
+    exit_code = 1
     try:
-        dist.init_process_group("gloo", timeout=timedelta(seconds=TIMEOUT_S))
+        # By a file: another process may have taken the port since it was found free, and ranks would wait for it.
+        meeting = (job / "meeting").as_uri()
+        dist.init_process_group(
+            "gloo", init_method=meeting, rank=rank, world_size=size, timeout=timedelta(seconds=TIMEOUT_S)
+        )
         set_up = set_up_of(build())
         set_up.model.load_state_dict(state)
         stand = Stand(set_up)
@@ -96,9 +106,9 @@ def _rank(
         if rank == 0:
             torch.save((stand.routers(gradients), stand.others(gradients)), job / "unfinished")
             (job / "unfinished").rename(job / "gradients")
+        dist.destroy_process_group()
+        exit_code = 0
     except Exception as error:
         (job / f"error-{rank}").write_text(f"{type(error).__name__}: {error}", encoding="utf-8")
-        raise
     finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        os._exit(exit_code)
