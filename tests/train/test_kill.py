@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,12 +14,11 @@ from tests.train import kill_harness
 KILLS = 20
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("seed", [0])
-def test_a_run_killed_twenty_times_is_the_run_that_was_not(tmp_path, seed):
+def attempts_of(program: str, *arguments: object) -> list[Any]:
+    """What a program that kills runs printed, a line of JSON for each attempt."""
     root = Path(__file__).parents[2]
     done = subprocess.run(
-        [sys.executable, kill_harness.__file__, str(tmp_path), str(KILLS), str(seed)],
+        [sys.executable, program, *map(str, arguments)],
         capture_output=True,
         text=True,
         check=False,
@@ -27,7 +27,13 @@ def test_a_run_killed_twenty_times_is_the_run_that_was_not(tmp_path, seed):
         env=os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stderr
-    *attempts, _ = map(json.loads, done.stdout.splitlines())
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0])
+def test_a_run_killed_twenty_times_is_the_run_that_was_not(tmp_path, seed):
+    *attempts, _ = attempts_of(kill_harness.__file__, tmp_path, KILLS, seed)
     assert [attempt["killed"] for attempt in attempts] == [True] * KILLS, "it was done before it could be killed"
     # Some kills must have come in the middle of writing a checkpoint: what was half written is still lying there.
     assert any(name.startswith(".") for attempt in attempts for name in attempt["left"])

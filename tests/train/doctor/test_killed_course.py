@@ -1,9 +1,6 @@
 """A stop while a remedy is on trial: it is judged as if nothing had been, or undone where the doctor is gone."""
 
 import json
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +11,7 @@ from moesaic.train.resume import RunFolder
 from tests.train.doctor import killed_course
 from tests.train.doctor.sick import CONFIG, kill, looks, theatre
 from tests.train.test_capacity import with_moe
-from tests.train.test_kill import checkpoints, metrics
+from tests.train.test_kill import attempts_of, checkpoints, metrics
 from tests.train.tiny_run import changed, trainer
 
 SETTINGS = changed(steps=16, batch_size=8, warmup_steps=0, checkpoint_every=1, evaluate_every=100)
@@ -23,19 +20,8 @@ SETTINGS = changed(steps=16, batch_size=8, warmup_steps=0, checkpoint_every=1, e
 @pytest.mark.slow
 @pytest.mark.parametrize(("worse", "judgement"), [(10.0, "kept"), (-1.0, "undone")])
 def test_a_run_killed_while_a_remedy_is_on_trial_is_the_run_that_was_not(tmp_path, worse, judgement):
-    root = Path(__file__).parents[3]
-    done = subprocess.run(
-        [sys.executable, killed_course.__file__, str(tmp_path), str(worse)],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=280,
-        cwd=root,
-        env=os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr
-    attempts = [json.loads(line) for line in done.stdout.splitlines()]
-    assert [attempt["killed"] for attempt in attempts] == [True] * len(killed_course.PLANS), done.stderr
+    attempts = attempts_of(killed_course.__file__, tmp_path, worse)
+    assert [attempt["killed"] for attempt in attempts] == [True] * len(killed_course.PLANS)
     assert [attempt["log"].count('"treated"') for attempt in attempts] == [1] * len(attempts)
     assert not attempts[-1]["log"].endswith("\n")  # half a line, which is gone at the end
     whole, killed = tmp_path / "whole", tmp_path / "killed"
