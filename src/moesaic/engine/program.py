@@ -78,7 +78,8 @@ class Program:
         the tokens k places on (see models/mtp.py); the model, or layer k - 1, has run at all these places.
         Raises GenerationError where logits are infinite or no numbers, saying where that began.
         """
-        logits_NV = torch.empty(len(batch.output_rows_N), self.config.vocab_size)
+        # Of numpy: handing over a tensor takes longer, and lets go of the interpreter's lock on its way.
+        logits_NV = np.empty((len(batch.output_rows_N), self.config.vocab_size), np.float32)
         dictated = choices or {}
         for layer, expert_ids_TM in dictated.items():
             self.native.dictate(layer, expert_ids_TM)
@@ -88,7 +89,7 @@ class Program:
         finally:
             for layer in dictated:
                 self.native.dictate(layer, None)
-        return logits_NV
+        return torch.from_numpy(logits_NV)
 
     def routed(self, num_tokens: int, *, depth: int = 0) -> dict[int, Routed]:
         """What the tokens of the newest batch, so many, chose in every layer that routes; depth: as it was run."""
