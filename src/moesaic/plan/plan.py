@@ -321,6 +321,7 @@ def _training_plan(name: str, run: TrainingRun, tokens: float | None) -> Trainin
 def _setting(config: ModelConfig, formats: Formats, machine: Machine, layout: Layout) -> dict[str, Any]:
     device = machine.device
     return {
+        "assumed": getattr(config, "assumed", "") or None,
         "parameters": {"total": config.total, "active_gemm": config.active_gemm, "active_all": config.active_all},
         "format": formats.name,
         "cache_format": formats.cache,
