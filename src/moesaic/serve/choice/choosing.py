@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from moesaic.engine.program import Program
-from moesaic.serve.choice.drawing import draw_rows, random_number, score_rows
+from moesaic.serve.choice.drawing import allowed_only, draw_rows, random_number, score_rows
 from moesaic.serve.choice.writing import Writing
 from moesaic.serve.request import TokenInfo
 
@@ -61,8 +61,8 @@ def _guided(changed_V: np.ndarray, logits_V: np.ndarray, allowed_V: np.ndarray) 
     """Only what a grammar allows. Where that is but an end that is too early, the end; where it is nothing, the text
     has ended, and the token that is chosen will not be taken."""
     for each_V in (changed_V, logits_V):
-        left_V = np.where(allowed_V, each_V, np.float32(-np.inf))
-        if left_V.max() > -np.inf:
+        left_V = allowed_only(each_V, allowed_V)
+        if left_V is not None:
             return left_V
     return changed_V
 
