@@ -53,6 +53,8 @@ def _stated(raw: Mapping[str, Any]) -> str:
         packing = "int8" if group.bits == 8 else "int4" if group.group == 32 else "int4-128"
         left = " ".join(map(str, raw[FIELD].get("ignore") or ()))
         return f"bf16,experts={packing}" if "attn" in left else packing  # what is ignored stays as it was
+    if quantization.method == "moesaic-uneven4":
+        return "uneven4"
     if quantization.method == "fp8":
         return "fp8,experts=mxfp4" if quantization.experts == "fp4" else "fp8"
     return "mxfp4"
