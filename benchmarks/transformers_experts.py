@@ -1,17 +1,18 @@
 """Our experts in transformers, beside every implementation of its own: tokens a second of whole models.
 
-    python benchmarks/transformers_experts.py [--shape olmoe mixtral qwen3_moe] [--dtype fp32 bf16] [--layers 2]
-        [--prompt 256] [--context 64] [--new 16] [--batch 1] [--rounds 7] [--threads 2] [--only eager grouped_mm]
-        [--most-copied 32] [--json]
+    python benchmarks/transformers_experts.py [--shape olmoe mixtral qwen3_moe] [--dtype fp32 fp32-of-bf16 bf16]
+        [--layers 2] [--prompt 256] [--context 64] [--new 16] [--batch 1] [--rounds 7] [--threads 2]
+        [--only eager grouped_mm] [--most-copied 32] [--json]
 
 Random weights in the sizes of released models, of which --layers layers are kept, and as much less of the vocabulary,
-so that the head weighs what it does in the whole model. One model serves all implementations: only the experts'
-function changes between two measurements, and they take turns within every round. Prefill: one forward of --prompt
-tokens. Decode: --new greedy tokens after --context of them, one by one, from transformers' own cache. Printed are the
-medians of the rounds, and the median of the ratios within a round of ours to the best of theirs; of whole forwards, and
-of the experts alone, with the share of a forward that theirs take (ours can save no more than that). Logits of the
-prompt are compared, as a part of the largest. batched_mm copies the experts of every token, and is left out of the
-prefill of more than --most-copied tokens.
+so that the head weighs what it does in the whole model. fp32: weights drawn in fp32; fp32-of-bf16: drawn in bf16, as
+released ones are, and opened in fp32, of which ours holds the experts' in bf16 (`narrow`). One model serves all
+implementations: only the experts' function changes between two measurements, and they take turns within every round.
+Prefill: one forward of --prompt tokens. Decode: --new greedy tokens after --context of them, one by one, from
+transformers' own cache. Printed are the medians of the rounds, and the median of the ratios within a round of ours to
+the best of theirs; of whole forwards, and of the experts alone, with the share of a forward that theirs take (ours
+can save no more than that). Logits of the prompt are compared, as a part of the largest. batched_mm copies the
+experts of every token, and is left out of the prefill of more than --most-copied tokens.
 """
 
 import argparse
@@ -31,7 +32,8 @@ from moesaic.kernels import backend
 
 OURS = "moesaic"
 THEIRS = ("eager", "batched_mm", "grouped_mm")
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+NARROW = "fp32-of-bf16"
+DTYPES = {"fp32": torch.float32, NARROW: torch.bfloat16, "bf16": torch.bfloat16}
 
 
 class Shape(NamedTuple):
@@ -103,6 +105,24 @@ def model_of(shape: Shape, layers: int, dtype: torch.dtype) -> Any:
         torch.set_default_dtype(before)
 
 
+class Implementations:
+    """One model with everybody's experts. narrow: ours hold their weights in bf16, which others cannot."""
+
+    def __init__(self, model: Any, narrow: bool) -> None:
+        weights = [weight for module in experts_by_layer(model).values() for weight in module.parameters()]
+        wide = [weight.data for weight in weights]
+        self.model, self._weights = use_moesaic_experts(model, narrow=narrow), weights
+        self._data = {False: wide, True: [weight.data for weight in weights]}
+        assert narrow == any(weight.dtype != self.model.dtype for weight in weights)
+
+    def choose(self, name: str) -> Any:
+        """The model, with the experts of this name."""
+        for weight, data in zip(self._weights, self._data[name == OURS], strict=True):
+            weight.data = data
+        self.model.set_experts_implementation(name)
+        return self.model
+
+
 class Spent(NamedTuple):
     """Seconds of a forward (or several), and those of them that its experts took."""
 
@@ -142,13 +162,15 @@ def decode_s(model: Any, watch: ExpertsWatch, ids: Tensor, new: int) -> Spent:
     return Spent(time.perf_counter() - started, watch.seconds - before)
 
 
-def rounds(args: argparse.Namespace, model: Any, ids: Tensor, names: Sequence[str]) -> Iterator[dict[str, Any]]:
+def rounds(
+    args: argparse.Namespace, experts: Implementations, ids: Tensor, names: Sequence[str]
+) -> Iterator[dict[str, Any]]:
     """What each implementation takes, in turn; the first of the order moves on from round to round."""
-    watch = ExpertsWatch(model)
+    watch = ExpertsWatch(experts.model)
     for number in range(args.rounds + 1):
         found: dict[str, Any] = {}
         for name in (*names[number % len(names) :], *names[: number % len(names)]):
-            model.set_experts_implementation(name)
+            model = experts.choose(name)
             found[name] = {"decode": decode_s(model, watch, ids[:, : args.context], args.new)}
             if name != "batched_mm" or ids.numel() <= args.most_copied:
                 found[name]["prefill"] = prefill_s(model, watch, ids)
@@ -173,12 +195,11 @@ def summary(found: list[dict[str, Any]], what: str, tokens: int) -> dict[str, An
     }
 
 
-def error_of(model: Any, ids: Tensor, names: Sequence[str]) -> float:
+def error_of(experts: Implementations, ids: Tensor, names: Sequence[str]) -> float:
     """The largest difference of our logits from the first implementation's, as a part of the largest logit."""
     logits = []
     for name in (names[0], OURS):
-        model.set_experts_implementation(name)
-        logits.append(model(ids, use_cache=False).logits.float())
+        logits.append(experts.choose(name)(ids, use_cache=False).logits.float())
     return float((logits[1] - logits[0]).abs().max() / logits[0].abs().max())
 
 
@@ -186,11 +207,12 @@ def error_of(model: Any, ids: Tensor, names: Sequence[str]) -> float:
 def measure(args: argparse.Namespace, name: str, dtype: str) -> dict[str, Any]:
     """One shape in one precision: what `show` prints."""
     torch.manual_seed(0)
-    model = use_moesaic_experts(model_of(SHAPES[name], args.layers, DTYPES[dtype]))
+    model = model_of(SHAPES[name], args.layers, DTYPES[dtype])
+    experts = Implementations(model.float() if dtype == NARROW else model, dtype == NARROW)
     ids = torch.randint(2, model.config.vocab_size, (args.batch, args.prompt))
     names = [*args.only, OURS]
-    error = error_of(model, ids, names)
-    found = list(rounds(args, model, ids, names))
+    error = error_of(experts, ids, names)
+    found = list(rounds(args, experts, ids, names))
     return {
         "shape": name,
         "dtype": dtype,

@@ -52,6 +52,7 @@ void choose(Choices &choices, Choices::Layer &own, const BoundRouter &router, co
         own.ids = own.dictated;
         weigh_choices(logits, router.spec, own.ids.data(), own.columns, own.weights.data(), batch.tokens, threads);
     }
+    if (own.section == 0) choices.newest.insert(choices.newest.end(), own.ids.begin(), own.ids.end());
     choices.offsets.resize(static_cast<size_t>(experts) + 1);
     choices.token_ids.resize(static_cast<size_t>(count));
     choices.row_weights.resize(static_cast<size_t>(count));
@@ -162,31 +163,6 @@ void read_choices(Program &program, int64_t layer, const Array &ids, const Array
     std::copy(own.weights.begin(), own.weights.end(), data<float>(weights));
 }
 
-// Adds to `counts` how often the newest batch's tokens chose each expert, and to `distinct` how many experts somebody
-// chose: [experts] of every layer of a section that routes, one behind the other, and [layers].
-void count_choices(Program &program, const Array &counts, const Array &distinct, int section) {
-    int64_t num_experts = 0, num_layers = 0;
-    for (const Choices::Layer &own : program.choices().layers) {
-        num_experts += own.section == section ? own.num_experts : 0;
-        num_layers += own.section == section;
-    }
-    check("counts", counts, {Kind::i64}, {num_experts});
-    check("distinct", distinct, {Kind::i64}, {num_layers});
-    int64_t *count = data<int64_t>(counts), *chosen = data<int64_t>(distinct);
-    std::vector<int64_t> now;
-    for (const Choices::Layer &own : program.choices().layers) {
-        if (own.section != section) continue;
-        now.assign(static_cast<size_t>(own.num_experts), 0);
-        for (const int64_t id : own.ids)
-            if (id >= 0 && id < own.num_experts) ++now[static_cast<size_t>(id)];
-        for (const int64_t rows : now) {
-            *count++ += rows;
-            *chosen += rows > 0;
-        }
-        ++chosen;
-    }
-}
-
 // What stands in for a layer's own choices from now on; none: its own again.
 void dictate(Program &program, int64_t layer, const std::optional<Array> &ids) {
     Choices::Layer &own = layer_of(program, layer);
@@ -213,7 +189,6 @@ void bind_expert_steps(nb::class_<Program> &program) {
              nb::arg("multiplier"), nb::arg("weight_on_input"))
         .def("routing_layers", &routing_layers)
         .def("read_choices", &read_choices, nb::arg("layer"), nb::arg("ids"), nb::arg("weights"))
-        .def("count_choices", &count_choices, nb::arg("counts"), nb::arg("distinct"), nb::arg("section") = 0)
         .def("dictate", &dictate, nb::arg("layer"), nb::arg("ids").none());
 }
 

@@ -93,6 +93,7 @@ void bind_program(nb::module_ &m) {
     bind_row_steps(program);
     bind_attention_steps(program);
     bind_expert_steps(program);
+    bind_choice_tally(m);
 }
 
 }  // namespace moesaic

@@ -67,6 +67,7 @@ inline void multiply(const Packed &packed, const RowsOf &from, const RowsOf &to,
 void bind_row_steps(nb::class_<Program> &program);
 void bind_attention_steps(nb::class_<Program> &program);
 void bind_expert_steps(nb::class_<Program> &program);
+void bind_choice_tally(nb::module_ &m);
 
 }  // namespace moesaic
 

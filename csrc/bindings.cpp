@@ -203,22 +203,32 @@ void bound_combine_rows_grad(const Array &dy, const Array &out, const Array &wei
     });
 }
 
+constexpr auto only_bf16 = {Kind::bf16};
+
 // Checks what every grouped product has: rows of inputs, a stack of matrices, offsets; and describes it.
-Grouped check_grouped(const Array &x, const Array &weight, const Array &offsets, int64_t few_rows, int64_t max_rows) {
+Grouped check_grouped(const Array &x, const Array &weight, const Array &offsets, int64_t few_rows, int64_t max_rows,
+                      std::initializer_list<Kind> weight_kinds) {
     check_rank_2("x_RI", x);
     const int64_t inputs = size(x, 1);
-    check("weight_EOI", weight, {kind_of(x)}, {any, any, inputs});
+    check("weight_EOI", weight, weight_kinds, {any, any, inputs});
     const int64_t num_experts = size(weight, 0);
     check("offsets", offsets, {Kind::i64}, {num_experts + 1});
     check_offsets("offsets", offsets, size(x, 0));
     return {num_experts, inputs, size(weight, 1), data<int64_t>(offsets), few_rows, max_rows};
 }
 
+// What weights may be beside these rows: no wider.
+std::initializer_list<Kind> weight_kinds(const Array &x) { return is(x, Kind::f32) ? floats : only_bf16; }
+
 void bound_grouped_linear(const Array &x, const Array &weight, const Array &offsets, const Array &y, int64_t few_rows,
                           int64_t max_rows, int threads) {
-    const Grouped grouped = check_grouped(x, weight, offsets, few_rows, max_rows);
+    const Grouped grouped = check_grouped(x, weight, offsets, few_rows, max_rows, weight_kinds(x));
     check("y_RO", y, {kind_of(x)}, {size(x, 0), grouped.outputs});
     nb::gil_scoped_release release;
+    if (kind_of(x) != kind_of(weight)) {
+        chosen().grouped_linear_b16(data<float>(x), data<bf16>(weight), data<float>(y), grouped, threads);
+        return;
+    }
     for_type(x, [&](auto *type) {
         using T = std::remove_pointer_t<decltype(type)>;
         chosen().of(type).grouped_linear(data<T>(x), data<T>(weight), data<T>(y), grouped, threads);
@@ -227,11 +237,16 @@ void bound_grouped_linear(const Array &x, const Array &weight, const Array &offs
 
 void bound_grouped_gated(const Array &x, const Array &weight, const Array &offsets, const Array &gate_up,
                          const Array &y, int64_t few_rows, int threads) {
-    const Grouped grouped = check_grouped(x, weight, offsets, few_rows, INT64_MAX);
+    const Grouped grouped = check_grouped(x, weight, offsets, few_rows, INT64_MAX, weight_kinds(x));
     if (grouped.outputs % 2) refuse("weight_EGI", "has an odd number of rows; it must hold gate then up, equally many");
     check("gate_up_RG", gate_up, {kind_of(x)}, {size(x, 0), grouped.outputs});
     check("y_RF", y, {kind_of(x)}, {size(x, 0), grouped.outputs / 2});
     nb::gil_scoped_release release;
+    if (kind_of(x) != kind_of(weight)) {
+        chosen().grouped_gated_b16(data<float>(x), data<bf16>(weight), data<float>(gate_up), data<float>(y), grouped,
+                                   threads);
+        return;
+    }
     for_type(x, [&](auto *type) {
         using T = std::remove_pointer_t<decltype(type)>;
         chosen().of(type).grouped_gated(data<T>(x), data<T>(weight), data<T>(gate_up), data<T>(y), grouped, threads);
@@ -241,7 +256,7 @@ void bound_grouped_gated(const Array &x, const Array &weight, const Array &offse
 void bound_grouped_linear_input_grad(const Array &dy, const Array &weight, const Array &offsets, const Array &dx,
                                      int64_t max_rows, int threads) {
     check_rank_2("dx_RI", dx);
-    const Grouped grouped = check_grouped(dx, weight, offsets, 0, max_rows);
+    const Grouped grouped = check_grouped(dx, weight, offsets, 0, max_rows, {kind_of(dx)});
     check("dy_RO", dy, {kind_of(dx)}, {size(dx, 0), grouped.outputs});
     nb::gil_scoped_release release;
     for_type(dx, [&](auto *type) {

@@ -85,8 +85,8 @@ inline int64_t rows_of(const Grouped &g, int64_t e) {
     return rows > g.max_rows ? 0 : rows;
 }
 
-template <class T>
-Product<T, T> forward_product(const T *x, const T *weight, T *y, const Grouped &g, int parts, int64_t e) {
+template <class T, class B>
+Product<T, T, B> forward_product(const T *x, const B *weight, T *y, const Grouped &g, int parts, int64_t e) {
     const int64_t start = g.offsets[e], outputs = g.outputs / parts, half = outputs * g.inputs;
     return {x + start * g.inputs, g.inputs, 1, weight + e * g.outputs * g.inputs, 1, g.inputs, y + start * g.outputs,
             g.outputs, 1, rows_of(g, e), outputs, g.inputs, false, false, parts, 0, half, outputs};
@@ -99,29 +99,34 @@ Product<T, T> turned(const Product<T, T> &p) {
             p.accumulate, p.stream, p.parts, p.b_part, p.a_part, p.c_part};
 }
 
+template <class T, class B>
+void compute_block(const Product<T, T, B> &p, const Block &b, int64_t few_rows) {
+    if (p.m <= few_rows) return multiply_strips(p, b);
+    if constexpr (on_tiles<T>)
+        if (p.m <= turned_rows) return multiply(turned(p), {b.n0, b.n1, b.m0, b.m1});
+    multiply(p, b);
+}
+
 // `after(rows and columns of a block)` once they are computed, by the thread that has them in its cache.
-template <class T, class After>
-void forward(const T *x, const T *weight, T *y, const Grouped &g, int parts, int threads, const After &after) {
+template <class T, class B, class After>
+void forward(const T *x, const B *weight, T *y, const Grouped &g, int parts, int threads, const After &after) {
     if (g.outputs == 0) return;
     const auto product_of = [&](int64_t e) { return forward_product(x, weight, y, g, parts, e); };
-    for_blocks(g.num_experts, Cut::n_first, threads, product_of, [&](const Item &item, const Product<T, T> &p) {
-        const Block &b = item.block;
-        if (p.m <= g.few_rows) multiply_strips(p, b);
-        else if (on_tiles<T> && p.m <= turned_rows) multiply(turned(p), {b.n0, b.n1, b.m0, b.m1});
-        else multiply(p, b);
+    for_blocks(g.num_experts, Cut::n_first, threads, product_of, [&](const Item &item, const Product<T, T, B> &p) {
+        compute_block(p, item.block, g.few_rows);
         after(item);
     });
 }
 
 }  // namespace
 
-template <class T>
-void grouped_linear(const T *x, const T *weight, T *y, const Grouped &g, int threads) {
+template <class T, class B>
+void grouped_linear(const T *x, const B *weight, T *y, const Grouped &g, int threads) {
     forward(x, weight, y, g, 1, threads, [](const Item &) {});
 }
 
-template <class T>
-void grouped_gated(const T *x, const T *weight, T *gate_up, T *y, const Grouped &g, int threads) {
+template <class T, class B>
+void grouped_gated(const T *x, const B *weight, T *gate_up, T *y, const Grouped &g, int threads) {
     const int64_t inner = g.outputs / 2;
     forward(x, weight, gate_up, g, 2, threads, [=](const Item &item) {
         const Block &b = item.block;
@@ -182,6 +187,8 @@ void grouped_linear_weight_grad_wide(const T *dy, const T *x, float *dw, Target 
     template void grouped_linear_input_grad(const T *, const T *, T *, const Grouped &, int);                      \
     template void grouped_linear_weight_grad(const T *, const T *, T *, const Grouped &, int);                     \
     template void grouped_linear_weight_grad_wide(const T *, const T *, float *, Target, const Grouped &, int);
+template void grouped_linear(const float *, const bf16 *, float *, const Grouped &, int);
+template void grouped_gated(const float *, const bf16 *, float *, float *, const Grouped &, int);
 MOESAIC_FOR(float)
 MOESAIC_FOR(bf16)
 

@@ -128,6 +128,10 @@ struct Kernels {
     // Of each draw_block logits (draw.h): the greatest; weights e^((logit - greatest) * factor), and their sums.
     void (*greatest_logits)(const float *logits, int64_t size, float *greatest);
     void (*weigh_logits)(const float *logits, int64_t size, float greatest, float factor, float *weights, double *sums);
+    // Rows of floats times weights of bf16, in fp32: what the same weights as floats give, bit for bit.
+    void (*grouped_linear_b16)(const float *x, const bf16 *weight, float *y, const Grouped &grouped, int threads);
+    void (*grouped_gated_b16)(const float *x, const bf16 *weight, float *gate_up, float *y, const Grouped &grouped,
+                              int threads);
 
     const Typed<float> &of(const float *) const { return f32; }
     const Typed<bf16> &of(const bf16 *) const { return b16; }

@@ -20,15 +20,17 @@ template <class T>
 constexpr int64_t line = 64 / static_cast<int64_t>(sizeof(T));  // elements of a cache line
 
 // A stretch of k for some columns and rows: where they are, from row to row, and how long it is.
-template <class T>
+template <class T, class B>
 struct Strip {
-    const T *weight, *x;
+    const B *weight;
+    const T *x;
     int64_t inputs, size;
 };
 
-template <int W, int N, class T>
-inline void add_products(const Strip<T> &s, int64_t row, Vec (&total)[W][N]) {
-    const T *weight = s.weight, *x = s.x + row * s.inputs;
+template <int W, int N, class T, class B>
+inline void add_products(const Strip<T, B> &s, int64_t row, Vec (&total)[W][N]) {
+    const B *weight = s.weight;
+    const T *x = s.x + row * s.inputs;
     const int64_t inputs = s.inputs;
     along(
         s.size,
@@ -48,13 +50,13 @@ inline void add_products(const Strip<T> &s, int64_t row, Vec (&total)[W][N]) {
 }
 
 // All of k at once.
-template <class T>
+template <class T, class B>
 struct Whole {
     T *y;
     int64_t outputs;
 
     template <int W, int N>
-    void dot(const Strip<T> &s, int64_t row) const {
+    void dot(const Strip<T, B> &s, int64_t row) const {
         Vec total[W][N];
         for (int w = 0; w < W; ++w)
             for (int n = 0; n < N; ++n) total[w][n] = set(0.0f);
@@ -65,21 +67,21 @@ struct Whole {
 };
 
 // One stretch of several: sums are kept as [row][column][lanes].
-template <class T>
+template <class T, class B>
 struct Part {
     T *y;
     int64_t outputs;
     float *kept;
     bool first, last;
-    const T *next;  // what the next stretch will read of the weights: some of it is fetched with every block of rows
+    const B *next;  // what the next stretch will read of the weights: some of it is fetched with every block of rows
     int64_t next_lines;
 
     template <int W, int N>
-    void dot(const Strip<T> &s, int64_t row) const {
+    void dot(const Strip<T, B> &s, int64_t row) const {
         float *own = kept + row * W * Vec::lanes;
         Vec total[W][N];
         for (int w = 0; w < W; ++w)
-            prefetch_lines(next + w * s.inputs + row / row_block * next_lines * line<T>, next_lines);
+            prefetch_lines(next + w * s.inputs + row / row_block * next_lines * line<B>, next_lines);
         for (int w = 0; w < W; ++w)
             for (int n = 0; n < N; ++n) total[w][n] = first ? set(0.0f) : load(own + (n * W + w) * Vec::lanes);
         add_products(s, row, total);
@@ -92,8 +94,8 @@ struct Part {
 };
 
 // All rows, in blocks of even sizes.
-template <int W, class T, class Take>
-inline void each_block(const Strip<T> &s, int64_t rows, const Take &take) {
+template <int W, class T, class B, class Take>
+inline void each_block(const Strip<T, B> &s, int64_t rows, const Take &take) {
     const int64_t blocks = ceil_div(rows, row_block);
     for (int64_t i = 0; i < blocks; ++i) {
         const int64_t row = even_cut(rows, blocks, i);
@@ -106,10 +108,10 @@ inline void each_block(const Strip<T> &s, int64_t rows, const Take &take) {
     }
 }
 
-template <int W, class T>
-void columns_block(const T *weight, const T *x, T *y, int64_t rows, int64_t inputs, int64_t outputs) {
+template <int W, class T, class B>
+void columns_block(const B *weight, const T *x, T *y, int64_t rows, int64_t inputs, int64_t outputs) {
     if (rows <= whole_rows) {
-        each_block<W>(Strip<T>{weight, x, inputs, inputs}, rows, Whole<T>{y, outputs});
+        each_block<W>(Strip<T, B>{weight, x, inputs, inputs}, rows, Whole<T, B>{y, outputs});
         return;
     }
     alignas(64) float kept[rows_together * W * Vec::lanes];
@@ -118,20 +120,21 @@ void columns_block(const T *weight, const T *x, T *y, int64_t rows, int64_t inpu
         for (int64_t k = 0; k < inputs; k += stretch) {
             const int64_t size = at_most(inputs - k, stretch);
             const bool last = k + size == inputs;
-            const T *next = last ? weight + W * inputs : weight + k + size;
-            each_block<W>(Strip<T>{weight + k, x + k, inputs, size}, some,
-                          Part<T>{y, outputs, kept, k == 0, last, next, ceil_div(stretch, line<T> * blocks)});
+            const B *next = last ? weight + W * inputs : weight + k + size;
+            each_block<W>(Strip<T, B>{weight + k, x + k, inputs, size}, some,
+                          Part<T, B>{y, outputs, kept, k == 0, last, next, ceil_div(stretch, line<B> * blocks)});
         }
     }
 }
 
 }  // namespace
 
-template <class T>
-void multiply_strips(const Product<T, T> &p, const Block &block) {
+template <class T, class B>
+void multiply_strips(const Product<T, T, B> &p, const Block &block) {
     const int64_t rows = block.m1 - block.m0;
     for (int part = 0; part < p.parts; ++part) {
-        const T *weight = p.b + part * p.b_part, *x = p.a + block.m0 * p.a_row;
+        const B *weight = p.b + part * p.b_part;
+        const T *x = p.a + block.m0 * p.a_row;
         T *y = p.c + part * p.c_part + block.m0 * p.c_row;
         int64_t o = block.n0;
         for (; o + weight_block <= block.n1; o += weight_block)
@@ -141,6 +144,7 @@ void multiply_strips(const Product<T, T> &p, const Block &block) {
 }
 
 template void multiply_strips(const Product<float, float> &, const Block &);
+template void multiply_strips(const Product<float, float, bf16> &, const Block &);
 template void multiply_strips(const Product<bf16, bf16> &, const Block &);
 
 }  // namespace moesaic::MOESAIC_ISA

@@ -160,10 +160,10 @@ template <class T>
 inline Vec load_some(const T *p, int64_t n) { return n >= lanes ? load(p) : n > 0 ? load(p, n) : set(0.0f); }
 
 // `lanes` units of a row that runs along k, zeros past its `left` elements.
-template <class T>
+template <int64_t per, class T>
 inline Vec load_units(const T *p, int64_t left) {
 #if defined(__AVX512BF16__)
-    if constexpr (per_unit<T> == 2)
+    if constexpr (per == 2)
         return {_mm512_castsi512_ps(left >= 32 ? _mm512_loadu_si512(p)
                                                : _mm512_maskz_loadu_epi16(first_halves(left), p))};
 #endif
@@ -171,27 +171,28 @@ inline Vec load_units(const T *p, int64_t left) {
 }
 
 // One vector of units at element k0 of k for the columns from p on, which lie next to each other; rows are b_k apart.
-template <class T>
+template <int64_t per, class T>
 inline Vec load_columns(const T *p, int64_t b_k, int64_t k_left, int64_t columns) {
 #if defined(__AVX512BF16__)
-    if constexpr (per_unit<T> == 2)
+    if constexpr (per == 2)
         return {_mm512_castsi512_ps(interleave(p, k_left > 1 ? p + b_k : nullptr, columns))};
 #endif
     (void)b_k, (void)k_left;
     return load_some(p, columns);
 }
 
-// B's columns n0 to n1 and k from k0 on, as [unit][width], zeros past the last column and the last k.
-template <class T>
+// B's columns n0 to n1 and k from k0 on, as [unit][width], zeros past the last column and the last k. per: elements of
+// a unit.
+template <int64_t per, class T>
 void pack_panel(const T *b, int64_t b_k, int64_t b_col, int64_t columns, int64_t ks, int64_t units, int64_t width,
                 float *to) {
     if (b_col == 1) {
         for (int64_t u = 0; u < units; ++u) {
-            const T *row = b + u * per_unit<T> * b_k;
-            for (int64_t i = 0; i < per_unit<T>; ++i)
+            const T *row = b + u * per * b_k;
+            for (int64_t i = 0; i < per; ++i)
                 prefetch_lines(row + (rows_ahead + i) * b_k, ceil_div(width * static_cast<int64_t>(sizeof(T)), 64));
             for (int64_t j = 0; j < width; j += lanes)
-                store(to + u * width + j, load_columns(row + j, b_k, ks - u * per_unit<T>, columns - j));
+                store(to + u * width + j, load_columns<per>(row + j, b_k, ks - u * per, columns - j));
         }
         return;
     }
@@ -199,11 +200,9 @@ void pack_panel(const T *b, int64_t b_k, int64_t b_col, int64_t columns, int64_t
         for (int64_t u = 0; u < units; u += lanes) {
             Vec square[lanes];
             for (int64_t i = 0; i < lanes; ++i)  // the columns after these, which lie behind them
-                prefetch(b + (j + lanes) * b_col + (u * lanes + i * lanes) * per_unit<T>);
+                prefetch(b + (j + lanes) * b_col + (u * lanes + i * lanes) * per);
             for (int64_t i = 0; i < lanes; ++i)
-                square[i] = j + i < columns
-                                ? load_units(b + (j + i) * b_col + u * per_unit<T>, ks - u * per_unit<T>)
-                                : set(0.0f);
+                square[i] = j + i < columns ? load_units<per>(b + (j + i) * b_col + u * per, ks - u * per) : set(0.0f);
             transpose(square);
             const int64_t here = at_most(units - u, lanes);
             for (int64_t i = 0; i < here; ++i) store(to + (u + i) * width + j, square[i]);
@@ -217,7 +216,7 @@ void pack_columns_of_a(const T *a, int64_t a_k, int64_t rows, int64_t ks, int64_
     for (int64_t u = 0; u < units; ++u) {
         const T *from = a + u * per_unit<T> * a_k;
         if (lanes == 16) {  // cheap masks
-            store(to + u * rows, load_columns(from, a_k, ks - u * per_unit<T>, rows));
+            store(to + u * rows, load_columns<per_unit<T>>(from, a_k, ks - u * per_unit<T>, rows));
             continue;
         }
         for (int64_t m = 0; m < rows; ++m) to[u * rows + m] = to_float(from[m]);
@@ -229,26 +228,26 @@ template <class T>
 void pack_rows_of_a(const T *a, int64_t a_row, int64_t rows, int64_t ks, int64_t units, int64_t pitch, float *to) {
     for (int64_t m = 0; m < rows; ++m)
         for (int64_t u = 0; u < units; u += lanes)
-            store(to + m * pitch + u, load_units(a + m * a_row + u * per_unit<T>, ks - u * per_unit<T>));
+            store(to + m * pitch + u, load_units<per_unit<T>>(a + m * a_row + u * per_unit<T>, ks - u * per_unit<T>));
 }
 
 // Whether B lies as a packed panel would, and is read too few times to be worth copying.
-template <class T, class C>
-inline bool reads_b_in_place(const Product<T, C> &p, int64_t rows) {
-    return sizeof(T) == 4 && p.b_col == 1 && rows <= few_tiles * max_rows;
+template <class T, class C, class B>
+inline bool reads_b_in_place(const Product<T, C, B> &p, int64_t rows) {
+    return sizeof(B) == 4 && p.b_col == 1 && rows <= few_tiles * max_rows;
 }
 
 // One pass over a stretch of k for some panels of B: every block of rows against each of them.
-template <class T, class C>
+template <class T, class C, class B>
 struct Pass {
-    const Product<T, C> &p;
+    const Product<T, C, B> &p;
     int64_t m0, m1;
     int64_t k0, ks, units;  // the stretch, in elements and units
     bool first, last;
     float *sums;  // [m1 - m0][sums_row], where C is not reached in one pass
     int64_t sums_row;
     const T *a;
-    const T *b;
+    const B *b;
     C *c;
 
     bool a_in_place() const { return p.a_k == 1 && (sizeof(T) == 4 || (per_unit<T> == 2 && ks % 2 == 0)); }
@@ -267,18 +266,18 @@ struct Panels {
     }
 };
 
-template <class T, class C>
-void Pass<T, C>::run(int64_t n0, int64_t n1) const {
+template <class T, class C, class B>
+void Pass<T, C, B>::run(int64_t n0, int64_t n1) const {
     const Panels panels(n1 - n0);
     const int64_t tiles = ceil_div(m1 - m0, max_rows);
     const bool b_in_place = reads_b_in_place(p, m1 - m0);
-    const T *b_here = b + k0 * p.b_k;
+    const B *b_here = b + k0 * p.b_k;
     float *b_panels = nullptr;
     if (!b_in_place || (n1 - n0) % lanes) {
         b_panels = static_cast<float *>(scratch(b_slot, units * panels.vectors * lanes * 4 + 64));
         for (int64_t i = b_in_place ? panels.count - 1 : 0; i < panels.count; ++i) {
             const int64_t start = panels.start(i), width = panels.width(i) * lanes;
-            pack_panel(b_here + (n0 + start) * p.b_col, p.b_k, p.b_col, n1 - n0 - start, ks, units, width,
+            pack_panel<per_unit<T>>(b_here + (n0 + start) * p.b_col, p.b_k, p.b_col, n1 - n0 - start, ks, units, width,
                        b_panels + start * units);
         }
     }
@@ -324,8 +323,8 @@ void Pass<T, C>::run(int64_t n0, int64_t n1) const {
 
 }  // namespace
 
-template <class T, class C>
-void multiply_vectors(const Product<T, C> &p, const Block &block) {
+template <class T, class C, class B>
+void multiply_vectors(const Product<T, C, B> &p, const Block &block) {
     const bool in_place = reads_b_in_place(p, block.m1 - block.m0);
     const int64_t stretch = in_place ? short_units : panel_units * per_unit<T>;
     const int64_t passes = p.k > 0 ? ceil_div(p.k, stretch) : 1;
@@ -342,7 +341,7 @@ void multiply_vectors(const Product<T, C> &p, const Block &block) {
             if (passes > 1) sums = static_cast<float *>(scratch(sum_slot, (block.m1 - block.m0) * sums_row * 4));
             for (int64_t i = 0; i < passes; ++i) {
                 const int64_t k0 = i * stretch, ks = at_most(p.k - k0, stretch);
-                Pass<T, C>{p, block.m0, block.m1, k0, ks, ceil_div(ks, per_unit<T>), i == 0, i == passes - 1, sums,
+                Pass<T, C, B>{p, block.m0, block.m1, k0, ks, ceil_div(ks, per_unit<T>), i == 0, i == passes - 1, sums,
                            sums_row, p.a + part * p.a_part, p.b + part * p.b_part, p.c + part * p.c_part}
                     .run(n0, n1);
             }
@@ -352,6 +351,7 @@ void multiply_vectors(const Product<T, C> &p, const Block &block) {
 }
 
 template void multiply_vectors(const Product<float, float> &, const Block &);
+template void multiply_vectors(const Product<float, float, bf16> &, const Block &);
 #if !defined(__AMX_BF16__)  // whose bf16 goes to multiply_tiles
 template void multiply_vectors(const Product<bf16, bf16> &, const Block &);
 template void multiply_vectors(const Product<bf16, float> &, const Block &);

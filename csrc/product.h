@@ -6,12 +6,13 @@
 namespace moesaic::MOESAIC_ISA {
 
 // C[m, n] = sum over k of A[m, k] * B[k, n], each operand by its two strides (in elements), one of which is 1.
-// Summed in fp32 from k = 0 upwards and rounded once to C's type, or added to what C holds.
-template <class T, class C>
+// Summed in fp32 from k = 0 upwards and rounded once to C's type, or added to what C holds. A B of bf16 beside an A of
+// floats is widened, which is exact: the same bits as from a B of the same values in floats.
+template <class T, class C, class B = T>
 struct Product {
     const T *a;
     int64_t a_row, a_k;
-    const T *b;
+    const B *b;
     int64_t b_k, b_col;
     C *c;
     int64_t c_row, c_col;
@@ -29,12 +30,12 @@ struct Block {
 
 // Computes the block of C (of each part) with one thread. The bits of an element depend on its row of A, its column of
 // B and k alone: not on the block, nor on what else is in it.
-template <class T, class C>
-void multiply_vectors(const Product<T, C> &product, const Block &block);
+template <class T, class C, class B>
+void multiply_vectors(const Product<T, C, B> &product, const Block &block);
 
 // The same for few rows of A, where a_k = b_k = 1 and c_col = 1: reads B where it lies.
-template <class T>
-void multiply_strips(const Product<T, T> &product, const Block &block);
+template <class T, class B>
+void multiply_strips(const Product<T, T, B> &product, const Block &block);
 
 #if defined(__AMX_BF16__)
 // The same on the tile unit. Takes c_row = 1 as well as c_col = 1.
@@ -51,8 +52,8 @@ constexpr bool on_tiles = false;
 #endif
 
 // The block by the best that this instruction set has.
-template <class T, class C>
-inline void multiply(const Product<T, C> &product, const Block &block) {
+template <class T, class C, class B>
+inline void multiply(const Product<T, C, B> &product, const Block &block) {
 #if defined(__AMX_BF16__)
     if constexpr (on_tiles<T>) multiply_tiles(product, block);
     else multiply_vectors(product, block);

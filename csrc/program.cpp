@@ -102,9 +102,15 @@ void Program::check(const Batch &batch, int64_t texts, int64_t logits) const {
         require(batch.tables[i] >= 0 && batch.tables[i] < blocks, "tables name blocks that the caches do not have");
 }
 
+void Program::begin(const Batch &batch) {
+    make_room(batch.tokens);
+    choices_.newest.clear();
+    choices_.newest_tokens = 0;
+}
+
 bool Program::run(const Batch &batch, int section) {
     using Clock = std::chrono::steady_clock;
-    make_room(batch.tokens);
+    begin(batch);
     const Pool::Scope on_own_threads(pool_);
     auto before = Clock::now();
     for (Step &step : steps_of(section)) {
@@ -113,6 +119,7 @@ bool Program::run(const Batch &batch, int section) {
         step.seconds += std::chrono::duration<double>(after - before).count();
         before = after;
     }
+    choices_.newest_tokens = section ? 0 : batch.tokens;
     std::atomic<bool> fine{true};
     parallel_for(batch.outputs, 1, threads(), [&](int64_t row) {
         if (!is_finite(batch.logits + row * logits_, logits_)) fine = false;
@@ -121,7 +128,7 @@ bool Program::run(const Batch &batch, int section) {
 }
 
 NotFinite Program::run_checked(const Batch &batch, int section) {
-    make_room(batch.tokens);
+    begin(batch);
     const Pool::Scope on_own_threads(pool_);
     for (Step &step : steps_of(section)) {
         step.run(batch, *this);

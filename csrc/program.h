@@ -39,6 +39,10 @@ struct Choices {
         std::vector<float> weights = {};
     };
     std::vector<Layer> layers = {};
+    // The ids of all layers of the model itself, layer after layer, of so many tokens: none where another section ran, or
+    // the model itself not to its end.
+    std::vector<int32_t> newest = {};
+    int64_t newest_tokens = 0;
     int64_t rows = 0, columns = 0;
     std::vector<int64_t> offsets = {}, token_ids = {}, row_of = {};
     std::vector<float> row_weights = {};
@@ -117,6 +121,7 @@ private:
         Step *end() const { return last; }
     };
 
+    void begin(const Batch &batch);
     void make_room(int64_t tokens);
     Steps steps_of(int section);
 

@@ -45,10 +45,10 @@ void combine_rows(const T *out, const float *weights, const int64_t *row_ids, co
 template <class T>
 void combine_rows_grad(const T *dy, const T *out, const float *weights, const int64_t *token_ids, T *d_out,
                        float *d_weights, int64_t rows, int64_t hidden, int threads);
-template <class T>
-void grouped_linear(const T *x, const T *weight, T *y, const Grouped &grouped, int threads);
-template <class T>
-void grouped_gated(const T *x, const T *weight, T *gate_up, T *y, const Grouped &grouped, int threads);
+template <class T, class B>
+void grouped_linear(const T *x, const B *weight, T *y, const Grouped &grouped, int threads);
+template <class T, class B>
+void grouped_gated(const T *x, const B *weight, T *gate_up, T *y, const Grouped &grouped, int threads);
 template <class T>
 void grouped_linear_input_grad(const T *dy, const T *weight, T *dx, const Grouped &grouped, int threads);
 template <class T>

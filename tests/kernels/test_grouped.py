@@ -135,6 +135,37 @@ def test_gated_is_its_two_steps(counts: list[int], dtype: torch.dtype, threads: 
         assert torch.equal(y_RF, native.silu_mul(gate_up_RG))
 
 
+@pytest.mark.parametrize("counts", COUNTS, ids=str)
+def test_narrow_weights_beside_wide_rows_are_the_same_numbers(counts: list[int], threads: int) -> None:
+    offsets = offsets_of(counts)
+    for inputs, inner in [*SIZES, (2501, 35)]:
+        x_RI = rand(sum(counts), inputs)
+        narrow = rand(len(counts), 2 * inner, inputs, dtype=torch.bfloat16, seed=1)
+        wide = narrow.float()
+        assert torch.equal(native.grouped_linear(x_RI, narrow, offsets), native.grouped_linear(x_RI, wide, offsets))
+        for got, wanted in zip(
+            native.grouped_gated(x_RI, narrow, offsets), native.grouped_gated(x_RI, wide, offsets), strict=True
+        ):
+            assert got.dtype == torch.float32 and torch.equal(got, wanted)
+        check_product(reference.grouped_linear, x_RI, wide, offsets,
+                      reference.grouped_linear(x_RI, narrow, offsets), inputs)  # fmt: skip
+
+
+def test_torch_takes_many_rows_of_narrow_weights_too(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "_LIBRARY_ROWS", {(isa, torch.float32): 9})
+    x_RI, narrow, offsets = rand(25, 33), rand(2, 26, 33, dtype=torch.bfloat16, seed=1), offsets_of([4, 21])
+    product = native.grouped_linear(x_RI, narrow, offsets)
+    check_product(reference.grouped_linear, x_RI, narrow.float(), offsets, product, 33)
+    gated, gate_up_RG = native.grouped_gated(x_RI, narrow, offsets)
+    assert torch.equal(gate_up_RG, product) and torch.equal(gated, native.silu_mul(product))
+
+
+def test_weights_wider_than_their_rows_are_refused() -> None:
+    x_RI, weight_EOI, y_RO = rand(3, 5, dtype=torch.bfloat16), rand(1, 4, 5), torch.empty(3, 4, dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match=r"weight_EOI has a dtype .* use bfloat16"):
+        _native.grouped_linear(*map(native._array, (x_RI, weight_EOI, offsets_of([3]), y_RO)), 4, 9, 1)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_result_does_not_depend_on_its_company(dtype: torch.dtype, no_strips: None) -> None:
     """Row by row and in any number of rows, the same bits: nothing of a block's size reaches its elements."""

@@ -39,8 +39,9 @@ def packed_bytes(
             return 4.0
         by_role: dict[Role, Bits | None] = {"experts": precision.of_experts, "head": precision.of_head}
         bits = by_role.get(spec.role, precision.bits)
-        coded = coded_of(spec.name) if precision.keeps_codes(bits) else None
-        return each(bits) if coded is None else BITS[coded.format] / 8
+        coded = coded_of(spec.name)
+        is_kept = coded is not None and precision.keeps_codes(bits, coded.format)
+        return BITS[coded.format] / 8 if coded and is_kept else each(bits)
 
     parameters = chain(config.parameters(), config.mtp_parameters() if mtp else ())
     total = sum(spec.numel * of(spec) for spec in parameters)

@@ -4,7 +4,7 @@ T tokens of S texts, N rows of logits, V vocab.
 """
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,7 +20,10 @@ from moesaic.engine.lower.refusal import check_lowerable
 from moesaic.engine.memory import give_back_freed
 from moesaic.engine.packing import Packer
 from moesaic.errors import GenerationError
+from moesaic.kernels.backend import compiled
 from moesaic.kernels.blocks import Format
+
+_native = compiled()
 
 
 class Batch(NamedTuple):
@@ -76,7 +79,8 @@ class Program:
         the tokens k places on (see models/mtp.py); the model, or layer k - 1, has run at all these places.
         Raises GenerationError where logits are infinite or no numbers, saying where that began.
         """
-        logits_NV = torch.empty(len(batch.output_rows_N), self.config.vocab_size)
+        # Of numpy: handing over a tensor takes longer, and lets go of the interpreter's lock on its way.
+        logits_NV = np.empty((len(batch.output_rows_N), self.config.vocab_size), np.float32)
         dictated = choices or {}
         for layer, expert_ids_TM in dictated.items():
             self.native.dictate(layer, expert_ids_TM)
@@ -86,7 +90,7 @@ class Program:
         finally:
             for layer in dictated:
                 self.native.dictate(layer, None)
-        return logits_NV
+        return torch.from_numpy(logits_NV)
 
     def routed(self, num_tokens: int, *, depth: int = 0) -> dict[int, Routed]:
         """What the tokens of the newest batch, so many, chose in every layer that routes; depth: as it was run."""
@@ -114,12 +118,14 @@ class Program:
         """Copy what the tokens of the newest batch chose in a layer into arrays of that size, int64 and fp32."""
         self.native.read_choices(layer, expert_ids_TM, weights_TM)
 
-    def count_choices(self, counts_N: np.ndarray, distinct_L: np.ndarray) -> None:
-        """Add what the tokens of the newest batch chose: in one call for all layers that route (`routing_columns`).
+    def choice_tally(self) -> Any:
+        """What adds up the newest batches' choices, of all layers that route (`routing_columns`), when told to.
 
-        counts_N: rows of each expert, layer after layer. distinct_L: experts of each layer that got any. Both int64.
+        hear(): add the newest batch; nothing where that was one of `depth`. read(counts_N, distinct_L): copy the rows
+        of each expert, layer after layer, and how many experts of each layer a batch had work for, added up, both
+        int64; returns the number of tokens. clear(): begin again.
         """
-        self.native.count_choices(counts_N, distinct_L)
+        return _native.ChoiceTally(self.native)
 
     def _not_finite(self, batch: Batch, depth: int) -> str:
         """Where the first number is that is infinite or none: the batch is run again, looking at all that is written.

@@ -103,6 +103,12 @@ def _takes(tensor: Tensor, other: Tensor | None = None) -> bool:
     return other is None or (other.dtype == tensor.dtype and other.is_cpu)
 
 
+def _takes_product(x_RI: Tensor, weight_EOI: Tensor) -> bool:
+    """The same, or bf16 weights beside rows in fp32: the products are those of the weights in fp32, bit for bit."""
+    is_narrow = (x_RI.dtype, weight_EOI.dtype) == (torch.float32, torch.bfloat16)
+    return _takes(x_RI) and weight_EOI.is_cpu if is_narrow else _takes(x_RI, weight_EOI)
+
+
 def _matrix(tensor: Tensor) -> Tensor:
     """Contiguous, all dimensions but the last in one."""
     return (tensor if tensor.dim() == 2 else tensor.reshape(-1, tensor.shape[-1])).contiguous()
@@ -206,14 +212,14 @@ def _left_over(offsets: Tensor, own_rows: int) -> list[tuple[int, int, int]]:
 
 def grouped_linear(x_RI: Tensor, weight_EOI: Tensor, offsets: Tensor) -> Tensor:
     """See reference.grouped_linear."""
-    if not _takes(x_RI, weight_EOI):
+    if not _takes_product(x_RI, weight_EOI):
         return reference.grouped_linear(x_RI, weight_EOI, offsets)
     y_RO = torch.empty(x_RI.shape[0], weight_EOI.shape[1], dtype=x_RI.dtype)
     inputs = (x_RI.contiguous(), weight_EOI.contiguous(), offsets.contiguous())
     own_rows = _own_rows(x_RI.dtype)
     _native.grouped_linear(*map(_array, inputs), _array(y_RO), _FEW_ROWS[x_RI.dtype], own_rows, _threads())
     for expert, start, end in _left_over(offsets, own_rows):
-        torch.mm(x_RI[start:end], weight_EOI[expert].T, out=y_RO[start:end])
+        torch.mm(x_RI[start:end], weight_EOI[expert].to(x_RI.dtype).T, out=y_RO[start:end])
     return y_RO
 
 
@@ -300,7 +306,7 @@ def _array_or_none(tensor: Tensor | None) -> object:
 
 def grouped_gated(x_RI: Tensor, gate_up_EGI: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
     """See reference.grouped_gated."""
-    if not _takes(x_RI, gate_up_EGI):
+    if not _takes_product(x_RI, gate_up_EGI):
         return reference.grouped_gated(x_RI, gate_up_EGI, offsets)
     if _left_over(offsets, _own_rows(x_RI.dtype)):
         gate_up_RG = grouped_linear(x_RI, gate_up_EGI, offsets)

@@ -73,6 +73,10 @@ def combine_rows(
 def grouped_linear(x_RI: Tensor, weight_EOI: Tensor, offsets: Tensor) -> Tensor:
     """y_RO: each expert's rows times its own matrix, x @ W[e].T. `offsets` is int64 [E+1] on the CPU.
 
+    Weights in bf16 beside rows in fp32 (on the CPU, without gradients) are widened in passing, which is exact: the
+    result is that of the same values in fp32, bit for bit where our own kernels multiply, for half the reading.
+    grouped_gated takes them, too.
+
     A weight with an attribute `grad_buffer` (fp32, of its shape) gets its gradient there, unrounded, and none from
     autograd: written where `grad_buffer_fresh` is true, which is then set to false, else added to what is there. The
     same holds for grouped_gated. Compiled graphs do not see the attribute and return the gradient as usual.

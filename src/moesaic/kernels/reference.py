@@ -62,11 +62,11 @@ def combine_rows_grad(dy_TD: Tensor, out_RD: Tensor, weights_R: Tensor, token_id
 
 
 def grouped_linear(x_RI: Tensor, weight_EOI: Tensor, offsets: Tensor) -> Tensor:
-    """y_RO: each expert's rows times its own matrix, x @ W[e].T."""
+    """y_RO: each expert's rows times its own matrix, x @ W[e].T. Weights may be narrower than x: they are widened."""
     y_RO = x_RI.new_empty(x_RI.shape[0], weight_EOI.shape[1])
     for expert, (start, end) in enumerate(_spans(offsets)):
         if end > start:
-            torch.mm(x_RI[start:end], weight_EOI[expert].T, out=y_RO[start:end])
+            torch.mm(x_RI[start:end], weight_EOI[expert].to(x_RI.dtype).T, out=y_RO[start:end])
     return y_RO
 
 

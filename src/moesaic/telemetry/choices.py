@@ -1,7 +1,10 @@
-"""Rows of each expert, added up over an engine's steps: one native call a step, whatever the number of layers.
+"""Rows of each expert, added up over an engine's steps: one short native call a step, whatever the number of layers.
 
 E experts, L layers that route, N experts of all of these.
 """
+
+from collections.abc import Callable
+from itertools import pairwise
 
 import numpy as np
 
@@ -10,33 +13,42 @@ from moesaic.engine.engine import Engine
 
 
 class ChoiceCounts:
-    """Counts of the layers that route, in their order. top_k: of each layer's router. Of a dense model it has none."""
+    """Counts of the layers that route, in their order. Of a dense model it has none.
+
+    top_k: of each layer's router. add(): count what the tokens of the newest `Engine.step` chose; nothing after
+    `ahead`. It is the native call itself: after a step of decoding little of Python is left in the caches.
+    """
 
     def __init__(self, engine: Engine) -> None:
-        self._engine = engine
         parts = {layer: _moe(engine, layer) for layer in engine.program.routing_columns}
         self.top_k = {layer: part.router.top_k for layer, part in parts.items()}
-        self._ends_L = np.cumsum([part.num_experts for part in parts.values()], dtype=np.int64)
-        self._counts_N = np.zeros(self._ends_L[-1] if parts else 0, np.int64)
-        self._distinct_L = np.zeros(len(parts), np.int64)
-
-    def add(self) -> None:
-        """Count what the tokens of the newest `Engine.step` chose."""
-        if self.top_k:
-            self._engine.program.count_choices(self._counts_N, self._distinct_L)
+        self._ends = np.cumsum([0, *(part.num_experts for part in parts.values())]).tolist()
+        self._tally = engine.program.choice_tally()
+        self.add: Callable[[], None] = self._tally.hear
 
     def clear(self) -> None:
         """Begin again."""
-        self._counts_N[:] = self._distinct_L[:] = 0
+        self._tally.clear()
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all steps that were counted."""
+        return self._read()[0]
 
     def by_layer(self) -> dict[int, np.ndarray]:
         """Copies of the counts, int64 [E]."""
-        parts = np.split(self._counts_N.copy(), self._ends_L[:-1]) if self.top_k else []
+        _, counts_N, _ = self._read()
+        parts = [counts_N[start:end] for start, end in pairwise(self._ends)]
         return dict(zip(self.top_k, parts, strict=True))
 
     def distinct(self) -> dict[int, int]:
         """How many experts each step had work for, added up, by layer."""
-        return dict(zip(self.top_k, self._distinct_L.tolist(), strict=True))
+        return dict(zip(self.top_k, self._read()[2].tolist(), strict=True))
+
+    def _read(self) -> tuple[int, np.ndarray, np.ndarray]:
+        """The number of tokens, counts_N and distinct_L."""
+        counts_N, distinct_L = np.empty(self._ends[-1], np.int64), np.empty(len(self.top_k), np.int64)
+        return self._tally.read(counts_N, distinct_L), counts_N, distinct_L
 
 
 def _moe(engine: Engine, layer: int) -> MoeConfig:

@@ -4,6 +4,7 @@ T tokens, E experts, M columns of choices.
 """
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 
@@ -15,8 +16,10 @@ from moesaic.trace import TokenRows, TracedForward, TraceWriter
 
 
 class EngineRecorder:
-    """Adds up the loads of an engine's steps. Call `hear` after each `Engine.step`; the step's results are not touched.
+    """Adds up the loads of an engine's steps; the steps' results are not touched.
 
+    hear(): call it after each `Engine.step`, whose tokens' choices are counted; after `ahead` it does nothing. Without
+    a trace it is one native call, which costs less than a method would.
     trace: also gets every step as a forward of a routing trace (weights included). Its texts' tokens stand in the order
     of the step's pieces. Of a dense model it hears nothing.
     """
@@ -25,19 +28,7 @@ class EngineRecorder:
         self.engine, self.trace = engine, trace
         self.step = 0
         self._counts = ChoiceCounts(engine)
-        self._num_tokens = 0
-
-    def hear(self) -> None:
-        """Count what the tokens of the newest step chose."""
-        num_tokens = self.engine.num_routed
-        if not num_tokens or not self._counts.top_k:
-            return
-        self._counts.add()
-        self._num_tokens += num_tokens
-        if self.trace is not None:
-            counts = self._counts.by_layer()
-            rows = {layer: _rows(routed, len(counts[layer])) for layer, routed in self.engine.routed().items()}
-            self.trace.append(TracedForward(rows=rows))
+        self.hear: Callable[[], None] = self._counts.add if trace is None else self._trace_and_count
 
     def finish(self, step: int | None = None) -> StepLoad:
         """The loads of everything heard since the last call, then start anew. Windows number themselves from 1.
@@ -45,7 +36,7 @@ class EngineRecorder:
         Scores and logits stay in the engine: router_entropy is NaN, and there are no mean scores.
         """
         self.step = self.step + 1 if step is None else step
-        num_tokens, self._num_tokens = self._num_tokens, 0
+        num_tokens = self._counts.num_tokens
         layers = tuple(
             LayerLoad(
                 layer=layer,
@@ -58,6 +49,13 @@ class EngineRecorder:
         )
         self._counts.clear()
         return StepLoad(step=self.step, layers=layers)
+
+    def _trace_and_count(self) -> None:
+        if self.trace is not None and self.engine.num_routed and self._counts.top_k:
+            counts = self._counts.by_layer()
+            rows = {layer: _rows(routed, len(counts[layer])) for layer, routed in self.engine.routed().items()}
+            self.trace.append(TracedForward(rows=rows))
+        self._counts.add()
 
 
 def _rows(routed: Routed, num_experts: int) -> TokenRows:

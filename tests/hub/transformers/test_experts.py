@@ -60,6 +60,51 @@ def test_a_token_has_the_same_bits_whatever_else_is_in_the_batch():
         assert torch.equal(experts(x[part], chosen[part], weights[part]), together[part])
 
 
+def bf16_valued(kind: str = "mixtral"):
+    """A model in fp32 whose weights are all bf16 values, as released ones are."""
+    return tiny_model(kind).bfloat16().float()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_narrow_experts_give_the_same_bits(kind):
+    model, ids = use_moesaic_experts(bf16_valued(kind)), tokens()
+    with torch.no_grad():
+        wide, before = model(ids).logits, {name: weight.clone() for name, weight in model.state_dict().items()}
+        use_moesaic_experts(model, narrow=True)
+        assert torch.equal(model(ids).logits, wide)
+        assert torch.equal(model(ids[:1, :1]).logits, use_moesaic_experts(bf16_valued(kind))(ids[:1, :1]).logits)
+    narrow = {name for name, weight in model.state_dict().items() if weight.dtype == torch.bfloat16}
+    assert narrow == {name for name in before if name.endswith(("experts.gate_up_proj", "experts.up_proj", "down_proj"))
+                      and "experts." in name and "shared" not in name}  # fmt: skip
+    assert model(ids).logits.requires_grad  # widened for a gradient's sake
+    model.float()
+    assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
+    model.set_experts_implementation("eager")
+    assert (model(ids).logits - wide).abs().max() <= 1e-5 * wide.abs().max()
+
+
+@pytest.mark.parametrize("value", [1 + 2**-20, float("nan")], ids=["finer", "no number"])
+def test_a_tensor_with_another_value_stays_in_fp32(value):
+    model = bf16_valued()
+    experts = [layer.mlp.experts for layer in model.model.layers]
+    with torch.no_grad():
+        experts[1].down_proj[3, 5, 7] = value
+    use_moesaic_experts(model, narrow=True)
+    assert experts[1].down_proj.dtype == torch.float32 and experts[1].gate_up_proj.dtype == torch.bfloat16
+    assert {expert.down_proj.dtype for expert in (experts[0], experts[2])} == {torch.bfloat16}
+    own = use_moesaic_experts(tiny_model(), narrow=True)
+    assert {weight.dtype for weight in own.parameters()} == {torch.float32}
+
+
+def test_gradients_pass_through_narrow_experts():
+    found = []
+    for narrow in (False, True):
+        model, ids = use_moesaic_experts(bf16_valued(), narrow=narrow), tokens()
+        model(ids, labels=ids).loss.backward()
+        found.append({name: weight.grad for name, weight in model.named_parameters() if "experts" not in name})
+    assert all(torch.equal(gradient, found[1][name]) for name, gradient in found[0].items())
+
+
 def test_choices_of_other_ranks_are_left_out():
     model = use_moesaic_experts(tiny_model())
     experts = model.model.layers[0].mlp.experts

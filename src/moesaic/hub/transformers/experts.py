@@ -1,6 +1,7 @@
 """Our expert compute in transformers' experts registry: `model.set_experts_implementation("moesaic")`.
 
-The weights are read where they are: nothing is packed, copied or kept beside them. Gradients work as everywhere in
+The weights are read where they are: nothing is packed, copied or kept beside them, but those that are narrowed on
+request, in their place. Gradients work as everywhere in
 moesaic. T tokens, K choices a token, R rows sorted by expert, E experts, F expert inner, D hidden.
 """
 
@@ -22,15 +23,27 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 Model = TypeVar("Model", bound=nn.Module)
 
 
-def use_moesaic_experts(model: Model) -> Model:
+def use_moesaic_experts(model: Model, *, narrow: bool = False) -> Model:
     """Have a model's experts computed by moesaic, and return it; `set_experts_implementation` undoes it.
 
     On CPUs, in fp32 and bf16, for inference and training, with logits that differ from transformers' by rounding only.
+
+    narrow: for inference with a model in fp32. Experts' weights that are all bf16 values, as in checkpoints that were
+    released in bf16, are held in bf16 from now on, which is half the memory and half of what decoding reads.
+    Activations stay in fp32 and so do products and sums: results are those of the weights in fp32, bit for bit
+    wherever our own kernels multiply (`moesaic.kernels.backend.describe()`). A
+    tensor with any other value stays in fp32. Other implementations refuse such a model; `model.float()` undoes it,
+    exactly. Where gradients are wanted, each call widens the weights for its own time; do not train the weights
+    themselves so, whose steps would be rounded.
     Raises ConfigError for a model without experts, or with experts that cannot be read as they are stored.
     """
-    for module in experts_by_layer(model).values():
+    experts = experts_by_layer(model)
+    for module in experts.values():
         _refuse_unfit(module)
     model.set_experts_implementation(NAME)  # pyright: ignore[reportCallIssue]  of PreTrainedModel
+    if narrow:
+        for module in experts.values():
+            _narrow(module)
     return model
 
 
@@ -43,12 +56,30 @@ def moesaic_experts_forward(
     into: Tensor = self.gate_up_proj if experts.has_gate else self.up_proj  # pyright: ignore[reportAssignmentType]
     down: Tensor = self.down_proj  # pyright: ignore[reportAssignmentType]
     rows = _rows(top_k_index, top_k_weights, experts.num_experts, experts._is_expert_parallel)
-    x_RD = dispatch.gather(hidden_states.to(into.dtype), rows)
-    out_RD = ops.grouped_linear(_inner(self, x_RD, into, rows), down, rows.expert_offsets)
+    x_TD = hidden_states.to(torch.promote_types(hidden_states.dtype, into.dtype))
+    inner_RF = _inner(self, dispatch.gather(x_TD, rows), _beside(into, x_TD.dtype), rows)
+    out_RD = ops.grouped_linear(inner_RF, _beside(down, x_TD.dtype), rows.expert_offsets)
     out_RD = _plus_bias(self, out_RD, "down_proj_bias", rows)
     if experts.has_post_expert_norm:
         out_RD = self.post_expert_norm(out_RD)  # pyright: ignore[reportCallIssue]
     return dispatch.combine(out_RD, rows).to(hidden_states.dtype)
+
+
+def _beside(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """A weight as it can stand beside activations of a dtype: narrow where the kernels widen it in passing."""
+    if (weight.dtype, dtype) == (torch.bfloat16, torch.float32) and not torch.is_grad_enabled():
+        return weight
+    return weight.to(dtype)
+
+
+def _narrow(self: nn.Module) -> None:
+    """Hold in bf16 what is in fp32 and has bf16 values alone: weights, of which a call reads much."""
+    for name in ("gate_up_proj", "up_proj", "down_proj"):
+        weight = getattr(self, name, None)
+        if isinstance(weight, nn.Parameter) and weight.dtype == torch.float32:
+            narrow = weight.detach().bfloat16()
+            if all(torch.equal(part.float(), whole) for part, whole in zip(narrow, weight.detach(), strict=True)):
+                weight.data = narrow
 
 
 ALL_EXPERTS_FUNCTIONS.register(NAME, moesaic_experts_forward)
