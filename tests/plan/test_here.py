@@ -9,7 +9,9 @@ from moesaic.bench import training_here
 from moesaic.errors import ConfigError
 from moesaic.plan.flops import Step
 from moesaic.plan.formats import engine_formats
+from moesaic.plan.hardware import Machine, find_machine
 from moesaic.plan.kernels import Curve, KernelRates, engine_step
+from moesaic.plan.plan import ServingPlan, make_plan
 from moesaic.plan.training_kernels import TrainingCell, TrainingRates, fitted, memory_counts, time_counts
 from moesaic.plan.verify import Prediction, error_table, load, store
 from tests.tiny import tiny_config
@@ -104,3 +106,11 @@ def test_predictions_are_kept_and_added_up(tmp_path, monkeypatch: pytest.MonkeyP
     (tmp_path / "run" / "predictions.jsonl").write_text("no JSON\n")
     with pytest.raises(ConfigError, match="line 1 is no prediction"):
         load(tmp_path / "run" / "predictions.jsonl")
+
+
+def test_what_the_engine_was_not_timed_in_is_said(monkeypatch):
+    monkeypatch.setattr("moesaic.plan.plan.measured_rates", lambda: RATES)
+    here = Machine(device=replace(find_machine("h100").device, name="here"))
+    plan = make_plan("olmoe-1b-7b", machine=here, format="uneven4")
+    assert isinstance(plan, ServingPlan) and isinstance(plan.engine, str)
+    assert "uneven4" in plan.engine and plan.to_dict()["engine"] == plan.engine

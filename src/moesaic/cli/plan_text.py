@@ -77,7 +77,9 @@ def _speed_rows(plan: ServingPlan) -> list[list[str]]:
         [f"first token of a prompt of {serving.context // 2:,}", _time(plan.first_token_s)],
         [f"most users of {serving.context:,} tokens", f"{plan.most_users:,}"],
     ]
-    if plan.engine is not None:
+    if isinstance(plan.engine, str):
+        rows.append(["with moesaic's engine, by its kernels", plan.engine])
+    elif plan.engine is not None:
         rate = serving.users / plan.engine.decode.seconds
         rows.append(["with moesaic's engine, by its kernels: tokens/s of all", f"{rate:,.1f}"])
         rows.append(["with moesaic's engine: prompt tokens/s", f"{plan.engine.prompt_rate:,.0f}"])

@@ -44,7 +44,8 @@ class EngineTimes(NamedTuple):
 class ServingPlan:
     """A plan for answering. offload: where experts lie that do not fit; None where all fit, or nothing holds them.
 
-    engine: on a machine whose kernels were measured, what moesaic's own engine takes; None elsewhere.
+    engine: on a machine whose kernels were measured, what moesaic's own engine takes, or why that is not known; None
+    elsewhere.
     dense: against dense models of equal active size, quality and total size; empty for a dense model.
     lifetime: training on a budget of tokens, then serving; None without a budget.
     """
@@ -65,7 +66,7 @@ class ServingPlan:
     utilisation: float
     prices: tuple[Price, ...]
     offload: Offload | None
-    engine: EngineTimes | None = None
+    engine: EngineTimes | str | None = None
     lifetime: Lifetime | None = None
 
     @property
@@ -97,7 +98,7 @@ class ServingPlan:
             "workload": asdict(self.workload),
             "cost": asdict(self.cost),
             "prices": [asdict(price) | {"month": price.month(self.workload)} for price in self.prices],
-            "engine": None if self.engine is None else self.engine._asdict() | {"decode": self.engine.decode._asdict()},
+            "engine": _engine(self.engine),
             "offload": None if self.offload is None else _offload(self.offload, decode.seconds),
             "lifetime": None if self.lifetime is None else _lifetime(self.lifetime),
         }
@@ -275,8 +276,8 @@ def _serving_plan(
     )
 
 
-def _engine_times(serving: Serving) -> EngineTimes | None:
-    """By measured kernels; None where none were, or for what the engine does not run or pack so."""
+def _engine_times(serving: Serving) -> EngineTimes | str | None:
+    """By measured kernels; None where none were. For what the engine does not run, or was not timed, why."""
     rates = measured_rates() if serving.machine.device.name == HERE else None
     if rates is None:
         return None
@@ -290,8 +291,12 @@ def _engine_times(serving: Serving) -> EngineTimes | None:
         return EngineTimes(
             engine_step(rates, serving.config, formats, step, routing=serving.routing), prompt / read.seconds
         )
-    except ConfigError:
-        return None
+    except ConfigError as error:
+        return f"not known: {error}"
+
+
+def _engine(found: EngineTimes | str | None) -> dict[str, Any] | str | None:
+    return found._asdict() | {"decode": found.decode._asdict()} if isinstance(found, EngineTimes) else found
 
 
 _held = {"fp8": "fp8-128"}
