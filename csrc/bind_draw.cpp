@@ -76,11 +76,19 @@ std::vector<Scored> score_rows(const std::vector<Array> &rows_V, const std::vect
     return found;
 }
 
+bool bound_keep_allowed(const Array &logits, const Array &allowed, const Array &out) {
+    check("logits", logits, {Kind::f32}, {any});
+    check("allowed", allowed, {Kind::u8}, {size(logits, 0)});
+    check("out", out, {Kind::f32}, {size(logits, 0)});
+    return keep_allowed(data<float>(logits), data<uint8_t>(allowed), size(logits, 0), data<float>(out));
+}
+
 }  // namespace
 
 void bind_draw(nb::module_ &m) {
     m.def("draw_rows", &draw_rows, nb::arg("rows_V"), nb::arg("rules"), nb::arg("program").none());
     m.def("score_rows", &score_rows, nb::arg("rows_V"), nb::arg("wanted"), nb::arg("program").none());
+    m.def("keep_allowed", &bound_keep_allowed, nb::arg("logits"), nb::arg("allowed"), nb::arg("out"));
 }
 
 }  // namespace moesaic

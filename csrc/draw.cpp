@@ -202,4 +202,14 @@ double score_row(const float *logits, int64_t vocab, int64_t count, std::vector<
     return row.greatest + std::log(weighed(logits, vocab, nullptr, row.greatest, 1.0f).total);
 }
 
+bool keep_allowed(const float *logits, const uint8_t *allowed, int64_t vocab, float *out) {
+    constexpr float none = -std::numeric_limits<float>::infinity();
+    int any = 0;
+    for (int64_t i = 0; i < vocab; ++i) {
+        out[i] = allowed[i] ? logits[i] : none;
+        any |= out[i] > none;
+    }
+    return any != 0;
+}
+
 }  // namespace moesaic

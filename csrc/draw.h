@@ -22,4 +22,7 @@ int64_t draw_row(const float *logits, int64_t vocab, const DrawRule &rule);
 // ln of the sum of e^logit; and the `count` likeliest tokens, from the first on.
 double score_row(const float *logits, int64_t vocab, int64_t count, std::vector<int64_t> &ids);
 
+// The logits whose token is allowed (not 0), the others -inf. Whether any is more than that.
+bool keep_allowed(const float *logits, const uint8_t *allowed, int64_t vocab, float *out);
+
 }  // namespace moesaic

@@ -4,6 +4,7 @@
 // Every output of a sweep is computed whole by one thread, and a token's choices are added in their order.
 #include "packed_experts.h"
 
+#include "fetch.h"
 #include "packed_activation.h"
 #include "packed_multiply.h"
 #include "parallel.h"
@@ -11,6 +12,8 @@
 
 namespace moesaic::MOESAIC_ISA {
 namespace {
+
+constexpr int64_t tokens_ahead = 8;  // of the one whose choices are added up
 
 inline int64_t at_most(int64_t a, int64_t b) { return a < b ? a : b; }
 
@@ -109,19 +112,30 @@ void go_down(const PackedExperts &experts, const Unit &unit, const PackedRows &i
 // out += multiplier * the sum of a token's rows of y, for one strip's outputs.
 void combine(const ExpertRows &chosen, const int64_t *choices, const float *y, float multiplier, float *out,
              int64_t size) {
+    constexpr int64_t vectors = strip_outputs / Vec::lanes;
     const bool weighted = chosen.weights && !chosen.weight_on_input;
-    for (int64_t i = 0; i < size; i += Vec::lanes) {
-        Vec total = set(0.0f);
-        for (int64_t k = 0; k < chosen.top_k; ++k) {
-            const int64_t row = choices[k];
-            if (row < 0) continue;
-            const Vec each = load(y + row * strip_outputs + i);
-            total = weighted ? fma(set(chosen.weights[row]), each, total) : total + each;
-        }
-        const int64_t left = size - i;
-        if (left >= Vec::lanes) store(out + i, fma(set(multiplier), total, load(out + i)));
-        else store(out + i, fma(set(multiplier), total, load(out + i, left)), left);
+    Vec total[vectors];
+    for (Vec &each : total) each = set(0.0f);
+    for (int64_t k = 0; k < chosen.top_k; ++k) {
+        const int64_t row = choices[k];
+        if (row < 0) continue;
+        const float *from = y + row * strip_outputs;
+        const Vec weight = set(weighted ? chosen.weights[row] : 1.0f);
+        for (int64_t v = 0; v < vectors; ++v) total[v] = fma(weight, load(from + v * Vec::lanes), total[v]);
     }
+    for (int64_t v = 0; v < vectors; ++v) {
+        const int64_t i = v * Vec::lanes, left = size - i;
+        if (left >= Vec::lanes) store(out + i, fma(set(multiplier), total[v], load(out + i)));
+        else if (left > 0) store(out + i, fma(set(multiplier), total[v], load(out + i, left)), left);
+    }
+}
+
+// What `combine` will read of a token, asked for: rows of y lie anywhere, and rows of `out` a power of two apart.
+MOESAIC_INLINE void ask_for(const int64_t *choices, int64_t top_k, const float *y, const float *out) {
+    constexpr int64_t bytes = strip_outputs * 4;
+    fetch(reinterpret_cast<const uint8_t *>(out), bytes);
+    for (int64_t k = 0; k < top_k; ++k)
+        if (choices[k] >= 0) fetch(reinterpret_cast<const uint8_t *>(y + choices[k] * strip_outputs), bytes);
 }
 
 PackedRows rows_in_scratch(PackedSlot slot, int64_t rows, const PackedShape &shape) {
@@ -174,6 +188,9 @@ void packed_experts(const PackedExperts &experts, const ExpertRows &given, const
             const int64_t at = strip * strip_outputs, size = at_most(down.outputs - at, strip_outputs);
             for (int64_t token = 0; token < tokens.count; ++token) {
                 int64_t self;
+                if (const int64_t next = token + tokens_ahead; next < tokens.count)
+                    ask_for(choices_of(next, self), chosen.top_k, y + (strip - begin) * apart,
+                            tokens.out + next * tokens.out_stride + at);
                 combine(chosen, choices_of(token, self), y + (strip - begin) * apart, tokens.multiplier,
                         tokens.out + token * tokens.out_stride + at, size);
             }

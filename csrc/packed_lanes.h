@@ -58,29 +58,39 @@ MOESAIC_INLINE Vec to_floats(const Ints &sums, int i) { return {_mm512_cvtepi32_
 #elif defined(__AVX2__)
 
 constexpr int row_tile = 4;
-constexpr int64_t pass_outputs = 8;
+constexpr int64_t pass_outputs = 16;  // two vectors: what four bytes of a row are loaded for (a load a product binds)
 struct Bytes {
-    __m256i v[1];
+    __m256i v[2];
 };
 struct Ints {
-    __m256i v[1];
+    __m256i v[2];
 };
 
-MOESAIC_INLINE Ints ints(int32_t x) { return {{_mm256_set1_epi32(x)}}; }
-MOESAIC_INLINE Bytes bytes(const uint8_t *p) { return {{_mm256_loadu_si256(reinterpret_cast<const __m256i *>(p))}}; }
-MOESAIC_INLINE void store(uint8_t *p, const Bytes &x) { _mm256_storeu_si256(reinterpret_cast<__m256i *>(p), x.v[0]); }
-MOESAIC_INLINE Bytes low_halves(const Bytes &x) { return {{_mm256_and_si256(x.v[0], _mm256_set1_epi8(15))}}; }
-MOESAIC_INLINE Bytes high_halves(const Bytes &x) { return low_halves({{_mm256_srli_epi16(x.v[0], 4)}}); }
+MOESAIC_INLINE __m256i vector_at(const uint8_t *p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i *>(p)); }
+MOESAIC_INLINE Ints ints(int32_t x) { return {{_mm256_set1_epi32(x), _mm256_set1_epi32(x)}}; }
+MOESAIC_INLINE Bytes bytes(const uint8_t *p) { return {{vector_at(p), vector_at(p + 32)}}; }
+MOESAIC_INLINE void store(uint8_t *p, const Bytes &x) {
+    for (int i = 0; i < 2; ++i) _mm256_storeu_si256(reinterpret_cast<__m256i *>(p) + i, x.v[i]);
+}
+MOESAIC_INLINE Bytes low_halves(const Bytes &x) {
+    const __m256i mask = _mm256_set1_epi8(15);
+    return {{_mm256_and_si256(x.v[0], mask), _mm256_and_si256(x.v[1], mask)}};
+}
+MOESAIC_INLINE Bytes high_halves(const Bytes &x) {
+    return low_halves({{_mm256_srli_epi16(x.v[0], 4), _mm256_srli_epi16(x.v[1], 4)}});
+}
 template <int quarter>
 MOESAIC_INLINE Bytes six_bits(const Bytes &low, const Bytes &upper) {
-    const __m256i x = upper.v[0], mask = _mm256_set1_epi8(0x30);
-    if constexpr (quarter < 2)
-        return {{_mm256_or_si256(low.v[0], _mm256_and_si256(_mm256_slli_epi16(x, 4 - 2 * quarter), mask))}};
-    else return {{_mm256_or_si256(low.v[0], _mm256_and_si256(_mm256_srli_epi16(x, 2 * quarter - 4), mask))}};
+    const auto part = [&](int i) {
+        const __m256i x = upper.v[i], mask = _mm256_set1_epi8(0x30);
+        if constexpr (quarter < 2) return _mm256_and_si256(_mm256_slli_epi16(x, 4 - 2 * quarter), mask);
+        else return _mm256_and_si256(_mm256_srli_epi16(x, 2 * quarter - 4), mask);
+    };
+    return {{_mm256_or_si256(low.v[0], part(0)), _mm256_or_si256(low.v[1], part(1))}};
 }
 MOESAIC_INLINE Bytes look_up(const uint8_t *table16, const Bytes &x) {
-    const __m128i table = _mm_loadu_si128(reinterpret_cast<const __m128i *>(table16));
-    return {{_mm256_shuffle_epi8(_mm256_broadcastsi128_si256(table), x.v[0])}};
+    const __m256i table = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i *>(table16)));
+    return {{_mm256_shuffle_epi8(table, x.v[0]), _mm256_shuffle_epi8(table, x.v[1])}};
 }
 MOESAIC_INLINE Vec to_floats(const Ints &sums, int i) { return {_mm256_cvtepi32_ps(sums.v[i])}; }
 
@@ -179,14 +189,16 @@ MOESAIC_INLINE void add_dot(Ints &sums, const Bytes &weights, const int8_t *x) {
     }
 #elif defined(__AVX2__)
     const __m256i xs = _mm256_set1_epi32(four_bytes(x));
-    __m256i w = weights.v[0], signed_xs = xs;
-    if constexpr (Signed) {
-        w = _mm256_xor_si256(w, _mm256_set1_epi8(-128));
-        signed_xs = _mm256_sign_epi8(xs, w);
-        w = _mm256_abs_epi8(w);
+    for (int i = 0; i < 2; ++i) {
+        __m256i w = weights.v[i], signed_xs = xs;
+        if constexpr (Signed) {
+            w = _mm256_xor_si256(w, _mm256_set1_epi8(-128));
+            signed_xs = _mm256_sign_epi8(xs, w);
+            w = _mm256_abs_epi8(w);
+        }
+        const __m256i pairs = _mm256_maddubs_epi16(w, signed_xs);
+        sums.v[i] = _mm256_add_epi32(sums.v[i], _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
     }
-    const __m256i pairs = _mm256_maddubs_epi16(w, signed_xs);
-    sums.v[0] = _mm256_add_epi32(sums.v[0], _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
 #else
     for (int o = 0; o < pass_outputs; ++o)
         for (int i = 0; i < 4; ++i) sums.v[o] += weights.v[4 * o + i] * x[i];
@@ -205,15 +217,25 @@ constexpr int64_t dots_in_halves(Format format) {
         default: return 1;
     }
 }
+// A sum that stays in one register: left alone GCC makes all products before it adds any, which do not fit.
+MOESAIC_INLINE __m256i kept(__m256i sum) {
+#if defined(__GNUC__)
+    asm("" : "+x"(sum));
+#endif
+    return sum;
+}
 MOESAIC_INLINE void begin_halves(Ints &halves, const Bytes &weights, const int8_t *x) {
-    halves.v[0] = _mm256_maddubs_epi16(weights.v[0], _mm256_set1_epi32(four_bytes(x)));
+    const __m256i xs = _mm256_set1_epi32(four_bytes(x));
+    for (int i = 0; i < 2; ++i) halves.v[i] = kept(_mm256_maddubs_epi16(weights.v[i], xs));
 }
 MOESAIC_INLINE void add_halves(Ints &halves, const Bytes &weights, const int8_t *x) {
-    const __m256i pairs = _mm256_maddubs_epi16(weights.v[0], _mm256_set1_epi32(four_bytes(x)));
-    halves.v[0] = _mm256_add_epi16(halves.v[0], pairs);
+    const __m256i xs = _mm256_set1_epi32(four_bytes(x));
+    for (int i = 0; i < 2; ++i)
+        halves.v[i] = kept(_mm256_add_epi16(halves.v[i], _mm256_maddubs_epi16(weights.v[i], xs)));
 }
 MOESAIC_INLINE void add_widened(Ints &sums, const Ints &halves) {
-    sums.v[0] = _mm256_add_epi32(sums.v[0], _mm256_madd_epi16(halves.v[0], _mm256_set1_epi16(1)));
+    for (int i = 0; i < 2; ++i)
+        sums.v[i] = kept(_mm256_add_epi32(sums.v[i], _mm256_madd_epi16(halves.v[i], _mm256_set1_epi16(1))));
 }
 #else
 constexpr int64_t dots_in_halves(Format) { return 1; }

@@ -20,44 +20,42 @@ MOESAIC_INLINE void for_each_of(std::integer_sequence<int64_t, numbers...>, cons
 
 constexpr int64_t piece_bytes = 8 << 10;  // beside what it is made of, the next piece and the rows that it meets
 
-// Four inputs of R rows, the `quad`th of those taken together: the first of those that are summed in halves begins these,
+// Four inputs of a row, the `quad`th of those taken together: the first of those that are summed in halves begins these,
 // the last has them added to the sums.
-template <int R, class G, int64_t quad>
-MOESAIC_INLINE void dot_quad(Ints (&sums)[R], Ints (&halves)[R], const Bytes &four, const int8_t *x, int64_t stride) {
+template <class G, int64_t quad>
+MOESAIC_INLINE void dot_quad(Ints &sums, Ints &halves, const Bytes &four, const int8_t *x) {
     constexpr int64_t together = dots_in_halves(G::format);
     x += 4 * quad;
-    for (int r = 0; r < R; ++r) {
-        if constexpr (together == 1) add_dot<G::is_signed>(sums[r], four, x + r * stride);
-        else if constexpr (quad % together == 0) begin_halves(halves[r], four, x + r * stride);
-        else add_halves(halves[r], four, x + r * stride);
-        if constexpr (together > 1 && quad % together == together - 1) add_widened(sums[r], halves[r]);
-    }
+    if constexpr (together == 1) add_dot<G::is_signed>(sums, four, x);
+    else if constexpr (quad % together == 0) begin_halves(halves, four, x);
+    else add_halves(halves, four, x);
+    if constexpr (together > 1 && quad % together == together - 1) add_widened(sums, halves);
 }
 
 // Quads that are taken together: all of a group of 16 inputs.
 template <class G>
 constexpr int64_t quads_together = G::size < 32 ? G::size / 4 : 8;
 
-// So many quads from the first on, which is a multiple of them.
+// So many quads from the first on, which is a multiple of them; two at a time, so that halves of two need no register
+// for each row.
 template <int R, class G>
 MOESAIC_INLINE void dot_quads(Ints (&sums)[R], const uint8_t *w, int64_t first, const int8_t *x, int64_t stride) {
     Ints halves[R];
     x += 4 * first;
-    const auto each = [&](auto number, const Bytes &four) {
-        dot_quad<R, G, decltype(number)::value>(sums, halves, four, x, stride);
-    };
-    if constexpr (G::eight_bits) {
-        for_each_of(std::make_integer_sequence<int64_t, quads_together<G>>(),
-                    [&](auto number) { each(number, bytes(w + (first + number) * 4 * strip_outputs)); });
-    } else {
-        for_each_of(std::make_integer_sequence<int64_t, quads_together<G> / 2>(), [&](auto pair) {
-            constexpr int64_t place = decltype(pair)::value;
-            Bytes even, odd;
+    for_each_of(std::make_integer_sequence<int64_t, quads_together<G> / 2>(), [&](auto pair) {
+        constexpr int64_t place = decltype(pair)::value;
+        Bytes even, odd;
+        if constexpr (G::eight_bits) {
+            even = bytes(w + (first + 2 * place) * 4 * strip_outputs);
+            odd = bytes(w + (first + 2 * place + 1) * 4 * strip_outputs);
+        } else {
             G::template quads<place % 2 == 1>(w, first / 2 + place, even, odd);
-            each(std::integral_constant<int64_t, 2 * place>(), even);
-            each(std::integral_constant<int64_t, 2 * place + 1>(), odd);
-        });
-    }
+        }
+        for (int r = 0; r < R; ++r) {
+            dot_quad<G, 2 * place>(sums[r], halves[r], even, x + r * stride);
+            dot_quad<G, 2 * place + 1>(sums[r], halves[r], odd, x + r * stride);
+        }
+    });
 }
 
 template <int R, class G>
@@ -122,6 +120,10 @@ void widen(const uint8_t *strip, int64_t g0, int64_t g1, uint8_t *to) {
         }
 }
 
+// Rows up to which numbers of few bits are multiplied as they are read, and not made bytes before (measured: what takes
+// two passes over a strip takes it apart twice).
+constexpr int64_t most_narrow_rows = pass_outputs == strip_outputs ? 2 * row_tile : row_tile;
+
 template <Format F, int64_t group>
 void ints_times_rows(const uint8_t *strip, const PackedShape &shape, const PackedRows &rows, float *sums) {
     using Narrow = Groups<F, group, false>;
@@ -145,7 +147,7 @@ void ints_times_rows(const uint8_t *strip, const PackedShape &shape, const Packe
         return;
     }
 #endif
-    if (!Narrow::eight_bits && rows.rows > 2 * row_tile) {
+    if (!Narrow::eight_bits && rows.rows > most_narrow_rows) {
         uint8_t *wide = static_cast<uint8_t *>(scratch(wide_slot, piece_bytes));
         for (int64_t g = 0; g < groups; g += piece) {
             const int64_t end = at_most(g + piece, groups);

@@ -27,7 +27,8 @@ MOESAIC_INLINE Floats half_scales(const uint8_t *p) {
     for (int i = 0; i < pass_vectors; ++i)
         scales.v[i] = {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(p) + i))};
 #elif defined(__AVX2__)
-    scales.v[0] = {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i *>(p)))};
+    for (int i = 0; i < pass_vectors; ++i)
+        scales.v[i] = {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i *>(p) + i))};
 #else
     float values[pass_outputs];
     for (int o = 0; o < pass_outputs; ++o) {
@@ -50,6 +51,12 @@ MOESAIC_INLINE Floats exponent_scales(const uint8_t *p) {
         const __m512i e = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i *>(p) + i));
         const __m512i bits = _mm512_max_epi32(_mm512_slli_epi32(e, 23), _mm512_set1_epi32(least));
         scales.v[i] = {_mm512_castsi512_ps(bits)};
+    }
+#elif defined(__AVX2__)
+    for (int i = 0; i < pass_vectors; ++i) {
+        const __m256i e = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i *>(p + 8 * i)));
+        const __m256i bits = _mm256_max_epi32(_mm256_slli_epi32(e, 23), _mm256_set1_epi32(least));
+        scales.v[i] = {_mm256_castsi256_ps(bits)};
     }
 #else
     float values[pass_outputs];
@@ -169,13 +176,16 @@ MOESAIC_INLINE Floats uneven_scales(const uint8_t *p, bool odd) {
         scales.v[i] = {_mm512_castsi512_ps(_mm512_or_si512(_mm512_add_epi32(lifted, four), sign))};
     }
 #elif defined(__AVX2__)
-    const __m256i word = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i *>(p)));
-    const __m256i own = _mm256_srl_epi32(word, _mm_cvtsi32_si128(odd ? 5 : 0));
-    const __m256i exponent = _mm256_and_si256(_mm256_slli_epi32(word, 13), _mm256_set1_epi32(63 << 23));
-    const __m256i four = _mm256_and_si256(_mm256_slli_epi32(own, 20), _mm256_set1_epi32(15 << 20));
-    const __m256i sign = _mm256_slli_epi32(_mm256_srli_epi32(own, 4), 31);
-    const __m256i lifted = _mm256_add_epi32(exponent, _mm256_set1_epi32(static_cast<int32_t>(uneven_lifted)));
-    scales.v[0] = {_mm256_castsi256_ps(_mm256_or_si256(_mm256_add_epi32(lifted, four), sign))};
+    const __m128i shift = _mm_cvtsi32_si128(odd ? 5 : 0);
+    for (int i = 0; i < pass_vectors; ++i) {
+        const __m256i word = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i *>(p) + i));
+        const __m256i own = _mm256_srl_epi32(word, shift);
+        const __m256i exponent = _mm256_and_si256(_mm256_slli_epi32(word, 13), _mm256_set1_epi32(63 << 23));
+        const __m256i four = _mm256_and_si256(_mm256_slli_epi32(own, 20), _mm256_set1_epi32(15 << 20));
+        const __m256i sign = _mm256_slli_epi32(_mm256_srli_epi32(own, 4), 31);
+        const __m256i lifted = _mm256_add_epi32(exponent, _mm256_set1_epi32(static_cast<int32_t>(uneven_lifted)));
+        scales.v[i] = {_mm256_castsi256_ps(_mm256_or_si256(_mm256_add_epi32(lifted, four), sign))};
+    }
 #else
     float values[pass_outputs];
     for (int o = 0; o < pass_outputs; ++o) {

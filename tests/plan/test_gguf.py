@@ -131,6 +131,89 @@ def test_a_header_says_what_the_whole_file_says(tmp_path):
     assert found.metadata["tokenizer.ggml.tokens"] == VOCAB
 
 
+def latent(path, more=(), *, architecture="deepseek2", split=None, part=slice(None)):
+    """A file as llama.cpp's converter writes of DeepSeek-V3: a dense layer and one of experts, latent attention."""
+    writer = gguf.GGUFWriter(path, architecture)
+    own = {
+        "context_length": 4096, "embedding_length": 256, "block_count": 2, "feed_forward_length": 384,
+        "attention.head_count": 4, "attention.head_count_kv": 1, "attention.q_lora_rank": 96,
+        "attention.kv_lora_rank": 64, "attention.key_length": 96, "attention.value_length": 64,
+        "attention.key_length_mla": 96, "attention.value_length_mla": 64, "rope.dimension_count": 32,
+        "expert_count": 8, "expert_used_count": 2, "expert_shared_count": 1, "expert_feed_forward_length": 128,
+        "leading_dense_block_count": 1,
+    }  # fmt: skip
+    for name, value in own.items():
+        writer.add_uint32(f"{architecture}.{name}", value)
+    if split:
+        writer.add_uint16("split.count", split)
+    for name, shape in list({**LATENT_TENSORS, **dict(more)}.items())[part]:
+        kind = Q.F32 if len(shape) == 1 else Q.Q8_0
+        block, size = GGML_QUANT_SIZES[kind]
+        stored = (*shape[:-1], shape[-1] // block * size)
+        writer.add_tensor_info(name, stored, np.dtype(np.uint8), int(np.prod(stored)), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    writer.close()
+    return path
+
+
+def _latent_layer(layer: int) -> dict[str, tuple[int, ...]]:
+    parts: dict[str, tuple[int, ...]] = {
+        "attn_norm": (256,), "ffn_norm": (256,), "attn_q_a": (96, 256), "attn_q_a_norm": (96,), "attn_q_b": (384, 96),
+        "attn_kv_a_mqa": (96, 256), "attn_kv_a_norm": (64,), "attn_k_b": (4, 64, 64), "attn_v_b": (4, 64, 64),
+        "attn_output": (256, 256),
+    }  # fmt: skip
+    dense = {"ffn_gate": (384, 256), "ffn_up": (384, 256), "ffn_down": (256, 384)}
+    moe = {
+        "ffn_gate_inp": (8, 256), "ffn_gate_exps": (8, 128, 256), "ffn_up_exps": (8, 128, 256),
+        "ffn_down_exps": (8, 256, 128), "ffn_gate_shexp": (128, 256), "ffn_up_shexp": (128, 256),
+        "ffn_down_shexp": (256, 128),
+    }  # fmt: skip
+    named = {f"blk.{layer}.{name}.weight": shape for name, shape in (parts | (moe if layer else dense)).items()}
+    return named | ({f"blk.{layer}.exp_probs_b.bias": (8,)} if layer else {})
+
+
+LATENT_TENSORS: dict[str, tuple[int, ...]] = {
+    "token_embd.weight": (VOCAB, 256), "output_norm.weight": (256,), "output.weight": (VOCAB, 256),
+    **_latent_layer(0), **_latent_layer(1),
+}  # fmt: skip
+
+
+def test_a_file_of_latent_attention_is_planned_by_its_header(tmp_path, capsys):
+    path = latent(tmp_path / "m.gguf")
+    plan = make_plan(path, machine="rtx4090", context=1024)
+    assert isinstance(plan, ServingPlan)
+    config, held = plan.serving.config, read_gguf_header(path).tensors
+    counted = {name: each for name, each in held.items() if "exp_probs_b" not in name}
+    assert config.total == sum(int(np.prod(each.shape)) for each in counted.values())
+    assert config.state_bytes_per_token() == 2 * (64 + 32) * 2 and config.moe_layers == (1,)
+    matrices = sum(each.num_bytes for each in counted.values() if len(each.shape) > 1)
+    vectors = sum(2 * int(np.prod(each.shape)) for each in counted.values() if len(each.shape) == 1)
+    assert total_bytes(config, plan.serving.formats) == pytest.approx(matrices + vectors)
+    said = capsys.readouterr().err
+    assert (
+        "architecture 'deepseek2' does not run here: described by its header" in said and "the file holds" not in said
+    )
+
+
+def test_what_a_header_holds_beyond_its_plan_is_said(tmp_path, capsys):
+    make_plan(latent(tmp_path / "m.gguf", {"blk.0.sparkle.weight": (64, 256)}.items()), machine="rtx4090", context=64)
+    assert "; the file holds" in capsys.readouterr().err
+    strange = latent(tmp_path / "s.gguf", {"blk.0.ssm_in.weight": (64, 256)}.items())
+    with pytest.raises(ConfigError, match=r"blk\.0\.ssm_in\.weight belongs to a part that cannot be"):
+        make_plan(strange, machine="rtx4090")
+
+
+def test_a_model_in_several_files(tmp_path):
+    whole = make_plan(latent(tmp_path / "m.gguf"), machine="rtx4090", context=64)
+    first = latent(tmp_path / "m-00001-of-00002.gguf", split=2, part=slice(10))
+    with pytest.raises(CheckpointError, match=r"one of 2 parts, and m-00002-of-00002\.gguf is not beside it"):
+        make_plan(first)
+    latent(tmp_path / "m-00002-of-00002.gguf", split=2, part=slice(10, None))
+    assert isinstance(whole, ServingPlan) and whole.serving.config.total == describe_config(first).total
+
+
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(share=st.floats(0, 1, exclude_max=True))
 def test_cut_anywhere_it_is_refused(tmp_path, share):
@@ -159,7 +242,7 @@ def test_a_wrong_byte_is_no_traceback(tmp_path, at, byte):
 @pytest.mark.parametrize(
     ("settings", "error", "seen"),
     [
-        ({"architecture": "mamba3"}, ConfigError, "architecture 'mamba3' is not supported; known: llama, qwen2, "),
+        ({"architecture": "mamba3", "leave_out": "token_embd.weight"}, ConfigError, "no vocab_size"),
         ({"architecture": "qwen3"}, ConfigError, "architecture 'qwen3' with 8 experts is not supported"),
         ({"leave_out": "blk.1.ffn_up_exps.weight"}, CheckpointError, "has no tensor blk.1.ffn_up_exps.weight"),
         ({"leave_out": "token_embd.weight"}, ConfigError, "vocab_size"),

@@ -111,9 +111,9 @@ def test_of_models_for_more_than_text_the_text_part_is_planned(tmp_path, fields,
 
 
 def test_a_packing_that_is_not_known_asks_for_one(tmp_path):
-    packed = {"quantization_config": {"quant_method": "awq", "bits": 4}}
+    packed = {"quantization_config": {"quant_method": "hqq", "bits": 4}}
     folder = _folder(tmp_path, _counted.PRESETS["jamba-v0.1"].config | packed)
-    with pytest.raises(ConfigError, match=r"'awq' is not supported.*--format, such as int4-128"):
+    with pytest.raises(ConfigError, match=r"'hqq' is not supported.*--format, such as int4-128"):
         make_plan(folder)
     plan = make_plan(folder, format="int4-128")
     assert isinstance(plan, ServingPlan) and plan.serving.formats.name == "int4-128"

@@ -377,7 +377,12 @@ class ModelConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class OutlinedModel(ModelConfig):
-    """A model that is described well enough to be counted and planned, and that nothing here can build or run."""
+    """A model that is described well enough to be counted and planned, and that nothing here can build or run.
+
+    assumed: what was taken for granted, in words, of an architecture that is not known.
+    """
+
+    assumed: str = ""
 
 
 def _has_biases(source: LayerConfig, layer: LayerConfig) -> bool:

@@ -1,5 +1,7 @@
 """The engine: a program, a cache, and texts that go through them, one at a time or many together."""
 
+import itertools
+import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -23,6 +25,8 @@ from moesaic.hub.sources import open_source
 from moesaic.kernels.paged import CACHE_FORMATS, CacheFormat
 from moesaic.kernels.rounding import Bits, Values
 from moesaic.models.base import LanguageModel
+
+_log = logging.getLogger(__name__)
 
 # Of a prompt that go through the program together: enough that weights are read for many tokens at once, few enough
 # that the rows in between stay small.
@@ -78,6 +82,12 @@ class Engine:
         if cache_format not in (None, *CACHE_FORMATS):
             raise ConfigError(f"cache_format={cache_format!r}; use {', '.join(CACHE_FORMATS)}, or leave it out")
         precision = Precision(bits=bits, experts_bits=experts_bits, values=values, dtype=dtype)
+        if values == "uneven" and isinstance(weights, FileWeights) and 4 in weights.even_bits:
+            _log.warning(
+                "%s holds four bits of even steps, and rounding them to uneven values adds up; leave values out, or "
+                "take the original",
+                weights.where,
+            )
         dtype = dtype or weights.dtype
         require_memory(weights.config, precision, dtype.itemsize, weights.coded, mtp=mtp)
         store = None if packed_file is None else PackedStore(Path(packed_file), weights, precision)
@@ -252,16 +262,14 @@ class Engine:
         for piece, start, count in zip(pieces, starts, counts, strict=True):
             if self.cache.make_room(piece.text, start + count, start):
                 self.program.connect(self.cache)  # at once: the blocks that it knew are gone
-        tables_SW = np.zeros((len(pieces), max((len(piece.text.blocks) for piece in pieces), default=0)), np.int32)
-        for table, piece in zip(tables_SW, pieces, strict=True):
-            table[: len(piece.text.blocks)] = piece.text.blocks
-        text_of_T = np.repeat(np.arange(len(pieces), dtype=np.int32), counts)
-        before = np.array(starts, np.int64) - np.cumsum([0, *counts[:-1]])[: len(counts)]
+        # Number by number: much of what numpy and torch do lets go of the interpreter's lock, which a server's
+        # other threads wait for, and does not get it back before these have told all clients of the step before.
+        spans = [range(start, start + count) for start, count in zip(starts, counts, strict=True)]
         return Batch(
             token_ids_T,
-            np.arange(len(token_ids_T)) + before[text_of_T],
-            text_of_T,
-            tables_SW,
+            np.fromiter(itertools.chain.from_iterable(spans), np.int64),
+            np.fromiter((text for text, span in enumerate(spans) for _ in span), np.int32),
+            _tables([piece.text.blocks for piece in pieces]),
             np.fromiter(_output_rows(pieces), np.int64),
         )
 
@@ -306,6 +314,13 @@ def in_steps(texts: list[tuple[Text, list[int]]]) -> Iterator[list[Piece]]:
                 pieces, room = [], PREFILL_TOKENS
     if pieces:
         yield pieces
+
+
+def _tables(blocks: Sequence[list[int]]) -> np.ndarray:
+    """Of each text its blocks, int32, in a row as wide as the longest."""
+    width = max(map(len, blocks), default=0)
+    rows = [each + [0] * (width - len(each)) for each in blocks]
+    return np.array(rows, np.int32).reshape(len(blocks), width)
 
 
 def _output_rows(pieces: Sequence[Piece]) -> Iterator[int]:

@@ -17,6 +17,7 @@ from moesaic.engine.lower.attention import lower_attention
 from moesaic.engine.lower.feed_forward import lower_mlp, lower_moe
 from moesaic.engine.lower.mla import lower_mla
 from moesaic.engine.lower.refusal import check_lowerable
+from moesaic.engine.memory import give_back_freed
 from moesaic.engine.packing import Packer
 from moesaic.errors import GenerationError
 from moesaic.kernels.backend import compiled
@@ -78,7 +79,8 @@ class Program:
         the tokens k places on (see models/mtp.py); the model, or layer k - 1, has run at all these places.
         Raises GenerationError where logits are infinite or no numbers, saying where that began.
         """
-        logits_NV = torch.empty(len(batch.output_rows_N), self.config.vocab_size)
+        # Of numpy: handing over a tensor takes longer, and lets go of the interpreter's lock on its way.
+        logits_NV = np.empty((len(batch.output_rows_N), self.config.vocab_size), np.float32)
         dictated = choices or {}
         for layer, expert_ids_TM in dictated.items():
             self.native.dictate(layer, expert_ids_TM)
@@ -88,7 +90,7 @@ class Program:
         finally:
             for layer in dictated:
                 self.native.dictate(layer, None)
-        return logits_NV
+        return torch.from_numpy(logits_NV)
 
     def routed(self, num_tokens: int, *, depth: int = 0) -> dict[int, Routed]:
         """What the tokens of the newest batch, so many, chose in every layer that routes; depth: as it was run."""
@@ -148,6 +150,7 @@ def _lower(build: Builder, num_ahead: int) -> None:
     build.native.embed(table, build.residual, config.embedding_multiplier)
     for index, layer in enumerate(config.layers):
         _lower_layer(build, layer, f"layers.{index}", index)
+    give_back_freed()  # before the largest matrix is read
     final = config.decoder.final_norm
     build.norm(Label("norm"), final, "final_norm", build.residual, build.normed, config.hidden_size)
     head = "embedding.weight" if config.tie_word_embeddings else "head.weight"

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from moesaic.config import OutlinedModel
-from moesaic.families import _further, _hybrids
+from moesaic.families import _further, _hybrids, _usual
 from moesaic.families._common import HfFields, Preset
 from moesaic.families._multimodal import TEXT, has_text_part, text_part
 from moesaic.registry import unknown_name
@@ -27,6 +27,7 @@ ARCHITECTURES: dict[str, Callable[[HfFields], OutlinedModel]] = {
     "flex_olmo": _further.flex_olmo,
     "longcat_flash": _further.longcat_flash,
     "gemma4_text": _further.gemma4_text,
+    **dict.fromkeys(_usual.KNOWN, _usual.usual),
 }
 
 

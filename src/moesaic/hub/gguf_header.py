@@ -5,6 +5,7 @@ shape (innermost first), type and offset; little-endian (github.com/ggml-org/ggm
 """
 
 import math
+import re
 import struct
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -51,6 +52,24 @@ def read_gguf_header(path: Path) -> GgufHeader:
         raise CheckpointError(f"cannot read {path}: {error.strerror}; check the path") from error
     except UnicodeDecodeError as error:
         raise _damaged(path, "a name in it is no text") from error
+
+
+def read_gguf_headers(path: Path) -> GgufHeader:
+    """The same of a file, and where it is one of several that a model was split into, with the tensors of all.
+
+    Raises CheckpointError for a part that is not there.
+    """
+    header = read_gguf_header(path)
+    count = header.metadata.get("split.count", 1)
+    parts = re.fullmatch(r"(.*)-\d{5}-of-(\d{5})\.gguf", path.name)
+    if not isinstance(count, int) or count < 2 or parts is None:
+        return header
+    paths = [path.with_name(f"{parts[1]}-{number:05d}-of-{parts[2]}.gguf") for number in range(1, count + 1)]
+    if absent := [each.name for each in paths if not each.is_file()]:
+        raise CheckpointError(f"{path} is one of {count} parts, and {absent[0]} is not beside it; copy all of them")
+    headers = [read_gguf_header(each) for each in paths]
+    tensors = {name: tensor for each in headers for name, tensor in each.tensors.items()}
+    return GgufHeader(headers[0].metadata, tensors)
 
 
 def _read(reader: "_Reader") -> GgufHeader:

@@ -2,17 +2,19 @@
 
 import difflib
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from moesaic import families
-from moesaic.config import ModelConfig
+from moesaic.config import ModelConfig, OutlinedModel
 from moesaic.errors import CheckpointError, ConfigError
-from moesaic.families import _counted, _multimodal
+from moesaic.families import _counted, _multimodal, _native, _usual
 from moesaic.hub import checkpoint
 from moesaic.hub.embedded import embedded_gguf
-from moesaic.hub.gguf_header import read_gguf_header
+from moesaic.hub.gguf_header import read_gguf_headers
+from moesaic.hub.gguf_outline import outline_of_header
 from moesaic.hub.quantization import FIELD
 from moesaic.registry import Registry, unknown_name
 
@@ -88,9 +90,7 @@ def describe_config(path_or_preset: str | os.PathLike[str]) -> ModelConfig:
     if os.fspath(path_or_preset) in _counted.PRESETS and not path.exists():
         return _counted.count(_counted.PRESETS[os.fspath(path_or_preset)].config)
     if path.is_file() and path.suffix == ".gguf":
-        from moesaic.hub.gguf import config_of_header
-
-        return config_of_header(read_gguf_header(path), path)
+        return _describe_gguf(path)
     path = path / checkpoint.CONFIG if path.is_dir() else path
     if path.suffix != ".json" or not path.is_file():
         return read_config(path_or_preset)
@@ -100,18 +100,39 @@ def describe_config(path_or_preset: str | os.PathLike[str]) -> ModelConfig:
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
     checkpoint.tell_left_out(path)
+    return _told(config, path)
+
+
+def _describe_gguf(path: Path) -> ModelConfig:
+    from moesaic.hub.gguf import ARCHITECTURES, config_of_header
+
+    header = read_gguf_headers(path)
+    name = header.metadata.get("general.architecture")
+    if name in ARCHITECTURES or not isinstance(name, str):
+        return config_of_header(header, path)
+    try:
+        return _told(outline_of_header(header, name), path)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
+
+
+def _told(config: ModelConfig, path: Path) -> ModelConfig:
+    """The same, after what was taken for granted of it was said on stderr."""
+    if isinstance(config, OutlinedModel) and config.assumed:
+        print(f"moesaic: {path}: {config.assumed}", file=sys.stderr)
     return config
 
 
 def _described(raw: dict[str, Any]) -> ModelConfig:
+    raw = _native.from_native(raw) if _native.is_native(raw) else _multimodal.as_text(raw)
     if _counted.knows(raw):
         return _counted.count(raw)
     if _multimodal.has_text_part(raw) and not families.knows(raw.get("model_type")):
-        text = _multimodal.text_part(raw)
-        raw = text
+        raw = _multimodal.text_part(raw)
     family = raw.get("model_type")
     if isinstance(family, str) and not families.knows(family):
-        raise unknown_name("model_type", family, sorted({*families.names(), *_counted.ARCHITECTURES}))
+        known = sorted({*families.names(), *_counted.ARCHITECTURES})
+        return _usual.guessed(raw, unknown_name("model_type", family, known))
     return families.from_hf({name: value for name, value in raw.items() if name != FIELD})
 
 

@@ -64,7 +64,7 @@ def test_biases_and_early_ends() -> None:
     best = int(logits[0].argmax())
     first = writing([1], [], Sampling(logit_bias={5: 100.0}))
     second = writing([1], [2], Sampling(), min_new_tokens=3, eos_token_ids=frozenset({best}))
-    chosen = choose(logits[[0, 0, 0]], [Row(first), Row(second, [4]), Row(second, [4, 4])])
+    chosen = choose(logits[[0, 0, 0]].numpy(), [Row(first), Row(second, [4]), Row(second, [4, 4])])
     assert [chosen[0].token_id, chosen[2].token_id] == [5, best]
     assert chosen[1].token_id == int(logits[0].topk(2).indices[1])
     with pytest.raises(GenerationError, match="logit_bias of token 37; the model knows 0 to 36"):
@@ -73,7 +73,7 @@ def test_biases_and_early_ends() -> None:
 
 def test_a_row_is_chosen_alone() -> None:
     """The same tokens with other rows beside it, and as drafts or as tokens that were written."""
-    logits = some_logits(6, VOCAB)
+    logits = some_logits(6, VOCAB).numpy()
     sampling = Sampling(temperature=1.5, top_p=0.9, seed=4, presence_penalty=1.0)
     new = [3, 9, 3, 20, 6, 1]
     alone = [choose(logits[[at]], [Row(writing([7], new[:at], sampling))])[0] for at in range(6)]
@@ -82,7 +82,7 @@ def test_a_row_is_chosen_alone() -> None:
 
 
 def test_seeds() -> None:
-    logits = torch.zeros(1, VOCAB)
+    logits = np.zeros((1, VOCAB), np.float32)
 
     def drawn(sampling: Sampling) -> list[int]:
         return [choose(logits, [Row(writing([1], [0] * at, sampling))])[0].token_id for at in range(12)]
@@ -97,7 +97,7 @@ def test_log_probabilities_are_the_models() -> None:
     """Of its own distribution, whatever the rules."""
     logits = some_logits(1, VOCAB)
     sampling = Sampling(temperature=0.3, top_k=1, logit_bias={9: 100.0})
-    [info] = choose(logits, [Row(writing([1], [], sampling, top_logprobs=5))])
+    [info] = choose(logits.numpy(), [Row(writing([1], [], sampling, top_logprobs=5))])
     wanted = torch.log_softmax(logits[0].double(), -1)
     assert info.token_id == 9 and info.logprob == pytest.approx(wanted[9].item(), abs=1e-6)
     values, ids = wanted.topk(5)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from moesaic.engine.sampling import Sampling
-from moesaic.serve.choice.drawing import draw_by_sorting, draw_rows, random_number, score_rows
+from moesaic.serve.choice.drawing import allowed_only, draw_by_sorting, draw_rows, random_number, score_rows
 from tests.serve import tiny
 
 NUMBERS = st.floats(0, 1, exclude_max=True)
@@ -164,3 +164,17 @@ def test_what_cannot_be_drawn_from_is_refused() -> None:
     with pytest.raises(ValueError, match="wanted are tokens or counts that there are not"):
         score_rows([logits], [5], [1])
     assert draw_rows([], [], []) == [] and score_rows([], [], []) == []
+
+
+@pytest.mark.parametrize("vocab", [1, 7, 64, 1000])
+def test_only_what_is_allowed_is_left(vocab: int) -> None:
+    logits = np.random.default_rng(0).standard_normal(vocab, np.float32)
+    logits[::5] = -np.inf
+    for share in (0.0, 0.5, 1.0):
+        allowed = np.random.default_rng(vocab).random(vocab) < share
+        wanted = np.where(allowed, logits, np.float32(-np.inf))
+        found = allowed_only(logits, allowed)
+        assert (found is None) == (wanted.max() == -np.inf)
+        assert found is None or np.array_equal(found, wanted)
+    with pytest.raises(ValueError, match="allowed"):
+        allowed_only(logits, np.ones(vocab + 1, bool))

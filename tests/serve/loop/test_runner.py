@@ -124,7 +124,7 @@ def test_one_that_fails_does_not_take_others_along() -> None:
 def test_one_that_no_token_can_be_chosen_for_fails_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     requests = [Request(prompt_ids=prompt_of(0, 5 + seed, seed), max_new_tokens=9) for seed in range(3)]
 
-    def choose(logits_NV: torch.Tensor, rows: list[choosing.Row], program: Program) -> list:
+    def choose(logits_NV: np.ndarray, rows: list[choosing.Row], program: Program) -> list:
         if any(row.writing.request is requests[1] and row.writing.num_new == 4 for row in rows):
             raise GenerationError("no token is allowed here")
         return choosing.choose(logits_NV, rows, program)

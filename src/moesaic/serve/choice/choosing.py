@@ -6,10 +6,9 @@ N rows, V vocab.
 from collections.abc import Sequence
 
 import numpy as np
-from torch import Tensor
 
 from moesaic.engine.program import Program
-from moesaic.serve.choice.drawing import draw_rows, random_number, score_rows
+from moesaic.serve.choice.drawing import allowed_only, draw_rows, random_number, score_rows
 from moesaic.serve.choice.writing import Writing
 from moesaic.serve.request import TokenInfo
 
@@ -23,12 +22,12 @@ class Row:
         self.writing, self.drafts = writing, drafts
 
 
-def choose(logits_NV: Tensor, rows: Sequence[Row], program: Program | None = None) -> list[TokenInfo]:
+def choose(logits_NV: np.ndarray, rows: Sequence[Row], program: Program | None = None) -> list[TokenInfo]:
     """The token of each row, by the rules of its request and a random number of its seed and its place in the text.
 
     program: whose threads do it; None: this one.
     """
-    all_V = list(logits_NV.numpy())
+    all_V = list(logits_NV)
     infos = [TokenInfo(token) for token in chosen_ids(logits_NV, rows, program)]
     counts = [row.writing.request.top_logprobs for row in rows]
     wanted = [place for place, count in enumerate(counts) if count is not None]
@@ -43,9 +42,9 @@ def choose(logits_NV: Tensor, rows: Sequence[Row], program: Program | None = Non
     return infos
 
 
-def chosen_ids(logits_NV: Tensor, rows: Sequence[Row], program: Program | None = None) -> list[int]:
+def chosen_ids(logits_NV: np.ndarray, rows: Sequence[Row], program: Program | None = None) -> list[int]:
     """The token of each row alone."""
-    changed = [_by_rules(logits_V, row) for logits_V, row in zip(logits_NV.numpy(), rows, strict=True)]
+    changed = [_by_rules(logits_V, row) for logits_V, row in zip(logits_NV, rows, strict=True)]
     samplings, numbers = [row.writing.rules.sampling for row in rows], [_number(row) for row in rows]
     return draw_rows(changed, samplings, numbers, program)
 
@@ -62,8 +61,8 @@ def _guided(changed_V: np.ndarray, logits_V: np.ndarray, allowed_V: np.ndarray) 
     """Only what a grammar allows. Where that is but an end that is too early, the end; where it is nothing, the text
     has ended, and the token that is chosen will not be taken."""
     for each_V in (changed_V, logits_V):
-        left_V = np.where(allowed_V, each_V, np.float32(-np.inf))
-        if left_V.max() > -np.inf:
+        left_V = allowed_only(each_V, allowed_V)
+        if left_V is not None:
             return left_V
     return changed_V
 

@@ -65,6 +65,12 @@ def draw_rows(
     return _native.draw_rows(list(rows_V), rules, program and program.native)
 
 
+def allowed_only(logits_V: np.ndarray, allowed_V: np.ndarray) -> np.ndarray | None:
+    """The logits of the tokens that are allowed, bool [V], and -inf for the others; None where nothing else is left."""
+    left_V = np.empty_like(logits_V)
+    return left_V if _native.keep_allowed(logits_V, allowed_V.view(np.uint8), left_V) else None
+
+
 def score_rows(
     rows_V: Sequence[np.ndarray], token_ids: Sequence[int], counts: Sequence[int], program: Program | None = None
 ) -> list[Scores]:

@@ -6,6 +6,7 @@ place in one. V vocab.
 
 import itertools
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 MAX_CHARACTERS = 65_536
 COMPILE_S = 5.0
+SLOW_MASK_S = 0.0005
 KEPT_GRAMMARS = 64
 MAX_SYMBOLS = 50_000  # of a grammar; llguidance's own limit, ten times that, lets it work for half a minute
 # Small models write spaces without end where they may: what llama.cpp's schemas allow instead.
@@ -75,10 +77,14 @@ class Guidance:
         return Guide(matcher.deep_copy(), end_id, ends, self.vocab_size)
 
     def look_ahead(self, guides: Sequence[tuple["Guide", Sequence[int]]]) -> None:
-        """Begin to compute what each of these may write next, and after each of its drafts."""
-        if guides:
-            done = self._masks.submit(lambda: [guide.compute(drafts) for guide, drafts in guides])
-            for guide, _ in guides:
+        """Begin to compute what each of these may write next, and after each of its drafts, where that takes long.
+
+        Most masks take less time than handing them to another thread, which would take its processor from the engine.
+        """
+        slow = [(guide, drafts) for guide, drafts in guides if guide.mask_s > SLOW_MASK_S]
+        if slow:
+            done = self._masks.submit(lambda: [guide.compute(drafts) for guide, drafts in slow])
+            for guide, _ in slow:
                 guide.wait_for(done)
 
     def close(self) -> None:
@@ -131,11 +137,12 @@ class Guidance:
 class Guide:
     """One request's place in its grammar.
 
-    ended: nothing may follow; error: what went wrong on the way, which ends the request too.
+    ended: nothing may follow; error: what went wrong on the way, which ends the request too. mask_s: that its newest
+    masks took, each.
     """
 
     def __init__(self, matcher: "LLMatcher", end_id: int, ends: Sequence[int], vocab_size: int) -> None:
-        self.ended, self.error = False, ""
+        self.ended, self.error, self.mask_s = False, "", 0.0
         self._matcher, self._end_id = matcher, end_id
         self._ends, self._vocab_size = list(ends), vocab_size
         self._pending: Future[Any] | None = None
@@ -181,6 +188,7 @@ class Guide:
 
     def compute(self, drafts: Sequence[int]) -> None:
         """Find what may follow the text, and each of the drafts that are valid."""
+        began = time.perf_counter()
         valid = list(drafts[: self._num_valid(drafts)])
         masks = [self._mask()]
         for token in valid:
@@ -189,6 +197,7 @@ class Guide:
         if valid:
             self._matcher.rollback(len(valid))
         self._masks, self._drafts = masks, list(drafts)
+        self.mask_s = (time.perf_counter() - began) / len(masks)
         self._check()
 
     def _num_valid(self, token_ids: Sequence[int]) -> int:

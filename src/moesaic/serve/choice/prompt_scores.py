@@ -5,7 +5,7 @@ N rows, V vocab.
 
 from collections.abc import Sequence
 
-from torch import Tensor
+import numpy as np
 
 from moesaic.engine.program import Program
 from moesaic.serve.choice.choosing import scored
@@ -25,10 +25,10 @@ class PromptScores:
     def complete(self) -> bool:
         return len(self._tokens) == len(self._prompt_ids)
 
-    def add(self, start: int, logits_NV: Tensor, program: Program | None = None) -> None:
+    def add(self, start: int, logits_NV: np.ndarray, program: Program | None = None) -> None:
         """Rows of the tokens from `start` on; those that were seen before are seen again after a preemption."""
         known = len(self._tokens)
-        rows_V = list(logits_NV[known - 1 - start : len(self._prompt_ids) - 1 - start].numpy())
+        rows_V = list(logits_NV[known - 1 - start : len(self._prompt_ids) - 1 - start])
         token_ids = self._prompt_ids[known : known + len(rows_V)]
         self._tokens += scored(rows_V, token_ids, [self._count] * len(rows_V), program)
 

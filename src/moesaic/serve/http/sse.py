@@ -1,10 +1,10 @@
 """Server-sent events."""
 
-import json
 from collections.abc import AsyncGenerator, Mapping
 from typing import Any
 
 from fastapi.responses import StreamingResponse
+from pydantic_core import to_json
 
 from moesaic.serve.http.errors import as_api_error, error_body
 
@@ -14,16 +14,12 @@ _HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # nginx wou
 
 def data(value: Mapping[str, Any]) -> bytes:
     """An event as OpenAI's protocol has it."""
-    return b"data: " + _json(value) + b"\n\n"
+    return b"data: " + to_json(value) + b"\n\n"
 
 
 def named(value: Mapping[str, Any]) -> bytes:
     """An event under the name of its type, as Anthropic's protocol and OpenAI's responses have it."""
-    return b"event: " + value["type"].encode() + b"\ndata: " + _json(value) + b"\n\n"
-
-
-def _json(value: Mapping[str, Any]) -> bytes:
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
+    return b"event: " + value["type"].encode() + b"\ndata: " + to_json(value) + b"\n\n"
 
 
 def stream(path: str, events: AsyncGenerator[bytes, None]) -> StreamingResponse:

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Literal
 
-import torch
+import numpy as np
 from torch import Tensor
 
 from moesaic.engine.cache import BLOCK_TOKENS
@@ -206,27 +206,29 @@ class Runner:
             if room > 0 and writing.request.speculate:
                 yield writing, room
 
-    def _choose(self, turns: Sequence[Turn], rows: Sequence[Tensor], logits_NV: Tensor) -> list[list[TokenInfo] | None]:
+    def _choose(
+        self, turns: Sequence[Turn], rows: Sequence[np.ndarray], logits_NV: np.ndarray
+    ) -> list[list[TokenInfo] | None]:
         """The tokens of each turn; None for one that none can be chosen for, which is ended."""
         choices = [turn.choices() for turn in turns]
         wanted = [row for of_turn in choices for row in of_turn]
         if len(wanted) < len(logits_NV):
             parts = [rows_NV[-len(of_turn) :] for rows_NV, of_turn in zip(rows, choices, strict=True) if of_turn]
-            logits_NV = torch.cat(parts) if parts else logits_NV[:0]
+            logits_NV = np.concatenate(parts) if parts else logits_NV[:0]
         try:
             infos = iter(choose(logits_NV, wanted, self.engine.program) if wanted else ())
         except GenerationError:
             return [self._choose_alone(*each) for each in zip(turns, rows, choices, strict=True)]
         return [list(itertools.islice(infos, len(of_turn))) for of_turn in choices]
 
-    def _choose_alone(self, turn: Turn, rows_NV: Tensor, choices: list[Row]) -> list[TokenInfo] | None:
+    def _choose_alone(self, turn: Turn, rows_NV: np.ndarray, choices: list[Row]) -> list[TokenInfo] | None:
         try:
             return choose(rows_NV[-len(choices) :], choices, self.engine.program) if choices else []
         except GenerationError as error:
             self._fail(turn, error)
             return None
 
-    def _settle(self, running: Running, turn: Turn, rows_NV: Tensor, chosen: Sequence[TokenInfo]) -> None:
+    def _settle(self, running: Running, turn: Turn, rows_NV: np.ndarray, chosen: Sequence[TokenInfo]) -> None:
         """Take what came of a turn."""
         if running.scores is not None:
             self._score(running, running.scores, turn, rows_NV)
@@ -242,7 +244,7 @@ class Runner:
         if running.writing.ended and running.told:
             self._finish(running)
 
-    def _score(self, running: Running, scores: PromptScores, turn: Turn, rows_NV: Tensor) -> None:
+    def _score(self, running: Running, scores: PromptScores, turn: Turn, rows_NV: np.ndarray) -> None:
         scores.add(turn.start, rows_NV, self.engine.program)
         if scores.complete:
             self._heard.append(Heard(running.job.number, scores.event()))
@@ -254,7 +256,7 @@ class Runner:
             self._heard.append(Heard(running.job.number, pooling.event()))
             running.pooling = None
 
-    def _write(self, running: Running, turn: Turn, rows_NV: Tensor, chosen: Sequence[TokenInfo]) -> None:
+    def _write(self, running: Running, turn: Turn, rows_NV: np.ndarray, chosen: Sequence[TokenInfo]) -> None:
         writing, job = running.writing, running.job
         if not writing.num_new:
             writing.cached_tokens = job.cached or 0
@@ -273,17 +275,17 @@ class Runner:
             progress = progress._replace(experts=turn.experts_of(len(progress.tokens)))
         self._heard.append(Heard(job.number, progress))
 
-    def _verify(self, running: Running, logits_V: Tensor) -> None:
+    def _verify(self, running: Running, logits_V: np.ndarray) -> None:
         """Have a prompt run again without what it shared, now and then."""
         self._to_verify += self.settings.verify_hits
         if self._to_verify >= 1:
             self._to_verify -= 1
             number = -running.job.number
             job = Job(number, list(running.writing.request.prompt_ids), _AFTER_ALL, shares=False)
-            self._checks[number] = Check(job, logits_V.clone())
+            self._checks[number] = Check(job, logits_V.copy())
             self.scheduler.add(job)
 
-    def _settle_check(self, check: Check, rows_NV: Tensor) -> None:
+    def _settle_check(self, check: Check, rows_NV: np.ndarray) -> None:
         if not check.job.left:
             self.counts["verified"] += 1
             self.counts["mismatches"] += not check.agrees(rows_NV[-1])
@@ -326,6 +328,7 @@ def _guided(turns: Sequence[Turn]) -> Iterator[tuple[Guide, Sequence[int]]]:
                 yield turn.owner.writing.guide, turn.drafts
 
 
-def _split(turns: Sequence[Turn], logits_NV: Tensor) -> Sequence[Tensor]:
+def _split(turns: Sequence[Turn], logits_NV: np.ndarray) -> Sequence[np.ndarray]:
     """The rows of each turn."""
-    return logits_NV.split([turn.num_rows for turn in turns])
+    ends = list(itertools.accumulate(turn.num_rows for turn in turns))
+    return [logits_NV[end - turn.num_rows : end] for turn, end in zip(turns, ends, strict=True)]

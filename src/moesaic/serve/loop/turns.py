@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from operator import eq
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from moesaic.engine.engine import Piece
@@ -43,16 +42,16 @@ class Check:
     """A prompt that began with blocks of others, to be run again without. wanted_V: the logits that followed it."""
 
     job: Job
-    wanted_V: Tensor
+    wanted_V: np.ndarray
 
-    def agrees(self, found_V: Tensor) -> bool:
+    def agrees(self, found_V: np.ndarray) -> bool:
         """Whether the bits are the same; logs where they are not."""
-        if torch.equal(self.wanted_V, found_V):
+        if np.array_equal(self.wanted_V, found_V):
             return True
         _log.error(
             "a prompt of %d tokens has other logits when it shares nothing, up to %g apart; set share_prefixes=False",
             len(self.job.token_ids),
-            float((self.wanted_V - found_V).abs().max()),
+            float(np.abs(self.wanted_V - found_V).max()),
         )
         return False
 

@@ -2,6 +2,8 @@
 
 import asyncio
 import contextlib
+from collections.abc import Callable
+from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -57,8 +59,9 @@ class _Exchange:
 
     def __init__(self, body: bytes, receive: Receive, send: Send, stall_s: float) -> None:
         self._body: bytes | None = body
-        self._receive, self._send, self._stall_s = receive, send, stall_s
+        self._receive, self._send = receive, send
         self._stalled = asyncio.Event()
+        self._patience = _Patience(stall_s, self._stalled.set)
 
     async def receive(self) -> Message:
         if self._body is not None:
@@ -75,12 +78,51 @@ class _Exchange:
 
     async def send(self, message: Message) -> None:
         """Raises OSError, as a lost connection does, when nothing could be sent for too long."""
-        try:
-            async with asyncio.timeout(self._stall_s):
-                await self._send(message)
-        except TimeoutError:
-            self._stalled.set()
+        with self._patience:
+            await self._send(message)
+        if message["type"] == "http.response.body" and not message.get("more_body"):
+            self._patience.end()
+
+
+class _Patience:
+    """A limit on the seconds of each of many short waits, one at a time: `with` raises OSError for one that is longer.
+
+    One clock for all of them: tokens are many, and `asyncio.timeout` for each takes longer than sending it.
+    """
+
+    def __init__(self, seconds: float, lost: Callable[[], None]) -> None:
+        self._seconds, self._lost = seconds, lost
+        self._loop = asyncio.get_running_loop()
+        self._waiting: asyncio.Task[Any] | None = None
+        self._since = 0.0
+        self._clock: asyncio.TimerHandle | None = None
+        self._is_lost = False
+
+    def __enter__(self) -> None:
+        self._waiting, self._since = asyncio.current_task(), self._loop.time()
+        if self._clock is None:
+            self._clock = self._loop.call_later(self._seconds, self._look)
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        waiting, self._waiting = self._waiting, None
+        if self._is_lost and waiting is not None and not waiting.uncancel() and kind is asyncio.CancelledError:
             raise OSError("the client has stopped reading") from None
+
+    def end(self) -> None:
+        """There is nothing more to wait for."""
+        if self._clock is not None:
+            self._clock.cancel()
+
+    def _look(self) -> None:
+        """End a wait that is too long; else look again when it would be, or when there is one."""
+        left = self._since + self._seconds - self._loop.time()
+        self._clock = None
+        if self._waiting is not None and left > 0:
+            self._clock = self._loop.call_later(left, self._look)
+        elif self._waiting is not None:
+            self._is_lost = True
+            self._lost()
+            self._waiting.cancel()
 
 
 async def _refuse_rest(scope: Scope, receive: Receive, send: Send, status: int, message: str) -> None:

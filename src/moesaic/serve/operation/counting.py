@@ -118,6 +118,7 @@ class _Counts:
         decode: Callable[[Sequence[int]], str] | None,
     ) -> None:
         self.model, self.metrics, self.notes, self._keeps_text = model, metrics, notes, decode is not None
+        self._next_tokens = metrics.next_tokens(model)
         self.started = time.perf_counter()
         self._newest: float | None = None
         self._num_prompt, self._num_new, self._num_cached, self._reason = len(request.prompt_ids), 0, 0, "cancelled"
@@ -162,9 +163,9 @@ class _Counts:
             if self.notes is not None and self.notes.first_token_at is None:
                 self.notes.first_token_at = now
             if count > 1:
-                self.metrics.next_tokens(self.model, 0.0, count - 1)
+                self._next_tokens(0.0, count - 1)
         else:
-            self.metrics.next_tokens(self.model, now - self._newest, count)
+            self._next_tokens(now - self._newest, count)
         self._newest = now
         self._num_new += count
         if self.notes is not None and self._keeps_text:

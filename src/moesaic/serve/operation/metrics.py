@@ -89,11 +89,15 @@ class Metrics:
     def first_token(self, model: str, seconds: float) -> None:
         self._first.labels(model).observe(seconds)
 
-    def next_tokens(self, model: str, seconds: float, count: int) -> None:
-        """`count` tokens that came together, so long after the one before."""
-        between = self._between.labels(model)
-        for _ in range(count):
-            between.observe(seconds / count)
+    def next_tokens(self, model: str) -> Callable[[float, int], None]:
+        """To be told of this model's tokens after the first: how long after the one before, and how many at once."""
+        observe = self._between.labels(model).observe  # found once: this is for every token
+
+        def tell(seconds: float, count: int) -> None:
+            for _ in range(count):
+                observe(seconds / count)
+
+        return tell
 
     def finished(
         self, model: str, reason: str, seconds: float, *, prompt_tokens: int, cached_tokens: int, new_tokens: int

@@ -8,6 +8,7 @@ from typing import Any
 
 BLOCK_BYTES = 256
 MOST_BLOCKS = 256
+_ALWAYS_ROOM = 2  # requests
 _REMEMBERED = 100_000  # beginnings; each is a hash and a name
 
 
@@ -39,7 +40,8 @@ class PrefixMap:
     """Remembers which replica saw which beginnings of prompts last, and chooses by that and by load.
 
     slack: a replica takes no more than this times its share of all running requests, so that one popular beginning
-    does not fill one replica while others are idle (consistent hashing with bounded loads, arXiv:1608.01350).
+    does not fill one replica while others are idle (consistent hashing with bounded loads, arXiv:1608.01350). Two
+    always have room: the end of an answer is heard of late, and whoever asks again is not to lose their cache by that.
     """
 
     def __init__(self, slack: float = 1.5, remembered: int = _REMEMBERED) -> None:
@@ -54,7 +56,7 @@ class PrefixMap:
         is the same for the same beginning, so that it finds the same replica before it was remembered.
         """
         share = (sum(running.values()) + 1) / max(1, len(running))
-        most = max(1.0, share * self.slack)
+        most = max(_ALWAYS_ROOM, share * self.slack)
         depth = self._depths(prefix)
         self._turn += not prefix
         first = prefix[0] if prefix else str(self._turn).encode()

@@ -76,12 +76,10 @@ class Scheduler:
     def plan(self) -> list[Share]:
         """The next step. All it names must then be run; who loses its place for it has been stopped already."""
         self._shares, self._planned = {}, 0
-        preemptions = self.preemptions
         for job in [job for job in self.running if job.left == 1]:
             if job.runs and self._find_room(job, 1):
                 self._shares[job] = 1
-        if preemptions == self.preemptions:
-            self._admit()
+        self._admit()
         self._share_prompts()
         return [Share(job, count) for job, count in self._shares.items()]
 

@@ -51,7 +51,7 @@ class ModelDrafter(Drafter):
         while going:
             logits_NV = self._run([(texts[index], new[index]) for index in going])
             rows = [Row(wanted[index].writing, drafts[index]) for index in going]
-            for token, index in zip(chosen_ids(logits_NV, rows, self.engine.program), going, strict=True):
+            for token, index in zip(chosen_ids(logits_NV.numpy(), rows, self.engine.program), going, strict=True):
                 drafts[index].append(token)
                 new[index] = [token]
             going = [index for index in going if len(drafts[index]) < rooms[index]]
@@ -110,7 +110,7 @@ class AheadDrafter(Drafter):
     def propose(self, wanted: Sequence[Wanted]) -> list[list[int]]:
         def choose(logits_NV: Tensor, drafts: Sequence[Sequence[int]]) -> list[int]:
             rows = [Row(each.writing, drafted) for each, drafted in zip(wanted, drafts, strict=True)]
-            return chosen_ids(logits_NV, rows, self.engine.program)
+            return chosen_ids(logits_NV.numpy(), rows, self.engine.program)
 
         found = draft(self.engine, [(each.text, each.writing.token_ids) for each in wanted], choose)
         return [drafts[: each.room] for drafts, each in zip(found, wanted, strict=True)]
