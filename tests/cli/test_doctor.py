@@ -9,6 +9,7 @@ import torch
 
 from moesaic import hub
 from moesaic.cli.text import open_tokenizer
+from moesaic.data.tokenizer import Tokenizer
 from moesaic.telemetry.probe import routed_layers
 from moesaic.train.doctor.examination import Examination
 from moesaic.train.doctor.findings import Finding
@@ -106,3 +107,32 @@ def test_training_keeps_a_log_and_a_run_that_still_writes_can_be_looked_at(moesa
     assert "a run without a checkpoint yet" in moesaic("doctor", out, "--data", text_file).err
     again = moesaic("train", "--out", out, "--resume", "--doctor", "act", "--json")
     assert again.exit_code == 0, again.err  # the doctor may be called later
+
+
+def test_models_of_other_shapes_are_refused_before_anything_is_read(
+    moesaic, moe_folder, dense_folder, text_file, tmp_path
+):
+    fields = json.loads((moe_folder / "config.json").read_text())
+    (tmp_path / "wider").mkdir()
+    (tmp_path / "wider" / "config.json").write_text(json.dumps({**fields, "num_local_experts": 7}))
+    for against, seen in (
+        (tmp_path / "wider", "wider routes in layers of 7 experts (0, 1), and "),
+        (dense_folder, "no layers that route"),
+        (tmp_path / "nowhere", "nowhere"),
+    ):
+        ran = moesaic("doctor", moe_folder, "--data", text_file, "--against", against)
+        assert (ran.exit_code, seen in ran.err, "examining" in ran.err) == (2, True, False), ran.err
+
+
+@pytest.mark.parametrize("verb", ["doctor", "trace"])
+def test_a_tokenizer_of_another_model_is_told(moesaic, moe_folder, tmp_path, verb):
+    shutil.copytree(moe_folder, tmp_path / "model")
+    words = " ".join(f"{letter}{letter}{other}{other}" for letter in "bcdfghjklm" for other in "nopqrstuvw") + " "
+    other = Tokenizer.train([words * 9], vocab_size=600)
+    other.save(tmp_path / "model")
+    assert max(other.encode(words)) >= hub.read_config(moe_folder).vocab_size
+    (tmp_path / "text.txt").write_text(words)
+    given = ("--data",) if verb == "doctor" else ("--out", tmp_path / "t.npz", "--text")
+    ran = moesaic(verb, tmp_path / "model", *given, tmp_path / "text.txt")
+    assert (ran.exit_code, "is another model's: put its own there" in ran.err) == (2, True), ran.err
+    assert not (tmp_path / "t.npz").exists()

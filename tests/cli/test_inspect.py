@@ -7,13 +7,15 @@ import numpy as np
 import pytest
 import torch
 
-from moesaic import hub
+from moesaic import families, hub
 from moesaic.data.tokenizer import Tokenizer
 from moesaic.models.build import decoder_only
 from moesaic.models.decoder import Decoder, route
 from tests.cli.conftest import TEXT, tiny_config
+from tests.families.cases import CASES, COMMON
 from tests.telemetry.inspection.known import known_trace, tokenizer
 from tests.telemetry.watching.lines import run_folder
+from tests.tiny import lively_decoder
 from tests.trace.traces import write_trace
 
 
@@ -145,7 +147,7 @@ def test_mistakes(moesaic, models, dense_folder, tmp_path):
         ((trace, *read), "leave out --data"),
         ((trace, "--against", models / "1"), "give both traces"),
         ((models / "1", *read, "--tokenizer", models / "1"), "a checkpoint brings its own"),
-        ((models / "1", "--data", tmp_path / "nowhere"), "no folder"),
+        ((models / "1", "--data", tmp_path / "nowhere"), "no file or folder"),
         ((models / "1", *read, "--max-tokens", "0"), "--max-tokens 0"),
         ((models / "1", *read, "--sequence-length", "97"), "takes 1 to 96"),
         ((models / "1", *read, "--out", tmp_path), "is a folder"),
@@ -155,3 +157,25 @@ def test_mistakes(moesaic, models, dense_folder, tmp_path):
         ran = moesaic("inspect", *arguments)
         assert (ran.exit_code, ran.out, seen in ran.err) == (2, "", True), (arguments, ran.err)
         assert ran.err.splitlines()[-1].startswith("moesaic: error: ")
+
+
+def test_a_recipe_that_cannot_be_read_names_what_to_give(moesaic, models, corpus, tmp_path):
+    for number, recipe in enumerate(("", "[]", '{"recipe": {}}', '{"corpus_folder": 5}')):
+        run = run_folder(tmp_path / f"run{number}")
+        (run / "model").symlink_to(models / "1")
+        (run / "recipe.json").write_text(recipe)
+        ran = moesaic("inspect", run)
+        assert (ran.exit_code, "name a text with --data" in ran.err) == (2, True), ran.err
+        assert moesaic("inspect", run, "--data", corpus, "--max-tokens", "99", "--json").exit_code == 0
+
+
+def test_windows_fit_what_the_engine_can_read(moesaic, tmp_path):
+    """Rotations of long texts are others: the engine keeps to those of short ones, and windows with it."""
+    fields = {"model_type": "phimoe", **COMMON, **CASES["phimoe/as released"], "vocab_size": 300}
+    words = Tokenizer.train([TEXT], vocab_size=300)
+    hub.save(lively_decoder(families.from_hf(fields)), tmp_path / "phi", tokenizer=words)
+    (tmp_path / "book.txt").write_text(TEXT)
+    ran = moesaic("inspect", tmp_path / "phi", "--data", tmp_path / "book.txt", "--json")
+    assert ran.exit_code == 0, ran.err
+    longer = moesaic("inspect", tmp_path / "phi", "--data", tmp_path / "book.txt", "--sequence-length", "64")
+    assert (longer.exit_code, "this model takes 1 to 32 tokens" in longer.err) == (2, True)

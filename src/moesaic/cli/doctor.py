@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moesaic.cli import output
-from moesaic.cli.trace import DTYPES, Batches, read_corpus, read_text, window_length
+from moesaic.cli.trace import DTYPES, Batches, known, read_corpus, read_text, window_length
 from moesaic.errors import ConfigError, RunFolderError
 
 if TYPE_CHECKING:
@@ -51,6 +51,8 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError(f"--max-tokens {args.max_tokens}; give 1 or more")
     place = checkpoint_in(args.model)
     against = checkpoint_in(args.against) if args.against else _one_before(args.model, place)
+    if against is not None:
+        _check_comparable(against, place)
     examination = _examine(place, args)
     changed = () if against is None else _changes(against, examination, args)
     if args.json:
@@ -102,6 +104,36 @@ def _one_before(model: str, place: str) -> str | None:
     if place == str(run.model):
         older = older[:-1]  # the last checkpoint is the finished model
     return older[-1] if older else None
+
+
+def _check_comparable(against: str, place: str) -> None:
+    """Raise ConfigError for two models that no examination could compare, before minutes go into one."""
+    from moesaic import hub
+    from moesaic.trace import Fingerprint
+
+    configs = [hub.read_config(each) for each in (against, place)]
+    for config in configs:
+        config.check_decoder_only("the doctor")
+    shapes = [Fingerprint.of(config).num_experts for config in configs]
+    if shapes[0] != shapes[1]:
+        said = [
+            f"{each} routes in layers of {_of_layers(shape)}"
+            for each, shape in zip((against, place), shapes, strict=True)
+        ]
+        raise ConfigError(f"{', and '.join(said)}; --against takes an earlier checkpoint of the same model")
+
+
+def _of_layers(num_experts: dict[int, int]) -> str:
+    """`8 experts (0, 1, 2)`."""
+    sizes: dict[int, list[int]] = {}
+    for layer, experts in num_experts.items():
+        sizes.setdefault(experts, []).append(layer)
+    return " and of ".join(f"{experts} experts ({_numbers(layers)})" for experts, layers in sizes.items())
+
+
+def _numbers(layers: list[int]) -> str:
+    is_run = len(layers) > 2 and layers == list(range(layers[0], layers[-1] + 1))
+    return f"{layers[0]} to {layers[-1]}" if is_run else ", ".join(map(str, layers))
 
 
 def _changes(against: str, later: "Examination", args: argparse.Namespace) -> "tuple[LayerChange, ...]":
@@ -166,6 +198,7 @@ def _examine(place: str, args: argparse.Namespace) -> "Examination":
         found = read_text(opened, text, data, args.max_tokens, length)
     else:
         found = read_corpus(place, data, args.max_tokens, length)
+    found = known(found, config.vocab_size)
     with output.progress("examining", found.num_tokens) as advance:
         return examine(
             decoder_only(opened.model, "the doctor"), _questions(found, advance), num_domains=len(found.domains)

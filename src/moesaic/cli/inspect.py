@@ -70,7 +70,8 @@ def run(args: argparse.Namespace) -> int:
         _print(inspection)
     if page is not None:
         output.talk(f"page: {page.resolve()} (open it in a browser; it asks nothing of the network)")
-    output.next_command(f"moesaic inspect {args.model} --against OTHER")
+    if not args.against:
+        output.next_command(f"moesaic inspect {args.model} --against OTHER")
     return 0
 
 

@@ -173,6 +173,8 @@ def _windows(asked: Asked, args: argparse.Namespace, tokenizer: "Tokenizer", len
     from moesaic.telemetry.inspection.windows import corpus_windows, file_windows, packed_windows
 
     data = args.data or _data_of_run(asked.run)
+    if data is not None and not data.exists():
+        raise ConfigError(f"no file or folder {data}; check the path of --data")
     if data is not None and data.is_file():
         return file_windows(data, tokenizer, length, args.max_tokens)
     if data is not None and is_packed(data):
@@ -198,8 +200,14 @@ def _data_of_run(run: Path | None) -> Path | None:
     """The text that a run says it learned from, where it is still there."""
     if run is None:
         return None
-    folder = json.loads((run / "recipe.json").read_text(encoding="utf-8")).get("corpus_folder")
-    return Path(folder) if folder and Path(folder).exists() else None
+    try:
+        folder = json.loads((run / "recipe.json").read_text(encoding="utf-8"))["corpus_folder"]
+        return Path(folder) if folder and Path(folder).exists() else None
+    except (ValueError, KeyError, TypeError) as error:
+        raise RunFolderError(
+            f"{run / 'recipe.json'} does not say what the run learned from ({type(error).__name__}: {error}); "
+            "name a text with --data"
+        ) from error
 
 
 def saturation(run: Path, seen: Seen, scratch: Path) -> "Agreement | None":

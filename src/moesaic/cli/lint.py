@@ -63,6 +63,8 @@ def _print(report: "Report") -> None:
 
 def _setup(args: argparse.Namespace) -> "Recipe | Callable[[], Any]":
     file, _, function = args.setup.rpartition(":")
+    if args.setup.endswith(".py") or (file.endswith(".py") and not function):
+        raise ConfigError(f"{args.setup} names no function; give FILE.py:FUNCTION, which returns a set-up")
     if file.endswith(".py"):
         if args.overrides:
             raise ConfigError("--set changes a recipe, and this is a builder of your own; change it there")
@@ -78,8 +80,14 @@ def _builder(file: Path, function: str) -> Callable[[], Any]:
     """The function, from a module that other processes find by its name, too."""
     if not file.is_file():
         raise ConfigError(f"{file} is no file; give FILE.py:FUNCTION, a function that returns a set-up")
+    from moesaic.train.lint.theirs import their_own
+
     sys.path.insert(0, str(file.resolve().parent))
-    build = getattr(importlib.import_module(file.stem), function, None)
+    with their_own(f"importing {file}"):
+        module = importlib.import_module(file.stem)
+    if Path(module.__file__ or "").resolve() != file.resolve():
+        raise ConfigError(f"{file} has the name of another module, {file.stem!r}; give the file another name")
+    build = getattr(module, function, None)
     if not callable(build):
         raise ConfigError(f"{file} has no function {function!r}; give FILE.py:FUNCTION, which returns a set-up")
     return build

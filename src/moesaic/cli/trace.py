@@ -183,6 +183,7 @@ def _record(args: argparse.Namespace) -> None:
         found = read_text(opened, text, args.text, args.max_tokens, length)
     else:
         found = read_corpus(args.model, args.corpus, args.max_tokens, length)
+    found = known(found, config.vocab_size)
     with (
         TraceWriter(args.out, fingerprint, domains=found.domains) as writer,
         output.progress("tracing", found.num_tokens) as advance,
@@ -224,6 +225,22 @@ def read_text(opened: "Opened", text: bytes, place: Path, max_tokens: int, lengt
     if not ids.size:
         raise DataError(f"{place} holds no text; give a file with at least one token")
     return Batches(len(ids), (), _windows(ids, length))
+
+
+def known(found: Batches, vocab_size: int) -> Batches:
+    """The same, but it raises DataError at the first tokens that a model of this vocabulary does not know."""
+
+    def checked() -> Iterator[Batch]:
+        for batch in found.batches:
+            highest = int(batch.token_ids_BS.max())
+            if highest >= vocab_size:
+                raise DataError(
+                    f"token id {highest} in the text, and the model knows 0 to {vocab_size - 1}; the tokenizer.json "
+                    "beside its weights is another model's: put its own there"
+                )
+            yield batch
+
+    return found._replace(batches=checked())
 
 
 def _windows(ids: np.ndarray, length: int) -> Iterator[Batch]:

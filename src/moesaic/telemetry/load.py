@@ -114,20 +114,27 @@ class LayerLoad:
 
     @classmethod
     def from_json(cls, tree: dict[str, Any]) -> "LayerLoad":
-        """The inverse of `to_json`. Loads that do not speak of dropping had none."""
+        """The inverse of `to_json`. Loads that do not speak of dropping had none.
+
+        Raises KeyError, TypeError, ValueError or OverflowError for a tree that is none.
+        """
         entropy, domain_counts = tree["router_entropy"], tree.get("domain_counts")
         mean_scores, logits = tree.get("mean_scores"), tree.get("logits")
+        counts_E = _counts(tree["counts"])
+        num_experts = len(counts_E)
+        if counts_E.ndim != 1 or not num_experts:
+            raise ValueError(f"counts of shape {counts_E.shape}")
         return cls(
-            layer=tree["layer"],
-            top_k=tree["top_k"],
-            counts_E=np.asarray(tree["counts"], dtype=np.int64),
-            num_tokens=tree["num_tokens"],
-            router_entropy=float("nan") if entropy is None else entropy,
-            domain_counts_ME=None if domain_counts is None else np.asarray(domain_counts, dtype=np.int64),
-            dropped_rows=tree.get("dropped_rows", 0),
-            lost_tokens=tree.get("lost_tokens", 0),
-            mean_scores_E=None if mean_scores is None else np.asarray(mean_scores, dtype=np.float64),
-            logits=None if logits is None else LogitFacts(**logits),
+            layer=_whole(tree["layer"]),
+            top_k=_whole(tree["top_k"], least=1),
+            counts_E=counts_E,
+            num_tokens=_whole(tree["num_tokens"]),
+            router_entropy=float("nan") if entropy is None else float(entropy),
+            domain_counts_ME=None if domain_counts is None else _counts(domain_counts).reshape(-1, num_experts),
+            dropped_rows=_whole(tree.get("dropped_rows", 0)),
+            lost_tokens=_whole(tree.get("lost_tokens", 0)),
+            mean_scores_E=None if mean_scores is None else np.asarray(mean_scores, np.float64).reshape(num_experts),
+            logits=None if logits is None else LogitFacts(**{name: _number(fact) for name, fact in logits.items()}),
         )
 
 
@@ -137,6 +144,11 @@ class StepLoad:
 
     step: int
     layers: tuple[LayerLoad, ...]
+
+    @property
+    def shape(self) -> tuple[tuple[int, int], ...]:
+        """Number and experts of each layer: what loads that are added up share."""
+        return tuple((layer.layer, layer.num_experts) for layer in self.layers)
 
     @property
     def dropped_share(self) -> float:
@@ -153,8 +165,28 @@ class StepLoad:
         """The inverse of `to_json`. Raises DataError for a tree that is not a load."""
         try:
             return cls(step=tree["step"], layers=tuple(LayerLoad.from_json(layer) for layer in tree["layers"]))
-        except (KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
             raise DataError(f"not a recorded load ({error!r}); write loads with StepLoad.to_json") from error
+
+
+def _whole(value: Any, least: int = 0) -> int:
+    """A count as JSON has it. Raises ValueError for anything else, and OverflowError for one that no array holds."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ValueError(f"{value!r} where a number from {least} on should be")
+    return int(np.int64(value))
+
+
+def _number(value: Any) -> Any:
+    """A number as it is. Raises TypeError, ValueError or OverflowError for anything else."""
+    float(value)
+    return value
+
+
+def _counts(values: Any) -> Counts:
+    counts = np.asarray(values, dtype=np.int64)
+    if counts.size and int(counts.min()) < 0:
+        raise ValueError("negative counts")
+    return counts
 
 
 def _sum_layers(loads: tuple[LayerLoad, ...]) -> LayerLoad:
@@ -177,9 +209,14 @@ def _sum_layers(loads: tuple[LayerLoad, ...]) -> LayerLoad:
 
 
 def sum_loads(loads: Iterable[StepLoad]) -> StepLoad:
-    """One load for a window of steps of the same model, named after the last step. Raises DataError for no steps."""
+    """One load for a window of steps of the same model, named after the last step.
+
+    Raises DataError for no steps, and for steps of models whose layers or experts are others.
+    """
     steps = tuple(loads)
     if not steps:
         raise DataError("a window of no steps has no load; record at least one step")
+    if len({step.shape for step in steps}) > 1:
+        raise DataError("a window of steps that route in other layers or over other numbers of experts; split it there")
     columns = zip(*(load.layers for load in steps), strict=True)
     return StepLoad(step=steps[-1].step, layers=tuple(_sum_layers(column) for column in columns))

@@ -53,7 +53,7 @@ def test_what_cannot_be_routed_is_refused(folder, tmp_path):
     with pytest.raises(TraceError, match="no layers that route; take one with experts"):
         open_routed(str(tmp_path / "dense"))
     beyond = Windows((), (Window(np.array([3, 9999]), 0),))
-    with pytest.raises(DataError, match="the text was made with another tokenizer"):
+    with pytest.raises(DataError, match="it was made with another tokenizer"):
         list(record(open_routed(str(folder)), beyond, tmp_path / "t.npz"))
     (tmp_path / "own").mkdir()
     (tmp_path / "own" / "weights.safetensors").touch()

@@ -1,9 +1,15 @@
 import json
+from collections.abc import Iterator
+from functools import reduce
+from operator import getitem
+from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
-from moesaic.errors import RunFolderError
+from moesaic.errors import DataError, RunFolderError
 from moesaic.telemetry.watching import progress, run
 from moesaic.telemetry.watching.progress import Progress
 from moesaic.telemetry.watching.run import WatchedRun
@@ -91,3 +97,75 @@ def test_a_dense_model_has_no_router():
     followed = Progress()
     followed.add({"step": 1, "loss": 2.0, "tokens_per_s": 3.0})
     assert followed.to_json()["router"] is None
+
+
+ODD: tuple[Any, ...] = (
+    None,
+    [],
+    {},
+    "x",
+    -1,
+    float("inf"),
+    float("nan"),
+    10**400,
+    True,
+    [[1]],
+    [1, 2, 3, 4, 5],
+    -5.5,
+    0,
+)
+
+
+def _places(tree: Any, place: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    if place:
+        yield place
+    for key, value in tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ():
+        yield from _places(value, (*place, key))
+
+
+@given(data=st.data())
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_a_line_with_any_wrong_value_harms_no_other(data, tmp_path_factory):
+    folder = run_folder(tmp_path_factory.mktemp("run"))
+    lines = [line(step, held_out_bits_per_byte=2.0, held_out_by_domain={"a": 2.0}) for step in range(1, 7)]
+    *way, name = data.draw(st.sampled_from(list(_places(lines[2]))))
+    reduce(getitem, way, lines[2])[name] = data.draw(st.sampled_from(ODD))
+    watched = WatchedRun(folder)
+    for each in (lines[:5], lines[5:]):
+        append(folder, *each)
+        state = watched.state()
+        json.dumps(state, allow_nan=False)
+    assert state["step"] == 6 and state["unreadable"] <= 1 and len(state["run"]["steps"]) >= 5
+
+
+@pytest.mark.parametrize(
+    "raw", [b"\xff\xfe", b"{", b"null", b"5", b'["loss"]', b'{"loss": 1}', b"[" * 100_000, b"\0\0"]
+)
+def test_lines_that_are_none_are_counted(tmp_path, raw):
+    folder = run_folder(tmp_path / "run")
+    append(folder, line(1))
+    with (folder / "metrics.jsonl").open("ab") as file:
+        file.write(raw + b"\n")
+    append(folder, line(2))
+    state = WatchedRun(folder).state()
+    assert (state["step"], state["unreadable"]) == (2, 1)
+
+
+@pytest.mark.parametrize(
+    "recipe", ["", "[]", "{}", *(f'{{"recipe": {part}}}' for part in ("null", "[]", '{"train": null}', '{"model": 3}',
+                                                                    '{"train": {"steps": "x"}}', '{"train": [5]}'))]
+)  # fmt: skip
+def test_a_recipe_that_is_none_hides_no_curves(tmp_path, recipe):
+    folder = run_folder(tmp_path / "run")
+    append(folder, line(1), line(2))
+    (folder / "recipe.json").write_text(recipe)
+    state = WatchedRun(folder).state()
+    assert (state["step"], state["num_steps"], state["status"]) == (2, None, "running")
+
+
+def test_another_model_s_lines_are_not_added_up():
+    followed = Progress()
+    followed.add(line(1))
+    with pytest.raises(DataError, match="other layers or experts"):
+        followed.add(line(2, counts=(1, 2, 3)))
+    assert followed.to_json()["steps"] == [1]

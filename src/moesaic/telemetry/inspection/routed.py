@@ -76,8 +76,9 @@ def check_known(text: Windows, vocab_size: int) -> None:
     highest = max((int(window.token_ids_T.max()) for window in text.windows), default=0)
     if highest >= vocab_size:
         raise DataError(
-            f"token id {highest} in the text, and the model knows 0 to {vocab_size - 1}; the text was made with "
-            "another tokenizer: pack it with the model's own (`moesaic pack --tokenizer MODEL_FOLDER`)"
+            f"token id {highest} in the text, and the model knows 0 to {vocab_size - 1}; it was made with another "
+            "tokenizer: put the model's own tokenizer.json beside its weights, and pack text with that (`moesaic pack "
+            "--tokenizer MODEL_FOLDER`)"
         )
 
 
@@ -110,8 +111,8 @@ class _EngineRouted:
     def __init__(self, path_or_preset: str, config: ModelConfig, fingerprint: Fingerprint) -> None:
         from moesaic.engine.engine import Engine
 
-        self.fingerprint, self.vocab_size, self.context_length = fingerprint, config.vocab_size, config.context_length
         self.engine = Engine(path_or_preset)
+        self.fingerprint, self.vocab_size, self.context_length = fingerprint, config.vocab_size, self.engine.max_length
 
     def route(self, windows: Sequence[Window]) -> list[dict[int, TokenRows]]:
         from moesaic.engine.cache import Text

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from moesaic.errors import DataError
 from moesaic.telemetry.health import RouterHealth, load_shares
 from moesaic.telemetry.load import LayerLoad, StepLoad, sum_loads
 
@@ -46,17 +47,25 @@ class Progress:
     _stretches: list[_Stretch] = field(default_factory=list)
     _open: _Stretch | None = None
     _steps_each: int = 1
+    _shape: tuple[tuple[int, int], ...] | None = None
 
     def add(self, line: Mapping[str, Any]) -> None:
-        """Take one line. Raises KeyError, TypeError, ValueError or DataError for what is no line of a run."""
+        """Take one line, or nothing of it.
+
+        Raises KeyError, TypeError, ValueError, AttributeError, OverflowError or DataError for no line of this run.
+        """
         if "loss" not in line:  # lines of other kinds may stand between
             return
         load = _without_domains(StepLoad.from_json(line["load"])) if "load" in line else None
         one = _Stretch(int(line["step"]), 1, float(line["loss"]), float(line["tokens_per_s"]), load)
-        self.last = {name: value for name, value in line.items() if isinstance(value, int | float)}
+        last = {name: _float(value) for name, value in line.items() if isinstance(value, int | float)}
+        if load is not None and self._shape not in (None, load.shape):
+            raise DataError("a line of a run with other layers or experts")
         if "held_out_bits_per_byte" in line:
-            self.held_out.append((one.last_step, float(line["held_out_bits_per_byte"])))
-            self.by_domain = dict(line["held_out_by_domain"])
+            held_out = float(line["held_out_bits_per_byte"])
+            self.by_domain = {name: float(value) for name, value in line["held_out_by_domain"].items()}
+            self.held_out.append((one.last_step, held_out))
+        self.last, self._shape = last, self._shape if load is None else load.shape
         self._open = one if self._open is None else self._open.joined(one)
         if self._open.steps >= self._steps_each:
             self._stretches.append(self._open)
@@ -133,6 +142,12 @@ def _without_domains(load: StepLoad) -> StepLoad:
         for layer in load.layers
     )
     return StepLoad(step=load.step, layers=tuple(layers))
+
+
+def _float(value: float) -> float:
+    """Whole numbers stay whole. Raises OverflowError for one that no float holds."""
+    float(value)
+    return value
 
 
 def _known(value: float) -> float | None:

@@ -1,6 +1,7 @@
 """All that a run's folder says now, read again whenever somebody asks."""
 
 import json
+import math
 import threading
 import time
 from pathlib import Path
@@ -72,7 +73,7 @@ class WatchedRun:
     def _add(self, line: bytes) -> None:
         try:
             self._progress.add(json.loads(line))
-        except (ValueError, KeyError, TypeError, DataError):
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError, DataError):
             self.unreadable += 1
 
     def _age_s(self) -> float:
@@ -83,9 +84,11 @@ class WatchedRun:
             return 0.0
 
     def _standing(self) -> dict[str, Any]:
-        recipe = self._recipe()
-        step, num_steps = int(self._progress.last.get("step", 0)), recipe.get("train", {}).get("steps")
+        model, train = self._recipe("model"), self._recipe("train")
+        step, num_steps = int(self._progress.last.get("step", 0)), train.get("steps")
+        num_steps = num_steps if isinstance(num_steps, int) else None
         seconds = self._progress.last.get("seconds", 0.0)
+        seconds = seconds if math.isfinite(seconds) else 0.0
         left = None
         if num_steps and step and num_steps > step:
             left = seconds / step * (num_steps - step)
@@ -93,7 +96,7 @@ class WatchedRun:
         return {
             "name": self.folder.resolve().name,
             "folder": str(self.folder),
-            "family": recipe.get("model", {}).get("model_type"),
+            "family": model.get("model_type"),
             "step": step,
             "num_steps": num_steps,
             "seconds": seconds,
@@ -116,10 +119,10 @@ class WatchedRun:
             return "quiet", f"no step for {duration(silent_s)}: it stopped, or something takes long"
         return "running", "training"
 
-    def _recipe(self) -> dict[str, Any]:
-        """What recipe.json says; nothing where it is not there yet or just being written."""
+    def _recipe(self, table: str) -> dict[str, Any]:
+        """A table of recipe.json; nothing where that is not there yet, just being written, or no recipe."""
         try:
-            tree = json.loads((self.folder / "recipe.json").read_text(encoding="utf-8"))
-            return tree["recipe"]
-        except (OSError, ValueError, KeyError, TypeError):
+            found = json.loads((self.folder / "recipe.json").read_text(encoding="utf-8"))["recipe"][table]
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             return {}
+        return found if isinstance(found, dict) else {}

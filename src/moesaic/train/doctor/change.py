@@ -60,7 +60,9 @@ def changes(earlier: Examination, later: Examination) -> tuple[LayerChange, ...]
         raise ConfigError("the two checkpoints read the text as other tokens; compare two with the same tokenizer")
     shapes = [[(each.load.layer, each.load.num_experts) for each in one.layers] for one in (earlier, later)]
     if shapes[0] != shapes[1]:
-        raise ConfigError("the two checkpoints route in other layers, or over other numbers of experts")
+        raise ConfigError(
+            "the two checkpoints route in other layers, or over other numbers of experts; compare two of one model"
+        )
     return tuple(
         LayerChange(
             now.load.layer,

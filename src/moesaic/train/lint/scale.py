@@ -24,6 +24,7 @@ def pull(stand: Stand) -> tuple[Measured, Tensor, Tensor]:
 
     Raises NotMeasured where nothing pulls at the routers.
     """
+    stand.require_trained_routers()
     measured = stand.run(lopsided(stand.num_experts))
     routers = stand.routers(measured.gradients)
     if not float(routers.norm()) > 0:

@@ -61,6 +61,7 @@ def anything_balances(stand: Stand, elsewhere: Elsewhere) -> Seen:
     try:
         name = stand.once(selection_bias)
     except NotMeasured:
+        stand.require_trained_routers()
         return Seen(True, "lopsided routing pulls at no router, and there is no selection bias", {"gradient_norm": 0.0})
     return Seen(False, f"by the selection bias {name}, without a balance loss", {"gradient_norm": 0.0})
 

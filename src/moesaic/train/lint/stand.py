@@ -4,6 +4,7 @@ Z are router logits. A router's weight becomes [1 | 0] and its block's input Z, 
 whatever the model's weights. B batch, S sequence, T tokens, E experts, K choices a token, D hidden.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
@@ -16,6 +17,7 @@ from moesaic.errors import ConfigError
 from moesaic.train.lint.blocks import Block, find_blocks
 from moesaic.train.lint.report import NotMeasured
 from moesaic.train.lint.setups import SetUp
+from moesaic.train.lint.theirs import their_own
 
 Logits = Callable[[int, int, int], Tensor]
 """Z [B, S, E] of the block of this number, for B rows of S columns."""
@@ -79,15 +81,20 @@ class Stand:
         columns = self.set_up.columns(batches[0])
         try:
             with self._forced(logits, columns, silent):
-                loss = self.set_up.step(batches)
+                loss = self._step(batches, is_needed=micro_batches is None)
                 gradients = self.set_up.gradients()
                 for _ in range(steps - 1):
-                    self.set_up.step(batches)
+                    self._step(batches)
             now = dict(_tensors(self.model))
             after = {name: now[name].detach().clone() for block in self.blocks for name in block.per_expert}
         finally:
             self.restore()
         return Measured(loss, gradients, after)
+
+    def require_trained_routers(self) -> None:
+        """Raise NotMeasured where no router's weight is trained at all."""
+        if not any(self.model.get_parameter(block.router).requires_grad for block in self.blocks):
+            raise NotMeasured("the routers are frozen (requires_grad is false): no balance loss can move them")
 
     def routers(self, gradients: dict[str, Tensor]) -> Tensor:
         """The routers' gradients in one vector; zeros where there are none."""
@@ -145,13 +152,21 @@ class Stand:
         block = self.first.module
         hook = block.register_forward_pre_hook(lambda _, args, kwargs: seen.append((args, kwargs)), with_kwargs=True)
         try:
-            self.set_up.step([self.set_up.batch])
+            self._step([self.set_up.batch])
         finally:
             hook.remove()
             self._write_state()
         if not seen:
             raise NotMeasured(f"training did not call {self.first.name}, a {type(block).__name__}")
         return seen[0]
+
+    def _step(self, batches: Sequence[Any], *, is_needed: bool = True) -> float:
+        """One of the set-up's own; is_needed: without which nothing can be said at all. Its loss, a number."""
+        with their_own(f"a step of {len(batches)} micro-batch{'es' if len(batches) > 1 else ''}", is_needed=is_needed):
+            loss = self.set_up.step(batches)
+        if not math.isfinite(loss):
+            raise ConfigError(f"the set-up's loss is {loss}; build it with weights and data whose loss is a number")
+        return loss
 
     @torch.no_grad()
     def restore(self) -> None:

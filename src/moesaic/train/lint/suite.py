@@ -15,6 +15,7 @@ from moesaic.train.lint.recipe import RecipeSetUp
 from moesaic.train.lint.report import Report
 from moesaic.train.lint.setups import SetUp
 from moesaic.train.lint.stand import Stand
+from moesaic.train.lint.theirs import their_own
 from moesaic.train.lint.trainer import TrainerSetUp, is_trainer
 from moesaic.train.recipe import Recipe
 
@@ -41,11 +42,15 @@ def lint(build: Callable[[], Any] | Recipe, *, ranks: int = 2) -> Report:
     ranks: processes for the check over ranks, in which `build` is called anew; below 2 for none.
     Routing is dictated from outside and the set-up's own code is run on it; what is found are measured factors, and no
     name of a module, weight or setting decides anything. Raises ConfigError for what cannot be trained or has no
-    experts.
+    experts, and where the builder or its step fails.
     """
     if isinstance(build, Recipe):
         build = functools.partial(RecipeSetUp, build)
-    stand = Stand(set_up_of(build()))
+    with their_own("the builder"):
+        set_up = set_up_of(build())
+    stand = Stand(set_up)
+    with their_own("reading the first batch"):
+        _ = stand.set_up.batch
     elsewhere = Elsewhere(build, ranks)
     return Report(stand.set_up.subject, tuple(CHECKS[name].of(stand, elsewhere) for name in ORDER))
 

@@ -33,6 +33,7 @@ class TrainerSetUp:
         for name, value in QUIET.items():
             setattr(trainer.args, name, type(getattr(trainer.args, name))(value))
         trainer.args.max_steps, trainer.args.max_grad_norm = 1, 0.0
+        trainer.args.logging_nan_inf_filter = False  # a loss that is no number would be told as 0
         for callback in list(trainer.callback_handler.callbacks):
             if type(callback).__name__ in TALKATIVE or ".integrations." in type(callback).__module__:
                 trainer.remove_callback(callback)
