@@ -120,6 +120,10 @@ void widen(const uint8_t *strip, int64_t g0, int64_t g1, uint8_t *to) {
         }
 }
 
+// Rows up to which numbers of few bits are multiplied as they are read, and not made bytes before (measured: what takes
+// two passes over a strip takes it apart twice).
+constexpr int64_t most_narrow_rows = pass_outputs == strip_outputs ? 2 * row_tile : row_tile;
+
 template <Format F, int64_t group>
 void ints_times_rows(const uint8_t *strip, const PackedShape &shape, const PackedRows &rows, float *sums) {
     using Narrow = Groups<F, group, false>;
@@ -143,7 +147,7 @@ void ints_times_rows(const uint8_t *strip, const PackedShape &shape, const Packe
         return;
     }
 #endif
-    if (!Narrow::eight_bits && rows.rows > 2 * row_tile) {
+    if (!Narrow::eight_bits && rows.rows > most_narrow_rows) {
         uint8_t *wide = static_cast<uint8_t *>(scratch(wide_slot, piece_bytes));
         for (int64_t g = 0; g < groups; g += piece) {
             const int64_t end = at_most(g + piece, groups);

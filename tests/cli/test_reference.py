@@ -129,6 +129,7 @@ OPTIONS = {
         "--bits {8,4}",
         "--experts-bits {8,4}",
         "--head-bits {16,8,4}",
+        "--values {even,uneven}",
         "--group {32,64,128}",
         "--out FOLDER",
         "--data [CORPUS]",

@@ -57,3 +57,11 @@ def test_of_a_text_part_the_whole_counts():
 def test_what_is_not_known_asks_for_a_format(described):
     with pytest.raises(ConfigError, match=r"--format, such as int4-128"):
         stated_formats({"quantization_config": described})
+
+
+def test_one_matrix_of_latent_attention_is_not_all_of_attention():
+    kept = ["lm_head", "model.layers.0.self_attn.kv_b_proj", "model.layers.0.mlp.gate"]
+    described = {"quant_method": "moesaic-uneven4", "ignore": kept}
+    assert stated_formats({"quantization_config": described}).name == "uneven4"
+    described = {"quant_method": "moesaic-uneven4", "ignore": [*kept, "model.layers.0.self_attn.o_proj"]}
+    assert "attention=" not in stated_formats({"quantization_config": described}).name

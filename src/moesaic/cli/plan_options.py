@@ -1,5 +1,6 @@
 """The options of `moesaic plan` that are more than a word: counts, lists of NAME=VALUE, quantities with units."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal
@@ -53,7 +54,7 @@ def read_count(option: str, text: str, *, binary: bool = False) -> int:
         value = float(digits.replace(",", "").replace("_", "")) * factor
     except ValueError:
         value = 0.0
-    if value < 1 or value != int(value):
+    if not (1 <= value < math.inf) or value != int(value):
         raise ConfigError(f"{option} {text}; give a whole number above 0, such as 8192 or 8k")
     return int(value)
 

@@ -154,10 +154,11 @@ def roofline(step: StepTime, device: Device, title: str) -> str:
     low = min(op.op.intensity for op in ops) / 2
     high = max(max(op.op.intensity for op in ops), 2 * max(device.flops[n] for n in numbers) / device.bandwidth)
     lines = []
-    for number in numbers:
-        peak, slope = device.flops[number] * share.compute, device.bandwidth * share.memory
+    for rate in sorted({device.flops[number] for number in numbers}, reverse=True):
+        peak, slope = rate * share.compute, device.bandwidth * share.memory
+        alike = ", ".join(number for number in numbers if device.flops[number] == rate)
         points = [(low, low * slope), (peak / slope, peak), (high * 2, peak)]
-        lines.append(Line(f"{number}: {short(peak)}FLOP/s", points, _ROOF, dashed=True))
+        lines.append(Line(f"{alike}: {short(peak)}FLOP/s", points, _ROOF, dashed=True))
     whole = sum(op.seconds for op in ops)
     marks = [
         Mark(

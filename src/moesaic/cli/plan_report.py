@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from moesaic.cli import plan_text
 from moesaic.cli.plan_plots import COLORS, Line, Mark, log_chart, memory_stack, roofline
 from moesaic.plan.dense import BATCHES
+from moesaic.plan.layout import Layout
 from moesaic.plan.plan import ServingPlan, TrainingPlan
 
 _STYLE = """
@@ -40,7 +41,7 @@ def _serving(plan: ServingPlan) -> str:
         f"<h1>{_text(title)}</h1><p>{_text(f'{serving.layout}; {users}; routing: {serving.routing.name}')}</p>",
         f'<p class="verdict">{_text(plan.verdict.line)}</p>',
         "<h2>Does it fit?</h2>",
-        _wide(memory_stack(stages, device.name, _stage_names(plan))),
+        _wide(memory_stack(stages, device.name, _stage_names(serving.layout))),
         _table(["", "the fullest device", "share"], plan_text.memory_rows(plan.memory)),
         "<h2>How fast?</h2>",
         _wide(roofline(plan.decode, device, "operations of a decode step under the roofs")),
@@ -79,7 +80,7 @@ def _training(plan: TrainingPlan) -> str:
             f"<h1>Training {_text(plan.model)} on {_text(run.machine.name)}</h1><p>{_text(str(run.layout))}</p>",
             f'<p class="verdict">{_text(plan.verdict.line)}</p>',
             "<h2>Does it fit?</h2>",
-            _wide(memory_stack([plan.memory], device.name, ["the fullest"])),
+            _wide(memory_stack(run.stages, device.name, _stage_names(run.layout))),
             _table(["", "the fullest device", "share"], plan_text.memory_rows(plan.memory)),
             "<h2>How fast?</h2>",
             _wide(roofline(run.forward(), device, "operations of a forward pass under the roofs")),
@@ -133,9 +134,8 @@ def _wide(picture: str) -> str:
     return f'<div class="wide">{picture}</div>'
 
 
-def _stage_names(plan: ServingPlan) -> list[str]:
+def _stage_names(layout: Layout) -> list[str]:
     """Of each pipeline stage: its devices hold as much each."""
-    layout = plan.serving.layout
     if layout.pp == 1:
         return ["the device" if layout.devices == 1 else f"each of {layout.devices}"]
     return [f"stage {number + 1}, each of {layout.stage_devices}" for number in range(layout.pp)]

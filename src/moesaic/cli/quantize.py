@@ -25,7 +25,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--bits", type=int, choices=BITS, required=True, help="of the matrices")
     parser.add_argument("--experts-bits", type=int, choices=BITS, help="those of routed experts (as --bits)")
     parser.add_argument(
-        "--head-bits", type=int, choices=HEAD_BITS, default=8, help="those of the head; 16 keeps it (%(default)s)"
+        "--head-bits", type=int, choices=HEAD_BITS, help="those of the head; 16 keeps it (8; of uneven values 16)"
+    )
+    parser.add_argument(
+        "--values",
+        choices=("even", "uneven"),
+        default="even",
+        help="what 4 bits stand for: even steps, which other programs read, too, or uneven ones, which lose less "
+        "(%(default)s)",
     )
     parser.add_argument(
         "--group", type=int, choices=GROUPS, default=32, help="weights that share a scale (%(default)s)"
@@ -95,6 +102,7 @@ def _quantize(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
             experts_bits=args.experts_bits,
             head_bits=args.head_bits,
             group=args.group,
+            values=args.values,
             tokenizer=None if place.kind == "folder" else open_tokenizer(args.model),
             advance=Thousandths(advance).add,
         )
@@ -102,8 +110,9 @@ def _quantize(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "folder": str(folder),
         "bits": args.bits,
         "experts_bits": args.experts_bits or args.bits,
-        "head_bits": args.head_bits,
+        "head_bits": args.head_bits or (16 if args.values == "uneven" else 8),
         "group": args.group,
+        "values": args.values,
     }
     return settings | report(quantized, hub.read_config(folder).total) | {"held_out": None}
 

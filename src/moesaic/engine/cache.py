@@ -1,5 +1,6 @@
 """The block-table cache: every layer's keys and values in blocks, which texts hold by number and not by place."""
 
+import mmap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -166,7 +167,12 @@ class BlockCache:
 
 
 def _blocks(count: int, size: int) -> Tensor:
-    return torch.empty(count, size, dtype=torch.uint8)
+    """Pages of their own: they come as they are written to and go back when they are freed. malloc would keep what
+    caches were copied from, half as much again."""
+    if not count * size:
+        return torch.empty(count, size, dtype=torch.uint8)
+    pages = mmap.mmap(-1, count * size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(pages, dtype=torch.uint8).view(count, size)
 
 
 def _longer(blocks: Tensor, count: int) -> Tensor:

@@ -1,6 +1,7 @@
 """The engine: a program, a cache, and texts that go through them, one at a time or many together."""
 
 import itertools
+import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -24,6 +25,8 @@ from moesaic.hub.sources import open_source
 from moesaic.kernels.paged import CACHE_FORMATS, CacheFormat
 from moesaic.kernels.rounding import Bits, Values
 from moesaic.models.base import LanguageModel
+
+_log = logging.getLogger(__name__)
 
 # Of a prompt that go through the program together: enough that weights are read for many tokens at once, few enough
 # that the rows in between stay small.
@@ -79,6 +82,12 @@ class Engine:
         if cache_format not in (None, *CACHE_FORMATS):
             raise ConfigError(f"cache_format={cache_format!r}; use {', '.join(CACHE_FORMATS)}, or leave it out")
         precision = Precision(bits=bits, experts_bits=experts_bits, values=values, dtype=dtype)
+        if values == "uneven" and isinstance(weights, FileWeights) and 4 in weights.even_bits:
+            _log.warning(
+                "%s holds four bits of even steps, and rounding them to uneven values adds up; leave values out, or "
+                "take the original",
+                weights.where,
+            )
         dtype = dtype or weights.dtype
         require_memory(weights.config, precision, dtype.itemsize, weights.coded, mtp=mtp)
         store = None if packed_file is None else PackedStore(Path(packed_file), weights, precision)

@@ -16,7 +16,15 @@ from moesaic.errors import ConfigError
 from moesaic.hub.codes import CodedTensor, Codes, CodesFormat
 from moesaic.hub.memory import empty
 from moesaic.kernels.blocks import Format, PackedMatrices
-from moesaic.kernels.native_packing import Parts, pack_floats, pack_fp8, pack_mxfp4, pack_rounded, pack_rounded_uneven
+from moesaic.kernels.native_packing import (
+    Parts,
+    pack_floats,
+    pack_fp8,
+    pack_mxfp4,
+    pack_rounded,
+    pack_rounded_uneven,
+    pack_uneven4,
+)
 from moesaic.kernels.rounding import BITS, GROUP, Bits, Values
 
 
@@ -55,9 +63,10 @@ class Precision:
     def of_head(self) -> Bits | None:
         return 6 if self.bits == 4 else self.bits
 
-    def keeps_codes(self, bits: Bits | None) -> bool:
-        """Whether what has these bits, and is packed in files, is multiplied as it lies there."""
-        return bits is None and self.dtype is None
+    def keeps_codes(self, bits: Bits | None, format_: CodesFormat) -> bool:
+        """Whether what has these bits, and is packed in files in a format, is multiplied as it lies there."""
+        is_asked_for = format_ == "uneven4" and bits == 4 and self.values == "uneven"
+        return is_asked_for or (bits is None and self.dtype is None)
 
 
 @dataclass
@@ -119,10 +128,10 @@ class Packer:
 
     def _coded(self, names: Sequence[str], bits: Bits | None) -> list[CodedTensor]:
         """The tensors by their codes, where all are packed alike and stay so; else none."""
-        if not self.precision.keeps_codes(bits):
-            return []
         found = [coded for name in names if (coded := self.weights.coded(name)) is not None]
-        return found if len(found) == len(names) and len({coded.format for coded in found}) == 1 else []
+        formats: set[CodesFormat] = {coded.format for coded in found}
+        is_kept = len(formats) == 1 and self.precision.keeps_codes(bits, *formats)
+        return found if len(found) == len(names) and is_kept else []
 
     def _rounded(
         self, weight_EOI: Parts, bits: Bits | None, *, paired: bool = False, out: Tensor | None = None
@@ -157,6 +166,6 @@ def packed_codes(
     format_: CodesFormat, parts: Sequence[Codes], *, paired: bool = False, out: Tensor | None = None
 ) -> PackedMatrices:
     """One matrix of codes, in parts that stand one below the other, as they are."""
-    pack = pack_fp8 if format_ == "fp8" else pack_mxfp4
+    pack = {"fp8": pack_fp8, "mxfp4": pack_mxfp4, "uneven4": pack_uneven4}[format_]
     values, scales = ([part[None] for part in each] for each in zip(*parts, strict=True))
     return pack(values, scales, paired=paired, out=out)

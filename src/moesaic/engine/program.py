@@ -17,6 +17,7 @@ from moesaic.engine.lower.attention import lower_attention
 from moesaic.engine.lower.feed_forward import lower_mlp, lower_moe
 from moesaic.engine.lower.mla import lower_mla
 from moesaic.engine.lower.refusal import check_lowerable
+from moesaic.engine.memory import give_back_freed
 from moesaic.engine.packing import Packer
 from moesaic.errors import GenerationError
 from moesaic.kernels.backend import compiled
@@ -149,6 +150,7 @@ def _lower(build: Builder, num_ahead: int) -> None:
     build.native.embed(table, build.residual, config.embedding_multiplier)
     for index, layer in enumerate(config.layers):
         _lower_layer(build, layer, f"layers.{index}", index)
+    give_back_freed()  # before the largest matrix is read
     final = config.decoder.final_norm
     build.norm(Label("norm"), final, "final_norm", build.residual, build.normed, config.hidden_size)
     head = "embedding.weight" if config.tie_word_embeddings else "head.weight"

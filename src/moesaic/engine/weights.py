@@ -85,6 +85,13 @@ class FileWeights:
         return sorted({header.file for header in self._source.stored.tensors.values()})
 
     @property
+    def even_bits(self) -> set[int]:
+        """Of the whole numbers that the files hold."""
+        source = self._source
+        packed = source.quantization if isinstance(source, SafetensorsFolder) else None
+        return {group.bits for group in packed.groups} if packed else set()
+
+    @property
     def dtype(self) -> torch.dtype:
         return self._dtype("embedding.weight")
 

@@ -16,9 +16,12 @@ from moesaic.hub.values import Values
 from moesaic.models.weight_map import Index, Piece, WeightMap
 from moesaic.tensor_spec import TensorSpec
 
-CodesFormat = Literal["fp8", "mxfp4"]
-BITS: dict[CodesFormat, float] = {"fp8": 8.25, "mxfp4": 4.25}
+CodesFormat = Literal["fp8", "mxfp4", "uneven4"]
+BITS: dict[CodesFormat, float] = {"fp8": 8.25, "mxfp4": 4.25, "uneven4": 4.5}
 """What a weight takes in memory, scales included (see kernels/blocks.py)."""
+
+
+_SCALES: dict[CodesFormat, torch.dtype] = {"fp8": torch.float32, "mxfp4": torch.uint8, "uneven4": torch.int32}
 
 
 class Coding(NamedTuple):
@@ -30,8 +33,9 @@ class Coding(NamedTuple):
 
 
 class Codes(NamedTuple):
-    """values uint8 [..., O, I]: e4m3 (fp8), or e2m1 from 0 to 15 (mxfp4). scales [..., O, G]: fp32, or exponents
-    (uint8): a value is times 2^(exponent - 127)."""
+    """values uint8 [..., O, I]: e4m3 (fp8), e2m1 from 0 to 15 (mxfp4), or those of uneven values. scales [..., O, G]:
+    fp32; exponents (uint8): a value is times 2^(exponent - 127); or words of two scales (int32, see kernels/uneven.py).
+    """
 
     values: Tensor
     scales: Tensor
@@ -88,7 +92,7 @@ class CodedValues:
         self._codes.read_into(values, spec, box)
         grouped = spec._replace(shape=(*spec.shape[:-1], groups))
         box = (*box[:-1], (0, groups))
-        scales = torch.empty(box_shape(box), dtype=torch.float32 if coding.format == "fp8" else torch.uint8)
+        scales = torch.empty(box_shape(box), dtype=_SCALES[coding.format])
         self._scales.read_into(scales, grouped, box)
         return Codes(values, scales)
 

@@ -5,7 +5,7 @@ from typing import Any, Literal, NamedTuple, get_args
 
 from moesaic.errors import ConfigError
 
-Method = Literal["fp8", "mxfp4", "compressed-tensors"]
+Method = Literal["fp8", "mxfp4", "compressed-tensors", "moesaic-uneven4"]
 METHODS: tuple[Method, ...] = get_args(Method)
 Format = Literal["fp32", "bf16", "fp16", "fp8", "mxfp4"]
 PackedAs = Literal["scale_inv", "scale"]
@@ -46,7 +46,7 @@ class Quantization(NamedTuple):
     @property
     def format(self) -> Format | None:
         """What makes such files in a conversion."""
-        if self.method == "compressed-tensors":
+        if self.method in ("compressed-tensors", "moesaic-uneven4"):
             return None
         return "mxfp4" if self.experts == "fp4" else self.method
 
@@ -70,6 +70,8 @@ def read_quantization(raw: dict[str, Any]) -> Quantization | None:
         return Quantization(method, "F16" if stated == "float16" else unpacked, groups=_int_groups(described))
     if method == "mxfp4":
         return Quantization(method, unpacked)
+    if method == "moesaic-uneven4":
+        return Quantization(method, "F16" if stated == "float16" else unpacked)
     _check_fp8(described)
     experts = described.get(EXPERTS) or raw.get(EXPERTS) or "fp8"
     if experts not in ("fp8", "fp4"):
@@ -182,6 +184,11 @@ def describe_ints(groups: tuple[IntGroups, ...], kept: list[str]) -> dict[str, A
             "config_groups": tables,
         }
     }
+
+
+def describe_uneven(kept: list[str]) -> dict[str, Any]:
+    """The fields of a config.json for uneven values. kept: modules whose weights stay as they are."""
+    return {FIELD: {"quant_method": "moesaic-uneven4", "ignore": kept}}
 
 
 def describe(format_: Format, style: PackedAs, kept: list[str]) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from moesaic.hub.quantization import EXPERTS, FIELD, Quantization
 from moesaic.hub.resolve import Place
 from moesaic.hub.safetensors_header import TensorHeader
 from moesaic.hub.stored import StoredTensors
+from moesaic.hub.uneven_files import UnevenTensors
 from moesaic.models.weight_map import Index, WeightMap, without_absent_copies
 
 
@@ -82,7 +83,7 @@ class SafetensorsFolder:
 
     def coded(self) -> CodedTensors | None:
         """The packed weights as they lie in the files, of those packings whose codes kernels multiply."""
-        return self.view if isinstance(self.view, PackedTensors | Mxfp4Tensors) else None
+        return self.view if isinstance(self.view, PackedTensors | Mxfp4Tensors | UnevenTensors) else None
 
     def packed(self, name: str) -> tuple[str, ...]:
         """The stored tensors that this one is unpacked from; none where it is stored plainly."""
@@ -95,7 +96,7 @@ def _without_absent_mtp(config: ModelConfig, found: Mapping[str, TensorHeader]) 
     return config if not config.mtp or names & found.keys() else replace(config, mtp=())
 
 
-_View = StoredTensors | PackedTensors | PackedIntTensors | Mxfp4Tensors
+_View = StoredTensors | PackedTensors | PackedIntTensors | Mxfp4Tensors | UnevenTensors
 
 
 def _view(stored: StoredTensors, quantization: Quantization | None) -> _View:
@@ -103,6 +104,8 @@ def _view(stored: StoredTensors, quantization: Quantization | None) -> _View:
         return stored
     if quantization.method == "compressed-tensors":
         return PackedIntTensors(stored, quantization.unpacked, quantization.groups)
+    if quantization.method == "moesaic-uneven4":
+        return UnevenTensors(stored, quantization.unpacked)
     if quantization.method == "mxfp4":
         return Mxfp4Tensors(stored, quantization.unpacked)
     if quantization.experts == "fp4":

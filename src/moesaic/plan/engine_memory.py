@@ -5,21 +5,20 @@ from moesaic.plan.formats import PACKINGS, Formats, total_bytes
 from moesaic.plan.kernels import KernelRates
 from moesaic.plan.kinds import layer_kinds, part_specs
 
-_GROWN = 1.5
-"""Blocks grow by doubling: while they are copied the old half is there, too, and malloc keeps it."""
-
 
 def engine_peak_bytes(
     rates: KernelRates, config: ModelConfig, formats: Formats, *, tokens: int, texts: int, cache_tokens: int
 ) -> float:
     """The most that a process takes: the program's own, packed weights, the cache, buffers of a step, logits.
 
+    While the head is packed, the last, its matrix as the files have it is there, too, and no cache yet.
     tokens: of the largest step; texts: whose logits are computed at once; cache_tokens: for which there are blocks.
     """
-    cache = _GROWN * formats.state_bytes(config, 1) * cache_tokens
+    cache = formats.state_bytes(config, 1) * cache_tokens  # also while it is copied to twice as much: two halves
     buffers = 4.0 * tokens * _buffer_widths(config)
     logits = 2 * 4.0 * texts * config.vocab_size  # beside what is sampled from them
-    return rates.base_bytes + held_bytes(config, formats) + cache + buffers + logits
+    unpacked = config.vocab_size * config.hidden_size * formats.of("embedding").bits / 8
+    return rates.base_bytes + held_bytes(config, formats) + max(cache + buffers + logits, unpacked)
 
 
 def held_bytes(config: ModelConfig, formats: Formats) -> float:

@@ -192,6 +192,9 @@ def find_device(name: str, known: Mapping[str, Device] | None = None) -> Device:
     )
 
 
+_MOST = 1_000_000
+
+
 def find_machine(text: str) -> Machine:
     """A machine as people write it: "h100", "8xh100". Raises ConfigError for an unknown device or an odd number."""
     matched = re.fullmatch(r"\s*(?:(\d+)\s*[xX*]\s*)?(.+?)\s*", text)
@@ -201,6 +204,7 @@ def find_machine(text: str) -> Machine:
         return _here()
     count = 1 if matched[1] is None else int(matched[1])
     require(count > 0, f"machine {text!r} has no devices; write 1 or more, such as 8xh100")
+    require(count <= _MOST, f"machine {text!r} has {count:,} devices; write {_MOST:,} or fewer")
     device = find_device(matched[2])
     require(
         count == 1 or device.joins,

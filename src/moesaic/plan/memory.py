@@ -310,26 +310,36 @@ def most_texts(
 def training_memory(
     config: ModelConfig, training: Training, device: Device, layout: Layout | None = None
 ) -> DeviceMemory:
-    """The fullest device of a training run: parameters and what is kept beside each, and activations.
+    """The fullest device of a training run."""
+    return max(
+        training_stages(config, training, device, layout or Layout()), key=lambda stage: sum(stage.parts.values())
+    )
+
+
+def training_stages(config: ModelConfig, training: Training, device: Device, layout: Layout) -> list[DeviceMemory]:
+    """A device of each pipeline stage of a training run: parameters and what is kept beside each, and activations of
+    the micro-batches that wait there (1F1B: as many as there are stages from it to the last), logits on the last.
 
     Copies of experts are fewer than copies of the rest (their data parallelism is what EP leaves over), so ZeRO splits
     them less.
     """
-    layout = layout or Layout()
-    parts = {"weights": 0.0, "gradients": 0.0, "optimizer": 0.0}
     of_experts = training.bytes_per_parameter(layout.expert_copies)
     of_others = training.bytes_per_parameter(layout.dp)
-    dense, experts = _held_parameters(config, layout)
-    for name in parts:
-        parts[name] = dense * of_others[name] + experts * of_experts[name]
-    parts["activations"] = activation_bytes(config, training, layout)
-    parts["logits"] = training.tokens * config.vocab_size * (4.0 + training.element_bytes) / layout.tp
-    parts["runtime"] = RUNTIME_BYTES[device.kind]
-    return DeviceMemory(parts=parts, capacity=device.memory_bytes)
+    activations = stage_activations(config, training, layout)
+    found = []
+    for number, (dense, experts) in enumerate(_held_parameters(config, layout)):
+        names = ("weights", "gradients", "optimizer")
+        parts = {name: dense * of_others[name] + experts * of_experts[name] for name in names}
+        parts["activations"] = activations[number]
+        if number == layout.pp - 1:
+            parts["logits"] = training.tokens * config.vocab_size * (4.0 + training.element_bytes) / layout.tp
+        parts["runtime"] = RUNTIME_BYTES[device.kind]
+        found.append(DeviceMemory(parts=parts, capacity=device.memory_bytes))
+    return found
 
 
-def _held_parameters(config: ModelConfig, layout: Layout) -> tuple[float, float]:
-    """Parameters of the fullest stage on one device: those that are copied, and routed experts."""
+def _held_parameters(config: ModelConfig, layout: Layout) -> list[tuple[float, float]]:
+    """Parameters of each stage on one device: those that are copied, and routed experts."""
     found = []
     stages = stage_layers(config, layout.pp)
     for number, layers in enumerate(stages):
@@ -341,24 +351,24 @@ def _held_parameters(config: ModelConfig, layout: Layout) -> tuple[float, float]
         ends = end_specs(config, number == 0, number == len(stages) - 1)
         dense += sum(spec.numel * share_held(spec, None, layout) for spec in ends)
         found.append((dense, experts))
-    return max(found, key=sum)
+    return found
 
 
-def activation_bytes(config: ModelConfig, training: Training, layout: Layout) -> float:
-    """What the backward pass needs of a forward pass, of all micro-batches that wait on the first stage.
+def stage_activations(config: ModelConfig, training: Training, layout: Layout) -> list[float]:
+    """What the backward pass needs of a forward pass, of all micro-batches that wait on each stage.
 
     Per token and layer: the input of each norm and projection, queries, keys, values and what attention gives, gate, up
     and their product, and for experts what was sent to them and came back (systems: arXiv:2205.05198, eq. 2, for
     gated blocks and flash attention, which keeps no scores).
     """
-    waiting = training.in_flight or layout.pp
-    layers = max(
-        sum(
+    return [
+        (training.in_flight or layout.pp - number)
+        * training.element_bytes
+        * sum(
             _kept_of_layer(kind.layer, config.hidden_size, training, layout) * kind.times for kind in layer_kinds(stage)
         )
-        for stage in stage_layers(config, layout.pp)
-    )
-    return waiting * layers * training.element_bytes
+        for number, stage in enumerate(stage_layers(config, layout.pp))
+    ]
 
 
 def _kept_of_layer(layer: LayerConfig, size: int, training: Training, layout: Layout) -> float:

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, NamedTuple
 
+from moesaic.checks import require
 from moesaic.config import ModelConfig
 from moesaic.errors import ConfigError
 from moesaic.hub.resolve import describe_config
@@ -181,6 +182,7 @@ def make_plan(
     (None: where it serves), then writing `served` output tokens (None: the workload's in three years).
     Raises ConfigError or CheckpointError for a model, machine, format, layout or context that cannot be.
     """
+    require(overlap is None or 0 <= overlap <= 1, f"overlap={overlap}; use a share from 0 to 1")
     name, config = read_model(model)
     formats = _formats(model, config, format, cache)
     tokens = context if context is not None else min(CONTEXT, config.context_length)

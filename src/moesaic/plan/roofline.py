@@ -51,7 +51,7 @@ class Speculation:
     draft_cost: float = 0.0
 
     def __post_init__(self) -> None:
-        require(self.drafts >= 0, f"drafts={self.drafts}; use 0 or more")
+        require(0 <= self.drafts <= 1000, f"drafts={self.drafts}; use 0 to 1000")
         require(0 <= self.acceptance <= 1, f"acceptance={self.acceptance}; use a share from 0 to 1")
 
     @property

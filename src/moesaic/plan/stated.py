@@ -57,7 +57,8 @@ _ASK = "Say what a plan is to assume: --format, such as int4-128"
 def _formats(packed: Packed, described: Mapping[str, Any], cache: str) -> Formats:
     if packed.bits is None and packed.name in _EXPERTS_ALONE:
         return named(packed.name, cache)
-    left = " ".join(str(name) for field in _LISTS for name in described.get(field) or ())
+    named_ones = [str(name) for field in _LISTS for name in described.get(field) or ()]
+    left = " ".join(name for name in named_ones if not name.endswith("kv_b_proj"))  # that alone is not all of attention
     plain = {role for role, pattern in _LEFT if re.search(pattern, left)}
     if len(plain) < len(_LEFT):  # else single layers are named there, not all experts
         plain.discard("experts")
@@ -79,6 +80,8 @@ def _packed(described: Mapping[str, Any], raw: Mapping[str, Any]) -> Packed | No
         return Packed("int4-128", _NF4_BITS[double]) if described.get("load_in_4bit") else Packed("int8", 8.0)
     if method == "mxfp4" or described.get("format") == "mxfp4-pack-quantized":
         return Packed("mxfp4")
+    if method == "moesaic-uneven4":
+        return Packed("uneven4")
     if method in ("fp8", "mxfp8", "fbgemm_fp8"):
         return _fp8(described, raw)
     if method in ("compressed-tensors", "modelopt", "nvfp4", "quark"):

@@ -1,5 +1,6 @@
 """A model on a machine that learns: what it holds, how long a step takes, what a budget of tokens takes and costs."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from moesaic.checks import require
@@ -10,7 +11,7 @@ from moesaic.plan.flops import training_flops
 from moesaic.plan.formats import Formats, named
 from moesaic.plan.hardware import Machine
 from moesaic.plan.layout import Layout, candidates
-from moesaic.plan.memory import DeviceMemory, Training, training_memory
+from moesaic.plan.memory import DeviceMemory, Training, training_memory, training_stages
 from moesaic.plan.roofline import StepTime, prefill_step, step_time
 from moesaic.plan.routing import Routing, Uniform
 
@@ -36,6 +37,16 @@ class TrainingRun:
     def memory(self) -> DeviceMemory:
         """Of the fullest device."""
         return training_memory(self.config, self.training, self.machine.device, self.layout)
+
+    @property
+    def stages(self) -> list[DeviceMemory]:
+        """Of a device of each pipeline stage."""
+        return training_stages(self.config, self.training, self.machine.device, self.layout)
+
+    @property
+    def _heaviest(self) -> Mapping[str, float]:
+        """Of the stage with the most weights, for which the others wait."""
+        return max((stage.parts for stage in self.stages), key=lambda parts: parts["weights"])
 
     @property
     def micro_batches(self) -> float:
@@ -65,14 +76,14 @@ class TrainingRun:
         """A ring's sum of the gradients that copies share."""
         if self.layout.dp == 1:
             return 0.0
-        held = self.memory.parts["weights"] / self.training.weights * self.training.gradient
+        held = self._heaviest["weights"] / self.training.weights * self.training.gradient
         device = self.machine.device
         rate = device.link if self.machine.count <= device.per_node else device.network or device.link
         return 2 * held * (self.layout.dp - 1) / self.layout.dp / (rate * device.efficiency.network)
 
     def _optimizer_seconds(self) -> float:
         """It reads and writes moments and masters, reads gradients, writes weights."""
-        parts, device = self.memory.parts, self.machine.device
+        parts, device = self._heaviest, self.machine.device
         moved = 2 * parts["optimizer"] + parts["gradients"] + parts["weights"]
         return moved / (device.bandwidth * device.efficiency.memory)
 

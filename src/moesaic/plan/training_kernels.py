@@ -17,7 +17,7 @@ from moesaic.plan.hardware import here_file
 from moesaic.plan.kernels import QUIET_SHARE
 from moesaic.plan.kinds import layer_kinds, part_specs
 from moesaic.plan.layout import Layout
-from moesaic.plan.memory import Training, activation_bytes
+from moesaic.plan.memory import Training, stage_activations
 
 Precision = Literal["fp32", "bf16"]
 LOGITS_AT_ONCE = 2**22
@@ -79,7 +79,7 @@ def memory_counts(cell: TrainingCell) -> np.ndarray:
     at_once = min(cell.tokens, max(config.hidden_size, LOGITS_AT_ONCE // config.vocab_size))
     head = element * at_once * config.vocab_size + 4.0 * config.vocab_size * config.hidden_size
     weights = 16.0 if cell.precision == "fp32" else 18.0
-    return np.array([weights * config.total, activation_bytes(config, kept, Layout()), head, 1.0])
+    return np.array([weights * config.total, stage_activations(config, kept, Layout())[0], head, 1.0])
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -78,16 +78,21 @@ def _short(memory: DeviceMemory, device: str, reliefs: tuple[Relief, ...], what:
     largest = max(memory.parts, key=lambda part: memory.parts[part])
     line = (
         f"capacity binds: {what} take {_gb(memory.total)} on the fullest {device}, which has {_gb(memory.capacity)}: "
-        f"{_gb(-memory.free)} short ({largest}: {_gb(memory.parts[largest])}){_listed(reliefs, fits=True)}"
+        f"{_gb(-memory.free)} short ({largest}: {_gb(memory.parts[largest])}){_fitting(reliefs, memory)}"
     )
     return Verdict("capacity", memory.total / memory.capacity, line, reliefs)
 
 
-def _listed(reliefs: tuple[Relief, ...], *, fits: bool = False) -> str:
+def _listed(reliefs: tuple[Relief, ...]) -> str:
+    words = [f"{each.words} ({each.factor - 1:+.0%})" for each in reliefs]
+    return f"; would relieve it: {', or '.join(words)}" if words else ""
+
+
+def _fitting(reliefs: tuple[Relief, ...], memory: DeviceMemory) -> str:
+    """Nothing that was tried: the least memory that holds it as it is."""
     if not reliefs:
-        return "; nothing here relieves it: take another machine" if fits else ""
-    words = [each.words if fits else f"{each.words} ({each.factor - 1:+.0%})" for each in reliefs]
-    return f"; would {'fit' if fits else 'relieve it'}: {', or '.join(words)}"
+        return f"; nothing tried here fits: it takes devices of {_gb(memory.total)} or more"
+    return f"; would fit: {', or '.join(each.words for each in reliefs)}"
 
 
 def _device_name(machine: Machine) -> str:
@@ -97,9 +102,9 @@ def _device_name(machine: Machine) -> str:
 def _room(serving: Serving) -> Iterator[Relief]:
     """What would make it fit: fewer texts, less context, narrower formats, more devices; each alone."""
     total = serving.memory.total
-    most = serving.most_users
+    most = serving.most_users or _most_spread_otherwise(serving)
     if most:
-        yield Relief(f"{most} texts at once", most / serving.users)
+        yield Relief(f"{most:,} text{'s' * (most > 1)} at once", most / serving.users)
     elif (shorter := _longest_context(serving)) > 0:
         yield Relief(f"one text of {shorter:,} tokens", shorter / serving.context)
     for name in _NARROWER:
@@ -110,6 +115,12 @@ def _room(serving: Serving) -> Iterator[Relief]:
     count = smallest_count(serving)
     if count is not None and count > serving.machine.count:
         yield Relief(f"{count}x{serving.machine.device.name}", count / serving.machine.count)
+
+
+def _most_spread_otherwise(serving: Serving) -> int:
+    """Texts that fit in the layout that is best for one; 0: not even that."""
+    one = _tried(lambda: _again(serving, users=1, machine=serving.machine))
+    return min(serving.users - 1, one.most_users) if one is not None and one.memory.fits else 0
 
 
 def smallest_count(serving: Serving) -> int | None:
@@ -164,7 +175,9 @@ def _gain(words: str, change: Callable[[], Serving], seconds: float) -> Relief |
     return Relief(words, factor) if factor < _WORTH_IT else None
 
 
-def _again(serving: Serving, *, format_: str | None = None, machine: Machine | None = None) -> Serving:
+def _again(
+    serving: Serving, *, format_: str | None = None, machine: Machine | None = None, users: int | None = None
+) -> Serving:
     """The same with other weights, or on other devices, in the layout that is best there."""
     formats = serving.formats if format_ is None else named(format_, serving.formats.cache)
     return make_serving(
@@ -172,7 +185,7 @@ def _again(serving: Serving, *, format_: str | None = None, machine: Machine | N
         formats,
         machine or serving.machine,
         context=serving.context,
-        users=serving.users,
+        users=serving.users if users is None else users,
         layout=serving.layout if machine is None else None,
         routing=serving.routing,
         speculation=serving.speculation,
@@ -210,7 +223,7 @@ def _tried(make: Callable[[], _T]) -> _T | None:
 
 
 def _texts(count: int, context: int) -> str:
-    return f"{count} text{'s' * (count > 1)} of {context:,} tokens and the model"
+    return f"{count:,} text{'s' * (count > 1)} of {context:,} tokens and the model"
 
 
 def _gb(num_bytes: float) -> str:

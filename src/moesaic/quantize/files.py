@@ -1,10 +1,11 @@
-"""From files to files with weights rounded to whole numbers, in the format that compressed-tensors and vLLM read.
+"""From files to files with weights rounded to whole numbers, in the format that compressed-tensors and vLLM read, or to
+sixteen uneven values (hub/uneven_files.py), which moesaic alone reads.
 
 What is rounded: the matrices of attention, MLPs, routed and shared experts, and the head where the files have one of
 its own. What stays: embeddings, norms, routers, shared experts' gates, biases, convolutions; and whole indexers and
 compressors, which choose what is attended to as routers choose experts, so that a small error is another choice.
 MLA's projections are rounded, the second expansion (`kv_b_proj`) too, though layers read it as a tensor: it is unpacked
-as it is read.
+as it is read. Beside uneven values it stays, as the head does: the engine rounds both to more bits as it opens them.
 """
 
 import os
@@ -12,7 +13,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import torch
 
@@ -22,7 +23,7 @@ from moesaic.hub.checkpoint import CONFIG, read_json
 from moesaic.hub.encodings import Plain
 from moesaic.hub.layouts import fused
 from moesaic.hub.packed_ints import SCALES
-from moesaic.hub.quantization import IntGroups, describe_ints, groups_of
+from moesaic.hub.quantization import IntGroups, describe_ints, describe_uneven, groups_of
 from moesaic.hub.resolve import weights_place
 from moesaic.hub.saving import SavesItself
 from moesaic.hub.sources import GgufWeights, SafetensorsFolder, open_source
@@ -30,15 +31,17 @@ from moesaic.hub.stored import DTYPES
 from moesaic.hub.streaming import Converted, convert
 from moesaic.hub.targets import NEVER_PACKED, Target
 from moesaic.hub.values import Part
+from moesaic.kernels import uneven
 from moesaic.kernels.blocks import GROUPS
-from moesaic.kernels.rounding import BITS, GROUP, Bits
-from moesaic.quantize.encoding import RoundedInts, Squares
+from moesaic.kernels.rounding import BITS, GROUP, Bits, Values
+from moesaic.quantize.encoding import RoundedInts, RoundedUneven, Squares
 from moesaic.tensor_spec import Role
 
 KEPT = 16
 """Bits of a head that stays as it is."""
 _ROUNDED: tuple[Role, ...] = ("attention", "mlp", "experts", "shared_experts", "head")
 _CHOOSERS = (".indexer.", ".compressor.", "relative_attention_bias")
+_OF_EIGHT_BITS = ".kv_b_proj.weight"
 _EXPERTS = r"re:.*\.experts\.(expert_)?\d+\..*"
 _STATED = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 _LAYER = re.compile(r"(.*?)\blayers\.(\d+)\.")
@@ -76,24 +79,30 @@ def quantize_checkpoint(
     bits: Bits,
     *,
     experts_bits: Bits | None = None,
-    head_bits: int = 8,
+    head_bits: int | None = None,
     group: int = GROUP,
+    values: Values = "even",
     tokenizer: SavesItself | None = None,
     max_shard_bytes: int = 2_000_000_000,
     advance: Callable[[int, int], object] = lambda num_bytes, total_bytes: None,
 ) -> QuantizedCheckpoint:
     """Write a model's files with its matrices rounded to the nearest whole numbers; all else as `hub.convert` does.
 
-    bits: of matrices; experts_bits: of routed experts (`bits` unless given); head_bits: 4, 8, or 16 for one that stays.
-    group: inputs that share a scale, 32, 64 or 128. advance hears of bytes as they are written, and of all there will
+    bits: of matrices; experts_bits: of routed experts (`bits` unless given); head_bits: 4, 8 (the usual), or 16 for one
+    that stays. group: inputs that share a scale, 32, 64 or 128. values: what four bits stand for; "uneven" takes no
+    other bits and groups, and the head stays. advance hears of bytes as they are written, and of all there will
     be. A few megabytes are in memory at a time. What is there is replaced only when the new folder is complete.
-    Raises ConfigError for other bits and groups, groups that do not divide a matrix's inputs, files that are packed
-    already, and families whose files stack experts; CheckpointError for files that are damaged or cannot be written.
+    Raises ConfigError for other bits, groups and values, groups that do not divide a matrix's inputs, files that are
+    packed already, and families whose files stack experts; CheckpointError for files that are damaged or cannot be
+    written.
     """
+    head_bits = head_bits or (KEPT if values == "uneven" else 8)
     _check_options(bits, experts_bits or bits, head_bits, group)
+    _check_values(values, (bits, experts_bits or bits), head_bits, group)
     source = open_source(weights_place(path_or_preset))
     _check_plain(source)
-    packer = _Packer({"experts": experts_bits or bits, "head": head_bits}, bits, group, source)
+    packer_of = _UnevenPacker if values == "uneven" else _Packer
+    packer = packer_of({"experts": experts_bits or bits, "head": head_bits}, bits, group, source)
     released = families.family(source.config.family).weight_map(source.config)
     written = convert(
         path_or_preset,
@@ -117,9 +126,11 @@ class _Packer:
         self._bits: dict[Role, int] = dict.fromkeys(_ROUNDED, bits) | of_roles
         self._group = group
         self._family, self._scales = source.config.family, _dtype_of_scales(source)
-        self._rounded: list[tuple[Target, RoundedInts]] = []
+        self._rounded: list[tuple[Target, RoundedInts | RoundedUneven]] = []
 
-    def encoding(self, name: str, shape: tuple[int, ...], parts: tuple[Part, ...]) -> RoundedInts | None:
+    def encoding(
+        self, name: str, shape: tuple[int, ...], parts: tuple[Part, ...]
+    ) -> RoundedInts | RoundedUneven | None:
         """How a tensor of a file is rounded; None where it stays. Stacked experts and odd groups are a ConfigError."""
         role = parts[0].spec.role
         if role == "experts" and len(shape) > 1 and _expert(parts) is None:
@@ -134,10 +145,13 @@ class _Packer:
             fitting = [str(group) for group in GROUPS if inputs % group == 0]
             remedy = f"use --group {fitting[-1]}" if fitting else "no group fits, so convert to fp8 or bf16 instead"
             raise ConfigError(f"groups of {self._group} do not divide the {inputs} inputs of {name}; {remedy}")
-        bits: Any = self._bits[role]
-        encoding = RoundedInts(bits, self._group, self._scales)
+        encoding = self._new_encoding(role)
         self._rounded.append((Target(name, shape, parts, encoding), encoding))
         return encoding
+
+    def _new_encoding(self, role: Role) -> RoundedInts | RoundedUneven:
+        bits: Any = self._bits[role]
+        return RoundedInts(bits, self._group, self._scales)
 
     def _is_rounded(self, name: str, shape: tuple[int, ...], parts: tuple[Part, ...]) -> bool:
         spec = parts[0].spec
@@ -162,19 +176,36 @@ class _Packer:
         )
         for target, encoding in self._rounded:
             assert groups_of(target.name.removesuffix(".weight"), groups).bits == encoding.bits, target.name
-        kept = [
-            target.name.removesuffix(".weight")
-            for target in targets
-            if isinstance(target.encoding, Plain) and len(target.shape) == 2 and target.name.endswith(".weight")
-        ]
-        return describe_ints(groups, kept)
+        return describe_ints(groups, _kept(targets))
 
     def tensors(self) -> list[RoundedTensor]:
         """Every rounded matrix, once it is written."""
         return [_told(target, encoding) for target, encoding in self._rounded]
 
 
-def _told(target: Target, encoding: RoundedInts) -> RoundedTensor:
+class _UnevenPacker(_Packer):
+    """The same for uneven values."""
+
+    def _new_encoding(self, role: Role) -> RoundedUneven:
+        return RoundedUneven()
+
+    def _is_rounded(self, name: str, shape: tuple[int, ...], parts: tuple[Part, ...]) -> bool:
+        return not name.endswith(_OF_EIGHT_BITS) and super()._is_rounded(name, shape, parts)
+
+    def describe(self, targets: list[Target]) -> dict[str, Any]:
+        return describe_uneven(_kept(targets))
+
+
+def _kept(targets: list[Target]) -> list[str]:
+    """Modules whose matrices stay as they are."""
+    return [
+        target.name.removesuffix(".weight")
+        for target in targets
+        if isinstance(target.encoding, Plain) and len(target.shape) == 2 and target.name.endswith(".weight")
+    ]
+
+
+def _told(target: Target, encoding: RoundedInts | RoundedUneven) -> RoundedTensor:
     spec = target.parts[0].spec
     found = _LAYER.search(spec.name)
     layer = f"{found[1].replace('.', ' ').strip()} {found[2]}".strip() if found else None
@@ -207,6 +238,22 @@ def _check_options(bits: int, experts_bits: int, head_bits: int, group: int) -> 
             raise ConfigError(f"{value} bits; known: {', '.join(map(str, known))}")
     if group not in GROUPS:
         raise ConfigError(f"group {group}; known: {', '.join(map(str, GROUPS))}")
+
+
+def _check_values(values: str, bits: tuple[int, ...], head_bits: int, group: int) -> None:
+    if values not in get_args(Values):
+        raise ConfigError(f"values={values!r}; known: {', '.join(get_args(Values))}")
+    if values == "even":
+        return
+    if set(bits) != {4}:
+        raise ConfigError(
+            f"uneven values in {max(bits)} bits; they are what four bits stand for: use 4, or even values"
+        )
+    if head_bits != KEPT or group != uneven.BLOCK:
+        raise ConfigError(
+            f"uneven values with a head of {head_bits} bits and groups of {group}; the head stays (16), and 32 weights "
+            "share a word of scales: leave both options out"
+        )
 
 
 def _check_plain(source: SafetensorsFolder | GgufWeights) -> None:

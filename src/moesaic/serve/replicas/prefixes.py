@@ -40,8 +40,8 @@ class PrefixMap:
     """Remembers which replica saw which beginnings of prompts last, and chooses by that and by load.
 
     slack: a replica takes no more than this times its share of all running requests, so that one popular beginning
-    does not fill one replica while others are idle (consistent hashing with bounded loads, arXiv:1608.01350). Two always
-    have room: the end of an answer is heard of late, and whoever asks again is not to lose their cache by that.
+    does not fill one replica while others are idle (consistent hashing with bounded loads, arXiv:1608.01350). Two
+    always have room: the end of an answer is heard of late, and whoever asks again is not to lose their cache by that.
     """
 
     def __init__(self, slack: float = 1.5, remembered: int = _REMEMBERED) -> None:
