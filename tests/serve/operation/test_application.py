@@ -100,6 +100,8 @@ def test_keys_and_names_and_other_sites() -> None:
         assert "access-control-allow-origin" not in other.headers
     with serving(settings()) as client:
         assert client.get("/v1/models", headers={"host": "rebound.example"}).status_code == 403
+        assert [client.head(path).status_code for path in ("/health", "/ready")] == [200, 200]
+        assert client.get("/v1/models/").json() == client.get("/v1/models").json()
         asked = client.options("/v1/completions", headers=asks)
         assert "access-control-allow-origin" not in asked.headers
 

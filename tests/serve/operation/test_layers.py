@@ -53,6 +53,10 @@ def test_only_names_of_this_machine(host: str, status: int) -> None:
     assert answer.status == status
 
 
+def test_probes_of_http_1_0_bring_no_name() -> None:
+    assert asyncio.run(ask(RequireHost(echo, LOOPBACK_NAMES), scope_of(headers=[]))).status == 200
+
+
 def limited(parts: list[bytes], headers: list[tuple[str, str]] | None = None, **options: bool) -> Answer:
     app = LimitBody(echo, Limits(body_bytes=10, body_s=0.05))
     return asyncio.run(ask(app, scope_of(headers=headers or []), parts, **options))

@@ -25,6 +25,7 @@ class ModelList(Answer):
     data: list[Model]
 
 
+@router.get("/v1/models/", include_in_schema=False)  # else it would be a model without a name
 @router.get("/v1/models", response_model=ModelList, responses=ERRORS)
 async def list_models(models: ServedModels) -> dict[str, Any]:
     """Every model that is served."""

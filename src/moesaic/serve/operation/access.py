@@ -34,21 +34,28 @@ class RequireKey:
 
 
 class RequireHost:
-    """Refuses requests under other names: a site whose name was made to point here could read the answers."""
+    """Refuses requests under other names: a site whose name was made to point here could read the answers.
+
+    Those without any name pass: browsers always send one, probes of HTTP/1.0 do not.
+    """
 
     def __init__(self, app: ASGIApp, names: Collection[str]) -> None:
         self.app, self.names = app, frozenset(name.lower() for name in names)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and _host_of(scope) not in self.names:
+        host = _host_of(scope) if scope["type"] == "http" else None
+        if host is not None and host not in self.names:
             allowed = ", ".join(sorted(self.names))
             return await refuse(scope, send, 403, f"asked by a name that is not allowed; allowed: {allowed}")
         await self.app(scope, receive, send)
 
 
-def _host_of(scope: Scope) -> str:
-    """The name in the Host header, without its port."""
-    value = next((value for name, value in scope["headers"] if name == b"host"), b"").decode("latin-1").lower()
+def _host_of(scope: Scope) -> str | None:
+    """The name in the Host header, without its port; None where there is no such header."""
+    sent = next((value for name, value in scope["headers"] if name == b"host"), None)
+    if sent is None:
+        return None
+    value = sent.decode("latin-1").lower()
     if value.startswith("["):
         return value[1:].partition("]")[0]
     return value.partition(":")[0]

@@ -32,11 +32,13 @@ def probes(readiness: Readiness, metrics: Metrics, fleet: Fleet) -> APIRouter:
     """/health, /ready and /metrics."""
     router = APIRouter()
 
+    @router.head("/health", include_in_schema=False)
     @router.get("/health", response_model=Health, responses={503: {"model": Health}})
     async def health() -> JSONResponse:
         """The process is alive, and so is every model that it has loaded; else it should be started anew."""
         return JSONResponse({"status": "ok"}) if fleet.alive else JSONResponse({"status": "failed"}, 503)
 
+    @router.head("/ready", include_in_schema=False)
     @router.get("/ready", response_model=Ready, responses={503: {"model": Ready}})
     async def ready() -> JSONResponse:
         """New requests are taken."""
