@@ -4,7 +4,7 @@ T tokens, V vocab.
 """
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -18,7 +18,6 @@ from moesaic.engine.engine import Engine, Piece
 from moesaic.engine.memory import packed_bytes
 from moesaic.engine.packing import Packer, Precision
 from moesaic.engine.weights import FileWeights
-from moesaic.hub.codes import CodesFormat
 from moesaic.hub.resolve import weights_place
 from moesaic.hub.sources import open_source
 from moesaic.hub.streaming import convert
@@ -41,7 +40,7 @@ QWEN = COMMON | {
 }  # fmt: skip
 
 # What is converted, and to which format.
-CASES: dict[str, tuple[dict[str, Any], CodesFormat]] = {
+CASES: dict[str, tuple[dict[str, Any], Literal["fp8", "mxfp4"]]] = {
     "gpt_oss": (GPT_OSS, "mxfp4"),
     "deepseek_v3": (DEEPSEEK, "fp8"),
     "qwen3_moe": (QWEN, "fp8"),
