@@ -100,7 +100,7 @@ def _measure(args: argparse.Namespace, batches: list[int]) -> dict[str, Any]:
         cases.append(reached.prefill_case(engine, kept, prefill))
     with output.progress("sampling", total=args.samples * len(cases)) as advance:
         reached.take_samples(engine, probe, cases, args.samples, lambda name: advance(1, note=name))
-    foretelling.keep_bench(args.model, kept, [(case, _context(case)) for case in cases])
+    foretelling.keep_bench(args.model, kept, [(case, _context(case)) for case in cases], threads)
     settings = {
         "model": args.model,
         "random_weights": drawn,

@@ -24,10 +24,10 @@ _WARMING = 1
 """First steps of a run, in which memory is touched for the first time."""
 
 
-def keep_bench(model: str, kept: "Held", cases: "Sequence[tuple[Case, float]]") -> None:
-    """Store what was foretold of each case, at the context that its texts had."""
+def keep_bench(model: str, kept: "Held", cases: "Sequence[tuple[Case, float]]", threads: int) -> None:
+    """Store what was foretold of each case, at the context that its texts had; nothing for other threads."""
     rates = measured_rates()
-    if rates is None:
+    if rates is None or rates.about.get("threads", threads) != threads:
         return
     from moesaic.bench.foretold import predictions
 

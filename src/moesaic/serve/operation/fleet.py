@@ -12,6 +12,7 @@ from moesaic.serve.loop.desk import Desk
 from moesaic.serve.loop.loop import Loop
 from moesaic.serve.loop.settings import LoopSettings
 from moesaic.serve.operation.counting import CountedRuns
+from moesaic.serve.operation.foretold import StepTimes, step_times
 from moesaic.serve.operation.metrics import Metrics, ModelState
 from moesaic.serve.operation.opening import Opened, open_aside, open_model
 from moesaic.serve.operation.passing import clear_passed
@@ -32,6 +33,7 @@ class Fleet:
         self.models = Models([])
         self._runs: dict[str, CountedRuns] = {}
         self._loops: dict[str, Loop] = {}
+        self._times: dict[str, StepTimes] = {}
         self._loading = asyncio.Lock()
 
     @property
@@ -69,6 +71,7 @@ class Fleet:
                 del self._loops[name]
                 await self._runs.pop(name).end()
                 await self.models.remove(name)
+                self._keep_times(name)
                 self.metrics.forget(name)
                 gc.collect()  # an engine's parts refer to each other, and hold all its memory
                 self._say(f"{name} is unloaded")
@@ -77,6 +80,13 @@ class Fleet:
         """Let all requests end with what they have; no more are run."""
         self._loops.clear()
         await asyncio.gather(*(runs.end() for runs in self._runs.values()))
+        for name in list(self._times):
+            self._keep_times(name)
+
+    def _keep_times(self, name: str) -> None:
+        """What its steps took, once there are no more."""
+        if (times := self._times.pop(name, None)) is not None:
+            times.keep()
 
     def _known(self, name: str) -> bool:
         if name not in self.settings.models:
@@ -86,7 +96,9 @@ class Fleet:
 
     async def _serve(self, name: str, settings: ModelSettings, opened: Opened) -> None:
         engine, tokenizer, drafter, cache_tokens = opened
-        routing = LiveRouting(engine)
+        routing, times = LiveRouting(engine), step_times(name, engine)
+        if times is not None:
+            self._times[name] = times
 
         def open_desk() -> CountedRuns:
             decode = KeptText(tokenizer)
@@ -98,6 +110,8 @@ class Fleet:
                 guidance=Guidance(tokenizer, engine.config.vocab_size),
             )
             desk.loop.listen(routing.hear)
+            if times is not None:
+                desk.loop.listen(times.hear)
             runs = CountedRuns(
                 name,
                 desk,
