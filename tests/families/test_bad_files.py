@@ -98,7 +98,9 @@ def test_what_has_another_shape_is_named(good: Path) -> None:
 
 def test_quantization_that_is_not_known_or_not_that_of_the_files(good: Path, tmp_path: Path) -> None:
     said = refused(ConfigError, load, state(good, quantization_config={"quant_method": "awq", "bits": 4}))
-    assert said.endswith("quantization_config of method 'awq' is not supported; known: fp8, mxfp4, compressed-tensors")
+    assert said.endswith(
+        "quantization_config of method 'awq' is not supported; known: fp8, mxfp4, compressed-tensors, moesaic-uneven4"
+    )
     said = refused(ConfigError, load, state(good, quantization_config="fp8"))
     assert "quantization_config='fp8'; it must be a table with its quant_method: fp8, mxfp4, compressed" in said
     state(good, quantization_config=None)
