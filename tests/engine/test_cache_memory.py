@@ -14,7 +14,9 @@ def resident() -> int:
     return int(next(line for line in status.splitlines() if line.startswith("VmRSS:")).split()[1]) * 1024
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
+@pytest.mark.skipif(
+    not Path("/proc/self/status").exists(), reason="what a process holds is read from Linux's /proc; it runs there"
+)
 def test_blocks_take_what_is_written_to_and_nothing_once_they_are_freed():
     before = resident()
     blocks = _blocks(BLOCKS, SIZE)

@@ -45,14 +45,22 @@ def header(path, types: dict[str, Q], *, architecture: str = "qwen3moe", leave_o
         if name == leave_out:
             continue
         kind = next((kind for part, kind in types.items() if part in name), Q.F32 if len(shape) == 1 else Q.BF16)
-        block, size = GGML_QUANT_SIZES[kind]
-        stored = (*shape[:-1], shape[-1] // block * size)
-        writer.add_tensor_info(name, stored, np.dtype(np.uint8), int(np.prod(stored)), raw_dtype=kind)
+        add_info(writer, name, shape, kind)
+    write_header(writer)
+    return path
+
+
+def add_info(writer: gguf.GGUFWriter, name: str, shape: tuple[int, ...], kind: GGMLQuantizationType) -> None:
+    block, size = GGML_QUANT_SIZES[kind]
+    stored = (*shape[:-1], shape[-1] // block * size)
+    writer.add_tensor_info(name, stored, np.dtype(np.uint8), int(np.prod(stored)), raw_dtype=kind)
+
+
+def write_header(writer: gguf.GGUFWriter) -> None:
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
     writer.close()
-    return path
 
 
 def shapes() -> dict[str, tuple[int, ...]]:
@@ -147,14 +155,8 @@ def latent(path, more=(), *, architecture="deepseek2", split=None, part=slice(No
     if split:
         writer.add_uint16("split.count", split)
     for name, shape in list({**LATENT_TENSORS, **dict(more)}.items())[part]:
-        kind = Q.F32 if len(shape) == 1 else Q.Q8_0
-        block, size = GGML_QUANT_SIZES[kind]
-        stored = (*shape[:-1], shape[-1] // block * size)
-        writer.add_tensor_info(name, stored, np.dtype(np.uint8), int(np.prod(stored)), raw_dtype=kind)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_ti_data_to_file()
-    writer.close()
+        add_info(writer, name, shape, Q.F32 if len(shape) == 1 else Q.Q8_0)
+    write_header(writer)
     return path
 
 
