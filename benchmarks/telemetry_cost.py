@@ -1,11 +1,8 @@
 """What telemetry costs: a training step with all it records by default and without, and a token of decoding likewise.
 
-Interleaved: both kinds take turns on the same model, in pairs of short blocks of steps, which the machine's moods hit
-alike. Which of a pair comes first is drawn, so that without any cost the logarithm of their ratio is as often positive
-as negative and of the same size. Its centre is estimated by the median of all means of two (Hodges and Lehmann), and
-the interval that holds the true one with 95% by Wilcoxon's signed ranks, narrower than that of a plain median. Once of
-the clock, and once of the processor time of all threads, which does not run while others have the processor (but has
-what waiting threads spin in).
+Interleaved: both kinds take turns on the same model, in pairs of short blocks of steps in drawn order (see paired.py).
+Once of the clock, and once of the processor time of all threads, which does not run while others have the processor
+(but has what waiting threads spin in).
 
 Recorded while training: rows per expert, layer and domain, mean scores, entropies, margins and flips of logits, the
 line of metrics.jsonl, TensorBoard's scalars and Prometheus text. While decoding: every token's experts, from the
@@ -20,7 +17,6 @@ most; one decodes, of 16 layers. Results with and without are compared bit by bi
 import argparse
 import hashlib
 import json
-import math
 import random
 import statistics
 import tempfile
@@ -30,6 +26,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from paired import cost, interval, verdict
 
 from moesaic.data.loader import Batch
 from moesaic.engine.cache import Text
@@ -195,20 +192,6 @@ def measure(subject: Training | Decoding, steps: int, pairs: int) -> dict[str, A
     }
 
 
-def cost(ratios: list[float]) -> dict[str, float]:
-    """The centre of ratios less 1, and between what it lies with 95%: Hodges and Lehmann's, of their logarithms."""
-    logs, n = np.log(ratios), len(ratios)
-    means = np.sort(np.add.outer(logs, logs)[np.triu_indices(n)] / 2)
-    reach = 1.96 * math.sqrt(n * (n + 1) * (2 * n + 1) / 24)
-    low = max(0, math.floor((len(means) - 1) / 2 - reach))
-    ends = means[low], means[len(means) - 1 - low]
-    return {
-        "overhead": math.expm1(np.median(means)),
-        "low": math.expm1(ends[0]),
-        "high": math.expm1(ends[1]),
-    }
-
-
 def measured(name: str, rounds: int, threads: int, folder: Path) -> dict[str, Any]:
     """One case: whether results are the same, and the cost."""
     if name == "decode":
@@ -228,18 +211,13 @@ def measured(name: str, rounds: int, threads: int, folder: Path) -> dict[str, An
 def line(name: str, result: dict[str, Any]) -> str:
     """A case in a line."""
     plain, recorded = result["step_s"] * 1e3, result["recorded_step_s"] * 1e3
-    shown = "shown" if result["high"] < MOST_COST[name] else "not shown" if result["low"] < MOST_COST[name] else "NO"
+    shown = verdict(result, MOST_COST[name])
     bits = "same bits" if result["bits_are_equal"] else "OTHER BITS"
     direct = f", timed by itself {result['direct']:.2%}" if "direct" in result else ""
     return (
         f"{name:12s} {plain:8.2f} ms, {recorded:8.2f} ms recorded: {interval(result)}, of processor time "
         f"{interval(result['processor'])}{direct}; below {MOST_COST[name]:.0%}: {shown}; {bits}"
     )
-
-
-def interval(found: dict[str, float]) -> str:
-    """What `cost` has found."""
-    return f"{found['overhead']:+.2%} ({found['low']:+.2%} to {found['high']:+.2%})"
 
 
 def main() -> None:
