@@ -18,22 +18,42 @@ static MOESAIC_INLINE void fetch(const uint8_t *p, int64_t bytes) {
 }
 
 // While weights stream past once.
-static MOESAIC_INLINE void fetch_ahead(const uint8_t *p, int64_t bytes) { fetch(p + 4096, bytes); }
+constexpr int64_t bytes_ahead = 4096;
+static MOESAIC_INLINE void fetch_ahead(const uint8_t *p, int64_t bytes) { fetch(p + bytes_ahead, bytes); }
 
-// While a piece meets many rows: the next piece, a part at a time.
+// Weights that a thread reads one after the other: a strip, and what it reads after that.
+struct Stream {
+    const uint8_t *strip;
+    int64_t bytes;
+    const uint8_t *after;
+
+    MOESAIC_INLINE const uint8_t *at(int64_t offset) const {
+        return offset < bytes ? strip + offset : after + (offset - bytes);
+    }
+};
+
+// Inlined, too: the linker must not merge copies for several instruction sets.
+//
+// So many bytes of a stream, a part at a time: more at once than the processor has room for would stall it.
 class FetchInParts {
 public:
-    FetchInParts(const uint8_t *next, int64_t bytes, int64_t parts)
-        : next_(next), part_bytes_((bytes / parts + 63) / 64 * 64) {}
+    MOESAIC_INLINE FetchInParts(const Stream &stream, int64_t offset, int64_t bytes, int64_t parts)
+        : stream_(stream), offset_(offset), end_(offset + bytes), part_bytes_((bytes / parts + 63) / 64 * 64) {}
 
-    void part() {
-        fetch(next_, part_bytes_);
-        next_ += part_bytes_;
+    MOESAIC_INLINE void part() {
+        if (offset_ >= end_) return;
+        fetch(stream_.at(offset_), part_bytes_);
+        offset_ += part_bytes_;
+    }
+
+    // Where what lies ahead is asked for as the stream is read, instead.
+    MOESAIC_INLINE void ahead_of(int64_t offset, int64_t bytes) const {
+        fetch(stream_.at(offset + bytes_ahead), bytes);
     }
 
 private:
-    const uint8_t *next_;
-    int64_t part_bytes_;
+    Stream stream_;
+    int64_t offset_, end_, part_bytes_;
 };
 
 }  // namespace moesaic

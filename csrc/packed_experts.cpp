@@ -14,6 +14,7 @@ namespace moesaic::MOESAIC_ISA {
 namespace {
 
 constexpr int64_t tokens_ahead = 8;  // of the one whose choices are added up
+constexpr int64_t rows_for_runs = 320;  // whose sums of several strips stay in the second cache
 
 inline int64_t at_most(int64_t a, int64_t b) { return a < b ? a : b; }
 
@@ -70,19 +71,27 @@ void activate_strip(const float *sums, const float *bias, int64_t at, int64_t in
     }
 }
 
-// Strips `begin` to `end` of a unit's rows into its expert, activated and rounded for the way down.
+inline const uint8_t *into_strip(const PackedExperts &experts, const Unit &unit, int64_t strip) {
+    return experts.into + unit.expert * experts.into_shape.bytes() + strip * experts.into_shape.strip_bytes();
+}
+inline const uint8_t *down_strip(const PackedExperts &experts, const Unit &unit, int64_t strip) {
+    return experts.down + unit.expert * experts.down_shape.bytes() + strip * experts.down_shape.strip_bytes();
+}
+
+// Strips `begin` to `end` of a unit's rows into its expert, activated and rounded for the way down. after: what is read
+// then.
 void go_in(const PackedExperts &experts, const Unit &unit, const PackedRows &rows, const PackedRows &inner_rows,
-           int64_t begin, int64_t end) {
+           int64_t begin, int64_t end, const uint8_t *after) {
     const PackedShape &shape = experts.into_shape;
     const int64_t width = strip_outputs / (shape.paired ? 2 : 1), inner = experts.down_shape.inputs;
     const int64_t span = (end - begin) * width;
-    const uint8_t *weights = experts.into + unit.expert * shape.bytes();
     const float *bias = experts.into_bias ? experts.into_bias + unit.expert * shape.outputs : nullptr;
     const PackedRows own = rows_from(rows, unit.row, unit.rows, shape);
     float *sums = sums_in_scratch(unit.rows);
     float *h = static_cast<float *>(scratch(inner_slot, unit.rows * span * 4));
     for (int64_t strip = begin; strip < end; ++strip) {
-        multiply_strip(weights + strip * shape.strip_bytes(), shape, own, sums);
+        multiply_strip(into_strip(experts, unit, strip), shape, own, sums,
+                       strip + 1 < end ? into_strip(experts, unit, strip + 1) : after);
         for (int64_t r = 0; r < unit.rows; ++r)
             activate_strip(sums + r * strip_outputs, bias, strip * width, inner, experts,
                            h + r * span + (strip - begin) * width);
@@ -92,14 +101,15 @@ void go_in(const PackedExperts &experts, const Unit &unit, const PackedRows &row
                        unit.row + r);
 }
 
-// A strip of the way down for a unit's rows, its bias added; y [R, 32].
-void go_down(const PackedExperts &experts, const Unit &unit, const PackedRows &inner_rows, int64_t strip, float *y) {
+// A strip of the way down for a unit's rows, its bias added; y [R, 32]. after: what is read then.
+void go_down(const PackedExperts &experts, const Unit &unit, const PackedRows &inner_rows, int64_t strip, float *y,
+             const uint8_t *after) {
     const PackedShape &shape = experts.down_shape;
     const int64_t size = at_most(shape.outputs - strip * strip_outputs, strip_outputs);
     {
         float *sums = y + unit.row * strip_outputs;
-        multiply_strip(experts.down + unit.expert * shape.bytes() + strip * shape.strip_bytes(), shape,
-                       rows_from(inner_rows, unit.row, unit.rows, shape), sums);
+        multiply_strip(down_strip(experts, unit, strip), shape, rows_from(inner_rows, unit.row, unit.rows, shape), sums,
+                       after);
         if (!experts.down_bias) return;
         const float *bias = experts.down_bias + unit.expert * shape.outputs + strip * strip_outputs;
         for (int64_t r = 0; r < unit.rows; ++r, sums += strip_outputs)
@@ -171,19 +181,24 @@ void packed_experts(const PackedExperts &experts, const ExpertRows &given, const
     const int64_t in_strips = into.strips(), some = strips_an_item(into, units.count, granule, useful);
     const int64_t chunks = (in_strips + some - 1) / some;
     parallel_for(units.count * chunks, 1, useful, [&](int64_t item) {
-        const int64_t begin = item % chunks * some;
-        go_in(experts, units.list[item / chunks], rows, inner_rows, begin, at_most(begin + some, in_strips));
+        const int64_t begin = item % chunks * some, next = at_most(item + 1, units.count * chunks - 1);
+        go_in(experts, units.list[item / chunks], rows, inner_rows, begin, at_most(begin + some, in_strips),
+              into_strip(experts, units.list[next / chunks], next % chunks * some));
     });
 
     // A thread takes a strip through all experts, and then has all that its outputs of every token are the sum of.
     useful = threads_for(work(down), 1 << 15, threads);
-    const int64_t together = num_rows <= 32 ? 4 : 1, apart = (num_rows + spare_rows) * strip_outputs;
+    const int64_t together = num_rows <= rows_for_runs ? 4 : 1, apart = (num_rows + spare_rows) * strip_outputs;
     parallel_for((down.strips() + together - 1) / together, 1, useful, [&](int64_t item) {
         float *y = static_cast<float *>(scratch(outputs_slot, together * apart * 4));
         const int64_t begin = item * together, end = at_most(begin + together, down.strips());
         for (int64_t u = 0; u < units.count; ++u)  // rows rise: what is written past a unit's last is the next one's
-            for (int64_t strip = begin; strip < end; ++strip)
-                go_down(experts, units.list[u], inner_rows, strip, y + (strip - begin) * apart);
+            for (int64_t strip = begin; strip < end; ++strip) {
+                const bool ends = strip + 1 == end, last = u + 1 == units.count;
+                const Unit &next = units.list[!ends ? u : last ? 0 : u + 1];
+                go_down(experts, units.list[u], inner_rows, strip, y + (strip - begin) * apart,
+                        down_strip(experts, next, !ends || last ? strip + 1 : begin));
+            }
         for (int64_t strip = begin; strip < end; ++strip) {
             const int64_t at = strip * strip_outputs, size = at_most(down.outputs - at, strip_outputs);
             for (int64_t token = 0; token < tokens.count; ++token) {

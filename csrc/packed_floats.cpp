@@ -11,23 +11,25 @@ namespace {
 constexpr int strip_vectors = strip_outputs / Vec::lanes;
 constexpr int together = strip_vectors < 2 ? strip_vectors : 2;  // vectors of outputs whose sums are held at once
 constexpr int64_t piece = 128;                                   // inputs; what e4m3 has a scale for
+// Rows whose sums of all outputs the registers hold, where they do not hold those of a tile (AVX2).
+constexpr int most_streamed_rows = strip_vectors == 2 * together ? 2 : 0;
 
-// Sums of R rows for `together` vectors of outputs, from where they are kept or zero.
-template <int R>
+// Sums of R rows for `width` vectors of outputs, from where they are kept or zero.
+template <int R, int width = together>
 struct Sums {
-    Vec v[R][together];
+    Vec v[R][width];
 
     MOESAIC_INLINE void begin(const float *from) {
         for (int r = 0; r < R; ++r)
-            for (int i = 0; i < together; ++i)
+            for (int i = 0; i < width; ++i)
                 v[r][i] = from ? load(from + r * strip_outputs + i * Vec::lanes) : set(0.0f);
     }
-    MOESAIC_INLINE void add(const Vec (&w)[together], int r, Vec x) {
-        for (int i = 0; i < together; ++i) v[r][i] = fma(w[i], x, v[r][i]);
+    MOESAIC_INLINE void add(const Vec (&w)[width], int r, Vec x) {
+        for (int i = 0; i < width; ++i) v[r][i] = fma(w[i], x, v[r][i]);
     }
     MOESAIC_INLINE void keep(float *to) const {
         for (int r = 0; r < R; ++r)
-            for (int i = 0; i < together; ++i) store(to + r * strip_outputs + i * Vec::lanes, v[r][i]);
+            for (int i = 0; i < width; ++i) store(to + r * strip_outputs + i * Vec::lanes, v[r][i]);
     }
 };
 
@@ -86,11 +88,13 @@ MOESAIC_INLINE void split_pairs(const uint8_t *pairs, Vec &even, Vec &odd) {
 }
 #endif
 
-template <int R>
-MOESAIC_INLINE void add_bf16(Sums<R> &sums, const uint8_t *pairs, int64_t inputs, const bf16 *x, int64_t stride) {
+template <int R, int width>
+MOESAIC_INLINE void add_bf16(Sums<R, width> &sums, const uint8_t *pairs, int64_t inputs, const bf16 *x,
+                             int64_t stride, bool reads_memory) {
     for (int64_t k = 0; k < inputs; k += 2, pairs += 4 * strip_outputs) {
+        if (reads_memory) fetch_ahead(pairs, 4 * strip_outputs);
 #if defined(__AVX512BF16__)
-        for (int i = 0; i < together; ++i) {
+        for (int i = 0; i < width; ++i) {
             const __m512bh w = (__m512bh)_mm512_loadu_si512(pairs + 64 * i);
             for (int r = 0; r < R; ++r) {
                 int32_t two;
@@ -99,8 +103,8 @@ MOESAIC_INLINE void add_bf16(Sums<R> &sums, const uint8_t *pairs, int64_t inputs
             }
         }
 #else
-        Vec even[together], odd[together];
-        for (int i = 0; i < together; ++i) split_pairs(pairs + 4 * i * Vec::lanes, even[i], odd[i]);
+        Vec even[width], odd[width];
+        for (int i = 0; i < width; ++i) split_pairs(pairs + 4 * i * Vec::lanes, even[i], odd[i]);
         for (int r = 0; r < R; ++r) {
             sums.add(even, r, set(to_float(x[r * stride + k])));
             sums.add(odd, r, set(to_float(x[r * stride + k + 1])));
@@ -109,7 +113,20 @@ MOESAIC_INLINE void add_bf16(Sums<R> &sums, const uint8_t *pairs, int64_t inputs
     }
 }
 
+// All of a strip's outputs at once, so that weights stream.
+template <int R>
+void stream_bf16(const uint8_t *strip, const PackedShape &shape, const bf16 *x, float *sums) {
+    Sums<R, strip_vectors> total;
+    total.begin(nullptr);
+    add_bf16(total, strip, shape.padded_inputs(), x, shape.row_stride(), true);
+    total.keep(sums);
+}
+
 void bf16_times_rows(const uint8_t *strip, const PackedShape &shape, const PackedRows &rows, float *sums) {
+    if (rows.rows <= most_streamed_rows)
+        return with_count<2>(rows.rows, [&](auto count) {
+            stream_bf16<decltype(count)::value>(strip, shape, static_cast<const bf16 *>(rows.values), sums);
+        });
     const int64_t inputs = shape.padded_inputs(), stride = shape.row_stride();
     const int64_t step = rows.rows > row_tile || together < strip_vectors ? 2 * piece : inputs;
     for (int64_t k = 0; k < inputs; k += step)
@@ -120,7 +137,7 @@ void bf16_times_rows(const uint8_t *strip, const PackedShape &shape, const Packe
                 Sums<decltype(count)::value> total;
                 total.begin(k ? kept : nullptr);
                 add_bf16(total, strip + 2 * k * strip_outputs + 4 * first, inputs - k < step ? inputs - k : step, x,
-                         stride);
+                         stride, most_streamed_rows > 0 && row == 0 && first == 0);
                 total.keep(kept);
             }
         });
@@ -138,7 +155,7 @@ void fp8_times_rows(const uint8_t *strip, const PackedShape &shape, const Packed
                 float *kept = sums + row * strip_outputs + first;
                 Sums<R> of_block, total;
                 of_block.begin(nullptr);
-                add_bf16(of_block, pairs + 4 * first, piece, x, stride);
+                add_bf16(of_block, pairs + 4 * first, piece, x, stride, false);
                 total.begin(k ? kept : nullptr);
                 for (int i = 0; i < together; ++i) {
                     const Vec scale = load(reinterpret_cast<const float *>(strip) + first + i * Vec::lanes);

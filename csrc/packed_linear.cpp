@@ -54,7 +54,8 @@ void multiply_rows(const PackedRows &rows, const PackedLinear &linear, int threa
         float *sums = sums_in_scratch(unit.rows);
         const int64_t begin = item % chunks * some, end = at_most(begin + some, strips);
         for (int64_t strip = begin; strip < end; ++strip) {
-            multiply_strip(weights + strip * shape.strip_bytes(), shape, own, sums);
+            const uint8_t *own_weights = weights + strip * shape.strip_bytes();
+            multiply_strip(own_weights, shape, own, sums, own_weights + shape.strip_bytes());
             put_strip(sums, strip, linear, unit);
         }
     });

@@ -64,28 +64,45 @@ MOESAIC_INLINE void dot_group(Ints (&sums)[R], const uint8_t *w, const int8_t *x
         dot_quads<R, G>(sums, w, first, x, stride);
 }
 
-// Groups g0 to g1 of R rows, added to their sums, or begun where g0 is 0. `strip` is where group `strip_g0` lies.
+// Rows up to which what takes two passes over a strip (AVX2) takes both group by group, so that weights stream: sums of
+// both fit the registers. Of bytes that lie in the cache a pass is the quicker by itself.
+constexpr int64_t most_streamed_rows = pass_outputs == strip_outputs ? row_tile : 2;
+
+// Groups g0 to g1 of R rows, added to their sums, or begun where g0 is 0. `strip` is where group `strip_g0` lies. What
+// comes next is asked for with each group, in the first pass.
 template <int R, class G>
 void add_groups(const uint8_t *strip, int64_t strip_g0, int64_t g0, int64_t g1, const PackedShape &shape,
-                const PackedRows &rows, int64_t row, float *sums) {
+                const PackedRows &rows, int64_t row, FetchInParts &next, float *sums) {
+    constexpr int passes = strip_outputs / pass_outputs;
+    constexpr int together = G::in_memory && R <= most_streamed_rows ? passes : 1;
     const int64_t stride = shape.row_stride(), apart = rows.groups_apart;
-    const bool reads_memory = G::in_memory && row == 0;  // later rows find the strip in the cache
     const int8_t *x = static_cast<const int8_t *>(rows.values) + row * stride;
     const float *row_scales = rows.scales + row;
     const int32_t *starts = rows.starts + row;
     sums += row * strip_outputs;
-    for (int64_t first = 0; first < strip_outputs; first += pass_outputs) {
-        Floats total[R];
-        for (int r = 0; r < R; ++r) total[r] = g0 ? floats_at(sums + r * strip_outputs + first) : zeros();
+    for (int64_t begin = 0; begin < strip_outputs; begin += together * pass_outputs) {
+        Floats total[together][R];
+        for (int pass = 0; pass < together; ++pass)
+            for (int r = 0; r < R; ++r)
+                total[pass][r] = g0 ? floats_at(sums + r * strip_outputs + begin + pass * pass_outputs) : zeros();
         for (int64_t g = g0; g < g1; ++g) {
-            if (reads_memory && first == 0) fetch_ahead(strip + G::bytes_of(g - strip_g0), G::bytes_of(1));
-            Ints group_sums[R];
-            for (int r = 0; r < R; ++r) group_sums[r] = ints(starts[g * apart + r]);
-            dot_group<R, G>(group_sums, G::numbers(strip, g - strip_g0) + 4 * first, x + g * G::size, stride);
-            const Floats scales = G::scales(strip, g - strip_g0, first);
-            for (int r = 0; r < R; ++r) add_scaled(total[r], group_sums[r], scales, row_scales[g * apart + r]);
+            if constexpr (!G::in_memory) {
+                if (begin == 0) next.part();
+            } else if (begin == 0 && row == 0) {  // later rows find the strip in the cache
+                next.ahead_of(G::bytes_of(g), G::bytes_of(1));
+            }
+            for (int pass = 0; pass < together; ++pass) {
+                const int64_t first = begin + pass * pass_outputs;
+                Ints group_sums[R];
+                for (int r = 0; r < R; ++r) group_sums[r] = ints(starts[g * apart + r]);
+                dot_group<R, G>(group_sums, G::numbers(strip, g - strip_g0) + 4 * first, x + g * G::size, stride);
+                const Floats scales = G::scales(strip, g - strip_g0, first);
+                for (int r = 0; r < R; ++r)
+                    add_scaled(total[pass][r], group_sums[r], scales, row_scales[g * apart + r]);
+            }
         }
-        for (int r = 0; r < R; ++r) store(sums + r * strip_outputs + first, total[r]);
+        for (int pass = 0; pass < together; ++pass)
+            for (int r = 0; r < R; ++r) store(sums + r * strip_outputs + begin + pass * pass_outputs, total[pass][r]);
     }
 }
 
@@ -125,20 +142,24 @@ void widen(const uint8_t *strip, int64_t g0, int64_t g1, uint8_t *to) {
 constexpr int64_t most_narrow_rows = pass_outputs == strip_outputs ? 2 * row_tile : row_tile;
 
 template <Format F, int64_t group>
-void ints_times_rows(const uint8_t *strip, const PackedShape &shape, const PackedRows &rows, float *sums) {
+void ints_times_rows(const Stream &stream, const PackedShape &shape, const PackedRows &rows, float *sums) {
     using Narrow = Groups<F, group, false>;
     using Wide = Groups<F, group, true>;
-    constexpr int64_t piece = piece_bytes / Narrow::wide_bytes / Narrow::block_groups * Narrow::block_groups;
-    static_assert(piece > 0, "a piece has a group at least");
-    const int64_t groups = shape.row_groups();
+    constexpr int64_t most = piece_bytes / Narrow::wide_bytes / Narrow::block_groups * Narrow::block_groups;
+    static_assert(most > 0, "a piece has a group at least");
+    const uint8_t *strip = stream.strip;
+    const int64_t groups = shape.row_groups(), tiles = (rows.rows + row_tile - 1) / row_tile;
     const auto at_most = [](int64_t a, int64_t b) { return a < b ? a : b; };
+    // Pieces as even as they can be.
+    const int64_t blocks = groups / Narrow::block_groups, pieces = (groups + most - 1) / most;
+    const int64_t piece = (blocks + pieces - 1) / pieces * Narrow::block_groups;
     const auto next_piece = [&](int64_t g, int64_t parts) {
-        return FetchInParts(strip + Narrow::bytes_of(g), Narrow::bytes_of(piece), parts);
+        return FetchInParts(stream, Narrow::bytes_of(g), Narrow::bytes_of(piece), parts);
     };
 #if defined(MOESAIC_HAS_TILES)
     if (rows.rows >= rows_for_tiles(group)) {
         uint8_t *wide = static_cast<uint8_t *>(scratch(wide_slot, piece_bytes));
-        const TilesLent tiles(group);
+        const TilesLent lent(group);
         for (int64_t g = 0; g < groups; g += piece) {
             const int64_t end = at_most(g + piece, groups);
             widen<Narrow, true>(strip, g, end, wide);
@@ -152,39 +173,43 @@ void ints_times_rows(const uint8_t *strip, const PackedShape &shape, const Packe
         for (int64_t g = 0; g < groups; g += piece) {
             const int64_t end = at_most(g + piece, groups);
             widen<Narrow, false>(strip, g, end, wide);
-            FetchInParts next = next_piece(end, (rows.rows + row_tile - 1) / row_tile);
+            FetchInParts next = next_piece(end, tiles * (end - g));
             over_tiles(rows.rows, [&](int64_t row, auto count) {
-                next.part();
-                add_groups<decltype(count)::value, Wide>(wide, g, g, end, shape, rows, row, sums);
+                add_groups<decltype(count)::value, Wide>(wide, g, g, end, shape, rows, row, next, sums);
             });
         }
         return;
     }
-    const int64_t step = pass_outputs == strip_outputs && rows.rows <= row_tile ? groups : piece;
-    for (int64_t g = 0; g < groups; g += step)
+    const int64_t step = rows.rows <= most_streamed_rows ? groups : piece;
+    for (int64_t g = 0; g < groups; g += step) {
+        const int64_t end = at_most(g + step, groups);
+        FetchInParts next = next_piece(end, 1);
         over_tiles(rows.rows, [&](int64_t row, auto count) {
-            add_groups<decltype(count)::value, Narrow>(strip, 0, g, at_most(g + step, groups), shape, rows, row, sums);
+            add_groups<decltype(count)::value, Narrow>(strip, 0, g, end, shape, rows, row, next, sums);
         });
+    }
 }
 
 template <Format F>
-void ints_times_rows(const uint8_t *strip, const PackedShape &shape, const PackedRows &rows, float *sums) {
+void ints_times_rows(const Stream &stream, const PackedShape &shape, const PackedRows &rows, float *sums) {
     switch (shape.group) {
-        case 32: return ints_times_rows<F, 32>(strip, shape, rows, sums);
-        case 64: return ints_times_rows<F, 64>(strip, shape, rows, sums);
-        default: return ints_times_rows<F, 128>(strip, shape, rows, sums);
+        case 32: return ints_times_rows<F, 32>(stream, shape, rows, sums);
+        case 64: return ints_times_rows<F, 64>(stream, shape, rows, sums);
+        default: return ints_times_rows<F, 128>(stream, shape, rows, sums);
     }
 }
 
 }  // namespace
 
-void multiply_strip(const uint8_t *strip, const PackedShape &shape, const PackedRows &rows, float *sums) {
+void multiply_strip(const uint8_t *strip, const PackedShape &shape, const PackedRows &rows, float *sums,
+                    const uint8_t *after) {
+    const Stream stream = {strip, shape.strip_bytes(), after};
     switch (shape.format) {
-        case Format::int8: return ints_times_rows<Format::int8>(strip, shape, rows, sums);
-        case Format::int6: return ints_times_rows<Format::int6>(strip, shape, rows, sums);
-        case Format::int4: return ints_times_rows<Format::int4>(strip, shape, rows, sums);
-        case Format::mxfp4: return ints_times_rows<Format::mxfp4, 32>(strip, shape, rows, sums);
-        case Format::uneven4: return ints_times_rows<Format::uneven4, uneven_group>(strip, shape, rows, sums);
+        case Format::int8: return ints_times_rows<Format::int8>(stream, shape, rows, sums);
+        case Format::int6: return ints_times_rows<Format::int6>(stream, shape, rows, sums);
+        case Format::int4: return ints_times_rows<Format::int4>(stream, shape, rows, sums);
+        case Format::mxfp4: return ints_times_rows<Format::mxfp4, 32>(stream, shape, rows, sums);
+        case Format::uneven4: return ints_times_rows<Format::uneven4, uneven_group>(stream, shape, rows, sums);
         default: return multiply_strip_of_floats(strip, shape, rows, sums);
     }
 }

@@ -17,8 +17,9 @@ enum PackedSlot { rows_slot = 16, units_slot, inner_rows_slot, sums_slot, wide_s
 void prepare_inputs(const float *x, int64_t first, int64_t end, const PackedShape &shape, const PackedRows &rows,
                     int64_t row);
 
-// sums [rows, 32] of one strip.
-void multiply_strip(const uint8_t *strip, const PackedShape &shape, const PackedRows &rows, float *sums);
+// sums [rows, 32] of one strip. after: what this thread will read then, as far as is known.
+void multiply_strip(const uint8_t *strip, const PackedShape &shape, const PackedRows &rows, float *sums,
+                    const uint8_t *after);
 
 // The same where weights are floats of some kind.
 void multiply_strip_of_floats(const uint8_t *strip, const PackedShape &shape, const PackedRows &rows, float *sums);
