@@ -84,9 +84,9 @@ class TimedRecorder(LoadRecorder):
 
     spent_s = 0.0
 
-    def hear(self, layer: int, decision: RoutingDecision) -> None:
+    def hear_all(self, decisions: dict[int, RoutingDecision], domain_ids_B: torch.Tensor | None = None) -> None:
         started = time.perf_counter()
-        super().hear(layer, decision)
+        super().hear_all(decisions, domain_ids_B)
         self.spent_s += time.perf_counter() - started
 
     def finish_step(self, step: int | None = None) -> StepLoad:

@@ -4,10 +4,11 @@ import torch
 
 from moesaic.config import RouterConfig
 from moesaic.layers.router import RouterLayer
-from moesaic.routing import TokenFacts
-from moesaic.telemetry.load import LogitFacts
-from moesaic.telemetry.logits import SAMPLED, LogitSums
-from moesaic.telemetry.recorder import LoadRecorder, score_sums
+from moesaic.routing import RoutingDecision, TokenFacts
+from moesaic.telemetry.heard import score_sums
+from moesaic.telemetry.load import LayerLoad, LogitFacts
+from moesaic.telemetry.logits import SAMPLED
+from moesaic.telemetry.recorder import LoadRecorder
 from tests.tiny import lively, tiny_config
 
 T, E, K, D = 40, 6, 2, 9
@@ -23,10 +24,14 @@ def decide(mask_T: torch.Tensor | None = None, scale: float = 1.0, **settings):
         return router(torch.randn(T, D), TokenFacts(mask_T=mask_T))
 
 
-def read(decision) -> LogitFacts:
-    sums = LogitSums()
-    sums.add(decision)
-    facts = sums.read()
+def heard(decisions: dict[int, RoutingDecision]) -> tuple[LayerLoad, ...]:
+    recorder = LoadRecorder({layer: one.rows.num_experts for layer, one in decisions.items()}, K)
+    recorder.hear_all(decisions)
+    return recorder.finish_step().layers
+
+
+def read(decision: RoutingDecision) -> LogitFacts:
+    facts = heard({0: decision})[0].logits
     assert facts is not None
     return facts
 
@@ -55,16 +60,14 @@ def test_choices_that_hang_on_rounding_are_counted():
 def test_masked_tokens_do_not_count_and_padding_alone_tells_nothing():
     mask_T = torch.arange(T) % 4 == 0
     assert read(decide(mask_T)).num_sampled == T // 4
-    sums = LogitSums()
-    sums.add(decide(torch.zeros(T, dtype=torch.bool)))
-    assert sums.read() is None
+    assert heard({0: decide(torch.zeros(T, dtype=torch.bool))})[0].logits is None
 
 
 def test_a_selection_bias_that_decides_shows_as_a_negative_margin():
     decision = decide(name="sigmoid_topk", selection_bias=True)
     before = read(decision).margin
-    router = decision.rechoose.__self__
-    router.selection_bias[0] = 10.0  # chosen by every token, whatever its logit
+    assert decision.rechoose is not None and decision.rechoose.selection_bias_E is not None
+    decision.rechoose.selection_bias_E[0] = 10.0  # chosen by every token, whatever its logit
     assert before > 0 > read(decision).margin
 
 
@@ -77,7 +80,7 @@ def test_every_router_that_can_choose_again_is_read(name):
 
 def test_mean_scores_and_their_entropy():
     decision = decide()
-    entropy, scores_E = score_sums(decision.scores_TE)
+    (entropy,), (scores_E,) = score_sums(decision.scores_TE[None])
     scores = decision.scores_TE.double()
     assert scores_E.numpy() == pytest.approx(scores.sum(0).numpy(), rel=1e-5)
     assert float(entropy) == pytest.approx(float(-(scores * scores.log()).sum()), rel=1e-5)

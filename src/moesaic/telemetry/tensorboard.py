@@ -10,8 +10,12 @@ import os
 import struct
 import time
 from collections.abc import Iterator, Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO, Self
+
+import numpy as np
+from numpy.typing import NDArray
 
 from moesaic.errors import RunFolderError
 from moesaic.telemetry.health import LayerHealth, RouterHealth
@@ -143,17 +147,26 @@ def _varint(value: int) -> bytes:
 
 
 def _masked_crc(data: bytes) -> bytes:
-    crc = 0xFFFFFFFF
-    for byte in data:
-        crc = _CRC_TABLE[(crc ^ byte) & 0xFF] ^ (crc >> 8)
-    crc ^= 0xFFFFFFFF
+    crc = _crc(data)
     return struct.pack("<I", ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF)
 
 
-def _crc_entry(byte: int) -> int:
+def _crc(data: bytes) -> int:
+    """CRC-32C of at least four bytes. It is linear: what each bit leaves behind is added up, without carry."""
+    bits = np.unpackbits(np.frombuffer(data, np.uint8), bitorder="little")
+    bits[:32] ^= 1  # the register starts full of ones
+    remainders = _remainders(1 << len(data).bit_length())[-len(bits) :]
+    return int(np.bitwise_xor.reduce(remainders * bits)) ^ 0xFFFFFFFF
+
+
+@lru_cache(maxsize=8)
+def _remainders(num_bytes: int) -> NDArray[np.uint32]:
+    """What each bit of a message leaves in the register, [8 * num_bytes]."""
+    after_byte = np.arange(256, dtype=np.uint32)
     for _ in range(8):
-        byte = byte >> 1 ^ (0x82F63B78 if byte & 1 else 0)  # Castagnoli's polynomial, reflected
-    return byte
-
-
-_CRC_TABLE = [_crc_entry(byte) for byte in range(256)]
+        after_byte = after_byte >> 1 ^ (after_byte & 1) * np.uint32(0x82F63B78)  # Castagnoli's polynomial, reflected
+    found = np.empty((num_bytes, 8), np.uint32)
+    found[-1] = after_byte[1 << np.arange(8)]
+    for place in range(num_bytes - 1, 0, -1):
+        found[place - 1] = after_byte[found[place] & 0xFF] ^ (found[place] >> 8)
+    return found.reshape(-1)
