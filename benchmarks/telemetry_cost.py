@@ -121,7 +121,7 @@ class Training:
             started = time.perf_counter()
             line = {"step": self.taken, "loss": result.loss, "load": result.load.to_json()}
             self.metrics.write(json.dumps(line) + "\n")
-            self.events.add(self.taken, line_scalars(line))
+            self.events.add(self.taken, line_scalars(line, result.load))
             self.scraped.add(result.load)
             self.recorded_s.append(self.recorder.spent_s + time.perf_counter() - started)
             self.recorder.spent_s = 0.0

@@ -26,14 +26,19 @@ _VERSION = b"brain.Event:2"
 _SESSION_START = 1
 
 
-def line_scalars(line: Mapping[str, Any]) -> dict[str, float]:
-    """The scalars of a line of metrics.jsonl: its numbers, held-out losses per domain, and the routing's evenness."""
+def line_scalars(line: Mapping[str, Any], load: StepLoad | None = None) -> dict[str, float]:
+    """The scalars of a line of metrics.jsonl: its numbers, held-out losses per domain, and the routing's evenness.
+
+    load: what the line has under that name, where it is at hand; else it is read from there.
+    """
     scalars = {name: float(value) for name, value in line.items() if name != "step" and isinstance(value, int | float)}
     for table, values in line.items():
         if table.endswith("held_out_by_domain"):
             scalars |= {f"{table}/{domain}": value for domain, value in values.items()}
-    if "load" in line:
-        scalars |= load_scalars(StepLoad.from_json(line["load"]))
+    if load is None and "load" in line:
+        load = StepLoad.from_json(line["load"])
+    if load is not None:
+        scalars |= load_scalars(load)
     return scalars
 
 
@@ -93,7 +98,7 @@ class EventFile:
         """Write scalars of a step; `wall_time_s` is seconds since the epoch (None: now)."""
         try:
             file = self._file or self._open()
-            summary = b"".join(_message(1, _text(1, tag) + _float(2, value)) for tag, value in scalars.items())
+            summary = b"".join(_head(tag) + struct.pack("<f", value) for tag, value in scalars.items())
             write_whole(file, _record(_event(step, wall_time_s) + _message(5, summary)))
         except OSError as error:
             raise RunFolderError(
@@ -129,8 +134,11 @@ def _text(field: int, text: str) -> bytes:
     return _message(field, text.encode())
 
 
-def _float(field: int, value: float) -> bytes:
-    return _varint(field << 3 | 5) + struct.pack("<f", value)
+@lru_cache(maxsize=1 << 14)
+def _head(tag: str) -> bytes:
+    """A scalar as a summary has it, but for the four bytes of its value, which end it."""
+    parts = _text(1, tag) + _varint(2 << 3 | 5)
+    return _varint(1 << 3 | 2) + _varint(len(parts) + 4) + parts
 
 
 def _number(field: int, value: int) -> bytes:
