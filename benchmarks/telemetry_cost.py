@@ -81,9 +81,9 @@ class TimedRecorder(LoadRecorder):
 
     spent_s = 0.0
 
-    def hear(self, layer: int, decision: RoutingDecision) -> None:
+    def hear_all(self, decisions: dict[int, RoutingDecision], domain_ids_B: torch.Tensor | None = None) -> None:
         started = time.perf_counter()
-        super().hear(layer, decision)
+        super().hear_all(decisions, domain_ids_B)
         self.spent_s += time.perf_counter() - started
 
     def finish_step(self, step: int | None = None) -> StepLoad:
@@ -118,7 +118,7 @@ class Training:
             started = time.perf_counter()
             line = {"step": self.taken, "loss": result.loss, "load": result.load.to_json()}
             self.metrics.write(json.dumps(line) + "\n")
-            self.events.add(self.taken, line_scalars(line))
+            self.events.add(self.taken, line_scalars(line, result.load))
             self.scraped.add(result.load)
             self.recorded_s.append(self.recorder.spent_s + time.perf_counter() - started)
             self.recorder.spent_s = 0.0

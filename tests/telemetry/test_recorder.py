@@ -17,8 +17,9 @@ from moesaic.config.capacity import CapacityConfig
 from moesaic.errors import ConfigError
 from moesaic.routing import RoutingDecision, Rows
 from moesaic.routing.capacity import limit
+from moesaic.telemetry.heard import score_sums
 from moesaic.telemetry.load import StepLoad, sum_loads
-from moesaic.telemetry.recorder import LoadRecorder, entropy_sum
+from moesaic.telemetry.recorder import LoadRecorder
 
 
 def decide(num_tokens: int, num_experts: int, top_k: int, seed: int, mask_T: torch.Tensor | None = None):
@@ -89,10 +90,10 @@ def test_entropy_of_sigmoid_scores_is_that_of_their_shares():
     scores_TE = torch.rand(8, 5)
     shares_TE = scores_TE / scores_TE.sum(-1, keepdim=True)
     expected = torch.distributions.Categorical(shares_TE).entropy().sum()
-    assert float(entropy_sum(scores_TE)) == pytest.approx(float(expected), rel=1e-5)
+    assert float(score_sums(scores_TE[None])[0]) == pytest.approx(float(expected), rel=1e-5)
     certain_TE = torch.tensor([[0.0, 1.0, 0.0], [1.0, 0.0, 0.0]])
-    assert float(entropy_sum(certain_TE)) == 0
-    assert math.isfinite(float(entropy_sum(torch.zeros(2, 5))))
+    assert float(score_sums(certain_TE[None])[0]) == 0
+    assert math.isfinite(float(score_sums(torch.zeros(1, 2, 5))[0]))
 
 
 def test_listening_leaves_no_trace_in_the_gradient():
@@ -102,7 +103,7 @@ def test_listening_leaves_no_trace_in_the_gradient():
     rows = Rows.from_topk(ids_TK, weights_TK, 3)
     recorder = LoadRecorder({0: 3}, 2)
     recorder.hear(0, RoutingDecision(rows=rows, logits_TE=logits_TE, scores_TE=scores_TE))
-    assert not recorder._sums[0].entropy.requires_grad  # type: ignore[union-attr]
+    assert not recorder._held[0].entropy_L.requires_grad
 
 
 def test_for_model_finds_the_routed_layers():

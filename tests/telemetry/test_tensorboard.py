@@ -54,6 +54,17 @@ def test_the_checksum_is_crc_32c():
     assert (rotated >> 17 | rotated << 15) & 0xFFFFFFFF == 0xE3069283
 
 
+@pytest.mark.parametrize("size", [4, 5, 31, 32, 33, 1000, 5003])
+def test_checksums_of_any_size_are_those_of_the_loop_over_bits(size: int):
+    data = np.random.default_rng(size).integers(0, 256, size, dtype=np.uint8).tobytes()
+    crc = 0xFFFFFFFF
+    for byte in data:
+        crc ^= byte
+        for _ in range(8):
+            crc = crc >> 1 ^ (0x82F63B78 if crc & 1 else 0)
+    assert tensorboard._crc(data) == crc ^ 0xFFFFFFFF
+
+
 def test_nothing_is_written_without_scalars_and_files_stand_in_order(tmp_path):
     with EventFile(tmp_path / "board", first_step=1):
         pass
@@ -81,6 +92,7 @@ def test_a_line_of_metrics_as_scalars():
         "held_out_by_domain": {"prose": 2.0, "code": 1.5},
     }
     scalars = line_scalars(line)
+    assert scalars == line_scalars(line, StepLoad(step=5, layers=layers))
     assert scalars.pop("router/max_violation") == 0.5
     assert scalars.pop("router/layer 3/dead_experts") == 1.0
     assert scalars.pop("router/layer 0/load_entropy") == 1.0

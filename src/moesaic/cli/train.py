@@ -226,7 +226,9 @@ def _board(stack: ExitStack, folder: Path, first_step: int) -> "Listener":
     from moesaic.train.reports import metrics_line
 
     events = stack.enter_context(EventFile(folder, first_step))
-    return lambda report, evaluation: events.add(report.step, line_scalars(metrics_line(report, evaluation)))
+    return lambda report, evaluation: events.add(
+        report.step, line_scalars(metrics_line(report, evaluation), report.load)
+    )
 
 
 def _scraped(stack: ExitStack, place: Path) -> "Listener":

@@ -12,7 +12,7 @@ from torch.nn.functional import linear, pad
 
 from moesaic.config.router import RouterConfig
 from moesaic.routing import RoutingDecision, Rows, TokenFacts
-from moesaic.routing.routers import ROUTERS, Choice, RouterInput
+from moesaic.routing.routers import ROUTERS, Choice, Rechooser, RouterInput
 from moesaic.tensor_spec import TensorSpec
 
 BATCH_NORM_EPSILON = 1e-5
@@ -68,12 +68,12 @@ class RouterLayer(nn.Module):
             router_weight_ED=self.weight,
             groups=self.config.groups,
             top_k=self.config.top_k,
-            rechoose=self._rechoose if self.weight is not None and self.config.kind.balanceable else None,
+            rechoose=self._rechooser(),
         )
 
-    def _rechoose(self, logits_TE: Tensor) -> Tensor:
-        """expert_ids_TM of other logits, without the noise of training."""
-        return self.choose(RouterInput(logits_TE, selection_bias_E=self.selection_bias), self.config).expert_ids_TM
+    def _rechooser(self) -> Rechooser | None:
+        is_decided = self.weight is not None and self.config.kind.balanceable
+        return Rechooser(self.config, self.selection_bias) if is_decided else None
 
     def _look(self, x_TD: Tensor, facts: TokenFacts, choices: Rows | None, first_time: bool) -> RouterInput:
         """What the router sees. Random numbers are drawn whether or not choices are dictated, so that a second run

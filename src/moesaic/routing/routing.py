@@ -3,7 +3,6 @@
 T tokens, E experts, K choices a token, R rows (one row is one token at one expert).
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal, NamedTuple
@@ -14,6 +13,7 @@ from torch import Tensor
 from moesaic.config.router import GroupConfig
 from moesaic.errors import ConfigError
 from moesaic.kernels import ops
+from moesaic.routing.routers.router import Rechooser
 
 
 class TokenOrder(NamedTuple):
@@ -182,7 +182,7 @@ class RoutingDecision:
     router_weight_ED: Tensor | None = None
     groups: GroupConfig | None = None
     top_k: int | None = None
-    rechoose: Callable[[Tensor], Tensor] | None = None
+    rechoose: Rechooser | None = None
 
     @property
     def chosen(self) -> Rows:

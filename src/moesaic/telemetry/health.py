@@ -31,18 +31,13 @@ def load_entropy(counts_E: ArrayLike) -> float:
     Shannon's entropy of the shares over its maximum (Pielou's evenness, 1966). NaN without rows, 1 for a single expert.
     """
     shares_E = load_shares(counts_E)
-    if not shares_E.any():
-        return math.nan
-    if shares_E.size == 1:
-        return 1.0
-    return _entropy(shares_E) / math.log(shares_E.size)
+    return _evenness(_entropy_of_load(shares_E), shares_E.size)
 
 
 def effective_experts(counts_E: ArrayLike) -> float:
     """As how many equally loaded experts these are worth, `exp(-sum(p ln p))` (Hill's number of order 1, 1973): E is
     even, 1 is all on one. NaN without rows."""
-    shares_E = load_shares(counts_E)
-    return math.exp(_entropy(shares_E)) if shares_E.any() else math.nan
+    return math.exp(_entropy_of_load(load_shares(counts_E)))
 
 
 def max_violation(counts_E: ArrayLike) -> float:
@@ -51,15 +46,16 @@ def max_violation(counts_E: ArrayLike) -> float:
     Source: arXiv:2408.15664 (loss-free balancing). NaN without rows.
     """
     counts = np.asarray(counts_E, dtype=np.float64)
-    mean = counts.mean()
-    return float(counts.max() / mean - 1.0) if mean > 0 else math.nan
+    mean = float(counts.sum()) / counts.size
+    return float(counts.max()) / mean - 1.0 if mean > 0 else math.nan
 
 
 def coefficient_of_variation(counts_E: ArrayLike) -> float:
     """`std(c) / mean(c)`; 0 is even. Its square is the balancing loss of arXiv:1701.06538. NaN without rows."""
     counts = np.asarray(counts_E, dtype=np.float64)
-    mean = counts.mean()
-    return float(counts.std() / mean) if mean > 0 else math.nan
+    mean = float(counts.sum()) / counts.size
+    away_E = counts - mean
+    return math.sqrt(float(away_E @ away_E) / counts.size) / mean if mean > 0 else math.nan
 
 
 def enough_to_tell(num_tokens: int, top_k: int, num_experts: int) -> bool:
@@ -74,10 +70,13 @@ def enough_to_tell(num_tokens: int, top_k: int, num_experts: int) -> bool:
 
 def dead_experts(counts_E: ArrayLike, *, num_tokens: int, top_k: int) -> tuple[int, ...] | None:
     """Experts whose share of the rows is below 0.1/E; None when the window has too few rows to tell."""
-    shares_E = load_shares(counts_E)
+    return _dead(load_shares(counts_E), num_tokens, top_k)
+
+
+def _dead(shares_E: Floats, num_tokens: int, top_k: int) -> tuple[int, ...] | None:
     if not enough_to_tell(num_tokens, top_k, shares_E.size):
         return None
-    return tuple(int(e) for e in np.flatnonzero(shares_E < DEAD_SHARE / shares_E.size))
+    return tuple(np.flatnonzero(shares_E < DEAD_SHARE / shares_E.size).tolist())
 
 
 def domain_shares(counts_ME: ArrayLike) -> Floats:
@@ -98,6 +97,16 @@ def domain_divergence(counts_ME: ArrayLike) -> float:
         return math.nan
     spread = _entropy(shares_ME.mean(0)) - float(np.mean([_entropy(shares_E) for shares_E in shares_ME]))
     return min(1.0, max(0.0, spread / math.log(len(shares_ME))))
+
+
+def _evenness(entropy: float, num_experts: int) -> float:
+    """An entropy of so many shares over its maximum; 1 for a single one, NaN where it is unknown."""
+    return entropy / math.log(num_experts) if num_experts > 1 else entropy + 1.0
+
+
+def _entropy_of_load(shares_E: Floats) -> float:
+    """`_entropy`; NaN without rows."""
+    return _entropy(shares_E) if shares_E.any() else math.nan
 
 
 def _entropy(shares_E: Floats) -> float:
@@ -138,18 +147,20 @@ class LayerHealth:
     @classmethod
     def of(cls, load: LayerLoad) -> "LayerHealth":
         most = math.log(load.num_experts) if load.num_experts > 1 else math.inf
+        shares_E = load_shares(load.counts_E)
+        entropy = _entropy_of_load(shares_E)
         return cls(
             layer=load.layer,
             num_experts=load.num_experts,
             num_tokens=load.num_tokens,
             top_k=load.top_k,
-            heaviest=int(np.argmax(load.counts_E)),
+            heaviest=int(load.counts_E.argmax()),
             max_violation=max_violation(load.counts_E),
-            load_entropy=load_entropy(load.counts_E),
+            load_entropy=_evenness(entropy, load.num_experts),
             coefficient_of_variation=coefficient_of_variation(load.counts_E),
             router_entropy=load.router_entropy / most,
-            dead=dead_experts(load.counts_E, num_tokens=load.num_tokens, top_k=load.top_k),
-            effective_experts=effective_experts(load.counts_E),
+            dead=_dead(shares_E, load.num_tokens, load.top_k),
+            effective_experts=math.exp(entropy),
             average_entropy=load.average_entropy / most,
             dropped_share=load.dropped_share,
             logits=load.logits,

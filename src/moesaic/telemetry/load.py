@@ -5,7 +5,7 @@ E experts, M domains.
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -108,8 +108,8 @@ class LayerLoad:
             "domain_counts": None if self.domain_counts_ME is None else self.domain_counts_ME.tolist(),
             "dropped_rows": self.dropped_rows,
             "lost_tokens": self.lost_tokens,
-            "mean_scores": None if scores_E is None else [float(f"{score:.6g}") for score in scores_E],
-            "logits": None if self.logits is None else asdict(self.logits),
+            "mean_scores": None if scores_E is None else [float(f"{score:.6g}") for score in scores_E.tolist()],
+            "logits": None if self.logits is None else dict(vars(self.logits)),
         }
 
     @classmethod

@@ -1,108 +1,49 @@
 """Listens to routing and counts: rows per expert, rows dropped, tokens and router entropy, over whole steps.
 
-T tokens, E experts, M domains, R routed rows.
+B batch, T tokens, E experts, M domains.
 """
 
 from collections.abc import Collection
 from typing import Self
 
-import torch
+import numpy as np
 from torch import Tensor
 
 from moesaic.config import ModelConfig, MoeConfig
 from moesaic.errors import ConfigError
 from moesaic.routing import RoutingDecision, RoutingTape, Rows
-from moesaic.telemetry.load import Floats, LayerLoad, StepLoad
-from moesaic.telemetry.logits import LogitSums
+from moesaic.telemetry.heard import Heard, alike, listen
+from moesaic.telemetry.load import LayerLoad, StepLoad
+from moesaic.telemetry.logits import LogitSums, facts_of
 
-
-def entropy_sum(scores_TE: Tensor, mask_T: Tensor | None = None) -> Tensor:
-    """The sum over tokens of the entropy of their scores, in nats, fp64 scalar on the scores' device.
-
-    Scores are divided by their sum first, so sigmoid scores are judged as shares too:
-    H = ln S - sum(s ln s) / S, with S = sum(s). Tokens where `mask_T` is false do not count.
-    """
-    return score_sums(scores_TE, mask_T)[0]
-
-
-def score_sums(scores_TE: Tensor, mask_T: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """(`entropy_sum`, the sum over tokens of their scores as shares [E], fp64)."""
-    tiny = torch.finfo(scores_TE.dtype).tiny
-    total_T = scores_TE.sum(-1).clamp_min(tiny)
-    # torch.special.entr says the same and takes four times as long on a CPU: its logarithm is not vectorised.
-    entropy_T = total_T.log() - (scores_TE * scores_TE.clamp_min(tiny).log()).sum(-1) / total_T
-    parts_T = total_T.reciprocal()
-    if mask_T is not None:
-        entropy_T, parts_T = entropy_T.masked_fill(~mask_T, 0.0), parts_T.masked_fill(~mask_T, 0.0)
-    return entropy_T.sum(dtype=torch.float64), (parts_T @ scores_TE).double()
+MOST_HELD = 32  # forwards that are held before they are added up, which waits for the device
 
 
 class _LayerSums:
-    """What one layer has heard since the step began."""
+    """What one layer has told since the step began."""
 
-    def __init__(self, layer: int, num_experts: int, top_k: int, num_domains: int) -> None:
-        self.layer, self.top_k, self.num_domains = layer, top_k, num_domains
-        self.counts_E = torch.zeros(num_experts, dtype=torch.int64)
-        self.domain_counts_ME: Tensor = torch.zeros(num_domains, num_experts, dtype=torch.int64)
-        self.num_tokens: Tensor | int = 0
-        self.entropy: Tensor | float = 0.0
-        self.dropped_rows = 0
-        self.lost_tokens: Tensor | int = 0
-        self.scores_E: Tensor | float = 0.0
-        self.logits = LogitSums()
+    def __init__(self, num_experts: int, num_domains: int) -> None:
+        self.counts_E = np.zeros(num_experts, np.int64)
+        self.domain_counts_ME = np.zeros((num_domains, num_experts), np.int64)
+        self.num_tokens = self.dropped_rows = self.lost_tokens = 0
+        self.entropy, self.scores_E = 0.0, np.zeros(num_experts)
+        self.logits_7, self.peak = np.zeros(7), 0.0
         self.has_heard = False
 
-    def add(self, decision: RoutingDecision, domains_T: Tensor | int | None) -> None:
-        rows, num_experts = decision.chosen, self.counts_E.numel()
-        if rows.num_experts != num_experts:
-            raise ConfigError(
-                f"layer {self.layer} routes over {rows.num_experts} experts and the recorder was made for "
-                f"{num_experts}; make one with LoadRecorder.for_model(model.config)"
-            )
-        self.has_heard, counts_E = True, rows.counts_E
-        self.counts_E += counts_E
-        # The sums stay tensors until the step ends: reading a mask here would wait for the device.
-        self.num_tokens = self.num_tokens + (rows.num_tokens if decision.mask_T is None else decision.mask_T.sum())
-        entropy, scores_E = score_sums(decision.scores_TE, decision.mask_T)
-        self.entropy, self.scores_E = self.entropy + entropy, self.scores_E + scores_E
-        self.logits.add(decision)
-        if decision.before_capacity is not None:
-            self.dropped_rows += rows.token_ids_R.numel() - decision.rows.token_ids_R.numel()
-            self.lost_tokens = self.lost_tokens + (_has_rows(rows) & ~_has_rows(decision.rows)).sum()
-        if isinstance(domains_T, int):
-            self.domain_counts_ME[domains_T] += counts_E
-        elif domains_T is not None:
-            cells_R = domains_T.flatten()[rows.token_ids_R] * num_experts + rows.expert_ids_R
-            found = torch.zeros(self.domain_counts_ME.numel(), dtype=torch.int64, device=cells_R.device)
-            found.index_add_(0, cells_R, torch.ones_like(cells_R))  # bincount would wait for the device
-            self.domain_counts_ME = self.domain_counts_ME.to(found.device) + found.view_as(self.domain_counts_ME)
-
-    def load(self) -> LayerLoad:
-        num_tokens = int(self.num_tokens)
+    def load(self, layer: int, top_k: int) -> LayerLoad:
+        num_tokens = self.num_tokens
         return LayerLoad(
-            layer=self.layer,
-            top_k=self.top_k,
-            counts_E=self.counts_E.numpy().copy(),
+            layer=layer,
+            top_k=top_k,
+            counts_E=self.counts_E,
             num_tokens=num_tokens,
-            router_entropy=float(self.entropy) / num_tokens if num_tokens else float("nan"),
-            domain_counts_ME=self.domain_counts_ME.cpu().numpy().copy() if self.num_domains else None,
+            router_entropy=self.entropy / num_tokens if num_tokens else float("nan"),
+            domain_counts_ME=self.domain_counts_ME if len(self.domain_counts_ME) else None,
             dropped_rows=self.dropped_rows,
-            lost_tokens=int(self.lost_tokens),
-            mean_scores_E=self._mean_scores(num_tokens),
-            logits=self.logits.read(),
+            lost_tokens=self.lost_tokens,
+            mean_scores_E=self.scores_E / num_tokens if num_tokens else None,
+            logits=facts_of(self.logits_7, self.peak),
         )
-
-    def _mean_scores(self, num_tokens: int) -> Floats | None:
-        if not num_tokens or not isinstance(self.scores_E, Tensor):
-            return None
-        return self.scores_E.cpu().numpy() / num_tokens
-
-
-def _has_rows(rows: Rows) -> Tensor:
-    """Whether each token is served at all, [T]."""
-    return torch.zeros(rows.num_tokens, dtype=torch.bool, device=rows.token_ids_R.device).index_fill(
-        0, rows.token_ids_R, True
-    )
 
 
 class LoadRecorder(RoutingTape):
@@ -161,13 +102,23 @@ class LoadRecorder(RoutingTape):
 
     def hear(self, layer: int, decision: RoutingDecision) -> None:
         """Add one layer's decision to the running step; the decision itself is not kept."""
-        if layer not in self._sums:
-            known = ", ".join(map(str, self._sums)) or "none"
-            raise ConfigError(
-                f"layer {layer} routes and the recorder does not know it; it was made for layers: {known}"
-            )
-        with torch.no_grad():
-            self._sums[layer].add(decision, self._domains_T)
+        self._check(layer, decision)
+        self._hold(listen({layer: decision}, self._domains_T, self.num_domains))
+
+    def hear_all(self, decisions: dict[int, RoutingDecision], domain_ids_B: Tensor | None = None) -> None:
+        """Add all layers' decisions of a forward: as `hear` of each, in fewer calls.
+
+        domain_ids_B: of each sequence, in place of what `set_domains` said; left alone where no domains are counted.
+        Layers may see other numbers of tokens of each: an encoder does, and those that look ahead.
+        """
+        for layer, decision in decisions.items():
+            self._check(layer, decision)
+        for group in alike(decisions):
+            domains_T = self._domains_T
+            if domain_ids_B is not None and self.num_domains:
+                num_tokens = next(iter(group.values())).chosen.num_tokens
+                domains_T = domain_ids_B.repeat_interleave(num_tokens // len(domain_ids_B), output_size=num_tokens)
+            self._hold(listen(group, domains_T, self.num_domains))
 
     def finish_step(self, step: int | None = None) -> StepLoad:
         """The loads of everything heard since the last call, then start anew. Steps number themselves from 1.
@@ -175,13 +126,63 @@ class LoadRecorder(RoutingTape):
         Optional layers that did not run are not in it.
         """
         self.step = self.step + 1 if step is None else step
-        heard = (sums for layer, sums in self._sums.items() if sums.has_heard or layer not in self.optional)
-        load = StepLoad(step=self.step, layers=tuple(sums.load() for sums in heard))
+        self._add_up()
+        loads = (
+            sums.load(layer, self.top_k_by_layer[layer])
+            for layer, sums in self._sums.items()
+            if sums.has_heard or layer not in self.optional
+        )
+        load = StepLoad(step=self.step, layers=tuple(loads))
         self._reset()
         return load
 
+    def _check(self, layer: int, decision: RoutingDecision) -> None:
+        num_experts = self.num_experts_by_layer.get(layer)
+        if num_experts is None:
+            known = ", ".join(map(str, self._sums)) or "none"
+            raise ConfigError(
+                f"layer {layer} routes and the recorder does not know it; it was made for layers: {known}"
+            )
+        if decision.chosen.num_experts != num_experts:
+            raise ConfigError(
+                f"layer {layer} routes over {decision.chosen.num_experts} experts and the recorder was made for "
+                f"{num_experts}; make one with LoadRecorder.for_model(model.config)"
+            )
+
+    def _hold(self, heard: Heard) -> None:
+        self._held.append(heard)
+        self._num_held += len(heard.layers)
+        if self._num_held >= MOST_HELD * len(self._sums):
+            self._add_up()
+
+    def _add_up(self) -> None:
+        for heard in self._held:
+            self._add(heard)
+        self._held, self._num_held = [], 0
+
+    def _add(self, heard: Heard) -> None:
+        num_tokens = int(heard.num_tokens)
+        counts_LE, entropies = heard.counts_LE.numpy(), heard.entropy_L.tolist()
+        scores_LE = heard.scores_LE.cpu().numpy()
+        domains_MLE = None if heard.domain_counts_MLE is None else heard.domain_counts_MLE.cpu().numpy()
+        logits = None if heard.sample is None else LogitSums.of(heard.sample)
+        for at, layer in enumerate(heard.layers):
+            sums = self._sums[layer]
+            sums.has_heard = True
+            sums.num_tokens += num_tokens
+            sums.counts_E += counts_LE[at]
+            sums.entropy += entropies[at]
+            sums.scores_E += scores_LE[at]
+            sums.dropped_rows += heard.dropped_rows.get(layer, 0)
+            sums.lost_tokens += int(heard.lost_tokens.get(layer, 0))
+            if domains_MLE is not None:
+                sums.domain_counts_ME += domains_MLE[:, at]
+            if logits is not None:
+                sums.logits_7 += logits.sums_L7[at]
+                sums.peak = max(sums.peak, float(logits.peak_L[at]))
+
     def _reset(self) -> None:
-        self._sums = {
-            layer: _LayerSums(layer, num_experts, self.top_k_by_layer[layer], self.num_domains)
-            for layer, num_experts in self.num_experts_by_layer.items()
-        }
+        num_experts = self.num_experts_by_layer
+        self._held: list[Heard] = []
+        self._num_held = 0  # layers of all of these
+        self._sums = {layer: _LayerSums(number, self.num_domains) for layer, number in num_experts.items()}

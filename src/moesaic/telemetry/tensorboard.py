@@ -10,8 +10,12 @@ import os
 import struct
 import time
 from collections.abc import Iterator, Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO, Self
+
+import numpy as np
+from numpy.typing import NDArray
 
 from moesaic.errors import RunFolderError
 from moesaic.telemetry.health import LayerHealth, RouterHealth
@@ -22,14 +26,19 @@ _VERSION = b"brain.Event:2"
 _SESSION_START = 1
 
 
-def line_scalars(line: Mapping[str, Any]) -> dict[str, float]:
-    """The scalars of a line of metrics.jsonl: its numbers, held-out losses per domain, and the routing's evenness."""
+def line_scalars(line: Mapping[str, Any], load: StepLoad | None = None) -> dict[str, float]:
+    """The scalars of a line of metrics.jsonl: its numbers, held-out losses per domain, and the routing's evenness.
+
+    load: what the line has under that name, where it is at hand; else it is read from there.
+    """
     scalars = {name: float(value) for name, value in line.items() if name != "step" and isinstance(value, int | float)}
     for table, values in line.items():
         if table.endswith("held_out_by_domain"):
             scalars |= {f"{table}/{domain}": value for domain, value in values.items()}
-    if "load" in line:
-        scalars |= load_scalars(StepLoad.from_json(line["load"]))
+    if load is None and "load" in line:
+        load = StepLoad.from_json(line["load"])
+    if load is not None:
+        scalars |= load_scalars(load)
     return scalars
 
 
@@ -89,7 +98,7 @@ class EventFile:
         """Write scalars of a step; `wall_time_s` is seconds since the epoch (None: now)."""
         try:
             file = self._file or self._open()
-            summary = b"".join(_message(1, _text(1, tag) + _float(2, value)) for tag, value in scalars.items())
+            summary = b"".join(_head(tag) + struct.pack("<f", value) for tag, value in scalars.items())
             write_whole(file, _record(_event(step, wall_time_s) + _message(5, summary)))
         except OSError as error:
             raise RunFolderError(
@@ -125,8 +134,11 @@ def _text(field: int, text: str) -> bytes:
     return _message(field, text.encode())
 
 
-def _float(field: int, value: float) -> bytes:
-    return _varint(field << 3 | 5) + struct.pack("<f", value)
+@lru_cache(maxsize=1 << 14)
+def _head(tag: str) -> bytes:
+    """A scalar as a summary has it, but for the four bytes of its value, which end it."""
+    parts = _text(1, tag) + _varint(2 << 3 | 5)
+    return _varint(1 << 3 | 2) + _varint(len(parts) + 4) + parts
 
 
 def _number(field: int, value: int) -> bytes:
@@ -143,17 +155,26 @@ def _varint(value: int) -> bytes:
 
 
 def _masked_crc(data: bytes) -> bytes:
-    crc = 0xFFFFFFFF
-    for byte in data:
-        crc = _CRC_TABLE[(crc ^ byte) & 0xFF] ^ (crc >> 8)
-    crc ^= 0xFFFFFFFF
+    crc = _crc(data)
     return struct.pack("<I", ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF)
 
 
-def _crc_entry(byte: int) -> int:
+def _crc(data: bytes) -> int:
+    """CRC-32C of at least four bytes. It is linear: what each bit leaves behind is added up, without carry."""
+    bits = np.unpackbits(np.frombuffer(data, np.uint8), bitorder="little")
+    bits[:32] ^= 1  # the register starts full of ones
+    remainders = _remainders(1 << len(data).bit_length())[-len(bits) :]
+    return int(np.bitwise_xor.reduce(remainders * bits)) ^ 0xFFFFFFFF
+
+
+@lru_cache(maxsize=8)
+def _remainders(num_bytes: int) -> NDArray[np.uint32]:
+    """What each bit of a message leaves in the register, [8 * num_bytes]."""
+    after_byte = np.arange(256, dtype=np.uint32)
     for _ in range(8):
-        byte = byte >> 1 ^ (0x82F63B78 if byte & 1 else 0)  # Castagnoli's polynomial, reflected
-    return byte
-
-
-_CRC_TABLE = [_crc_entry(byte) for byte in range(256)]
+        after_byte = after_byte >> 1 ^ (after_byte & 1) * np.uint32(0x82F63B78)  # Castagnoli's polynomial, reflected
+    found = np.empty((num_bytes, 8), np.uint32)
+    found[-1] = after_byte[1 << np.arange(8)]
+    for place in range(num_bytes - 1, 0, -1):
+        found[place - 1] = after_byte[found[place] & 0xFF] ^ (found[place] >> 8)
+    return found.reshape(-1)

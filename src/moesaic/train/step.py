@@ -186,7 +186,7 @@ class Stepper:
         for index, value in enumerate(parts.mtp):
             totals.mtp[index] += value.item() * share.targets
         if recorder:
-            _tell(recorder, tape, torch.from_numpy(batch.domain_ids_B).to(self.device))
+            recorder.hear_all(tape.decisions, torch.from_numpy(batch.domain_ids_B).to(self.device))
 
     @torch.no_grad()
     def _first_pass(self, step: int, micro_batches: Sequence[AnyBatch]) -> tuple[dict[int, Tensor] | None, float]:
@@ -218,14 +218,6 @@ class Stepper:
 
     def _load(self, recorder: LoadRecorder | None, number: int) -> StepLoad | None:
         return sum_loads(self.ranks.gather(recorder.finish_step(number))) if recorder else None
-
-
-def _tell(recorder: LoadRecorder, tape: RoutingTape, domain_ids_B: Tensor) -> None:
-    """Hand a batch's decisions on. An encoder sees other tokens of each row, and layers that look ahead see fewer."""
-    for layer, decision in tape.decisions.items():
-        if recorder.num_domains:
-            recorder.set_domains(domain_ids_B.repeat_interleave(decision.chosen.num_tokens // len(domain_ids_B)))
-        recorder.hear(layer, decision)
 
 
 @contextmanager

@@ -2,8 +2,8 @@
 
 from moesaic.routing.routers import assigned, drawn, hashed, ragged, sparsemixer, topk
 from moesaic.routing.routers.hashed import hash_table
-from moesaic.routing.routers.router import ROUTERS, Choice, Router, RouterInput
+from moesaic.routing.routers.router import ROUTERS, Choice, Rechooser, Router, RouterInput
 
-__all__ = ["ROUTERS", "Choice", "Router", "RouterInput", "hash_table"]
+__all__ = ["ROUTERS", "Choice", "Rechooser", "Router", "RouterInput", "hash_table"]
 
 _REGISTERED = (assigned, drawn, hashed, ragged, sparsemixer, topk)  # importing them is what registers their routers

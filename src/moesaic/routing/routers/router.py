@@ -4,6 +4,7 @@ T tokens, E experts, K choices a token, M columns of choices. All arithmetic is 
 expert id. Logits may be -inf (an expert that is closed), but not all of a token's.
 """
 
+from collections.abc import Sequence
 from typing import Literal, NamedTuple, Protocol
 
 import torch
@@ -15,7 +16,8 @@ from moesaic.registry import Registry
 
 
 class RouterInput(NamedTuple):
-    """What a router may look at. `selection_bias_E` takes part in choosing only; `token_ids_T` serves look-ups.
+    """What a router may look at. `selection_bias_E` ([E], or [T, E] where tokens have their own) takes part in choosing
+    only; `token_ids_T` serves look-ups.
 
     dictated_TM: experts already chosen, for the router to weigh only; -1 where a token has no such choice. M >= K.
     mask_T: true for tokens that count; None when all do. training: whether noise and limits of training apply.
@@ -57,6 +59,26 @@ class Router(Protocol):
 
 
 ROUTERS: Registry[Router] = Registry("router")
+
+
+class Rechooser(NamedTuple):
+    """What a router would choose of other logits, without the noise of training: called with logits_TE, it returns
+    expert_ids_TM."""
+
+    settings: RouterConfig
+    selection_bias_E: Tensor | None = None
+
+    def __call__(self, logits_TE: Tensor) -> Tensor:
+        seen = RouterInput(logits_TE, selection_bias_E=self.selection_bias_E)
+        return ROUTERS[self.settings.name](seen, self.settings).expert_ids_TM
+
+    @classmethod
+    def joined(cls, rechoosers: "Sequence[Rechooser]", num_tokens: int) -> "Rechooser":
+        """One for the logits of several, `num_tokens` of each below the others; all of one configuration."""
+        biases = [one.selection_bias_E for one in rechoosers if one.selection_bias_E is not None]
+        if len(rechoosers) == 1 or not biases:
+            return rechoosers[0]
+        return cls(rechoosers[0].settings, torch.stack(biases).repeat_interleave(num_tokens, dim=0))
 
 
 def select(scores_TE: Tensor, seen: RouterInput, settings: RouterConfig) -> Tensor:
