@@ -9,6 +9,7 @@ from moesaic.train.lint.report import NotMeasured
 from moesaic.train.lint.stand import Logits, Stand, falling
 
 MILD = 2.0
+UNDER = 0.9  # of the mean load
 
 
 def lopsided(num_experts: int, apart: int = 1, real_columns: int | None = None) -> Logits:
@@ -71,10 +72,16 @@ def graded(stand: Stand, heavy: float) -> list[int]:
     """Tokens by kind: one kind whose experts are a little under-loaded; of the others `heavy` are of one kind.
 
     Counted before any dropping the second kind's experts have less than the mean; counted after it they have more,
-    since what the first ones lost lowers the mean. Raises NotMeasured for a batch too small for that.
+    since what the first ones lost lowers the mean. Raises NotMeasured for a batch too small for that, and where a token
+    gets so many of the experts that none can stand out.
     """
     total, top_k, experts = stand.num_tokens, stand.top_k, stand.num_experts
-    second = int(0.9 * total * top_k / experts)
+    share = UNDER * top_k / experts
+    if heavy * (1 - share) <= share:
+        raise NotMeasured(
+            f"a token gets {top_k} of {experts} experts, too many for some to stand out; build it with more experts"
+        )
+    second = int(share * total)
     first = int(heavy * (total - second))
     if second < 2 or first <= second:
         raise NotMeasured(
@@ -83,6 +90,7 @@ def graded(stand: Stand, heavy: float) -> list[int]:
         )
     counts = [0] * experts
     counts[0], counts[top_k % experts] = first, second
+    others = [*range(2 * top_k, experts), 0]  # which share no expert with the second kind
     for i in range(total - first - second):
-        counts[(2 * top_k + i) % experts if experts > 2 * top_k else 0] += 1
+        counts[others[i % len(others)]] += 1
     return counts
