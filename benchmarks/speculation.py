@@ -1,13 +1,14 @@
 """How much faster drafts make texts, and how little slower where they are wrong: with and without, taking turns.
 
     python benchmarks/speculation.py MODEL [--bits 4] [--draft-model MODEL] [--clients 1,8] [--tokens 256] [--rounds 5]
-        [--no-guard] [--json FILE]
+        [--workloads edit,loop,drawn,wrong] [--drafts n-gram,known,model] [--no-guard] [--json FILE]
 
 Workloads: "edit": a file of code, and the beginning of the same file once more; greedy. Only a model that copies gives
 drafts from the text a chance: `right` says how many of the drafts were. "loop": a few tokens over and over; greedy.
 "drawn": the edit at temperature 1. "wrong": a prompt in which all pairs of a few tokens occur, at temperature 2: drafts
 are found everywhere, and hardly one is right. Drafts: "n-gram"; "model"; "known": what was written the first time,
-which is what perfect drafts would give. Ratios: tokens a second with drafts over those without, medians of the rounds.
+which is what perfect drafts would give. Ratios: tokens a second with drafts over those without of each round, which of
+the two comes first being drawn, their centre and the interval that holds the true one with 95% (see paired.py).
 """
 
 import argparse
@@ -18,7 +19,9 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
+
+from paired import cost
 
 from moesaic.cli import output
 from moesaic.data.open_tokenizer import open_tokenizer
@@ -33,6 +36,7 @@ from moesaic.serve.speculation.guard import guarded
 from moesaic.serve.speculation.model import ModelDrafter, check_same_tokens
 from moesaic.serve.speculation.ngram import NgramDrafter
 
+T = TypeVar("T")
 Texts = dict[tuple[int, ...], list[int]]
 """What was written behind each prompt."""
 
@@ -68,11 +72,11 @@ def main() -> None:
     drafters = drafters_of(args, engine, tokenizer)
     samples: list[dict[str, Any]] = []
     for clients in map(int, args.clients.split(",")):
-        for workload, requests in workloads(tokenizer, clients, args.tokens).items():
-            for name, make in drafters.items():
+        for workload, requests in chosen(workloads(tokenizer, clients, args.tokens), args.workloads).items():
+            for name, make in chosen(drafters, args.drafts).items():
                 samples += measure(engine, (workload, name, clients), requests, make, args)
     rows = summarize(samples)
-    columns = ("workload", "drafts", "clients", "tokens/s", "without", "ratio", "drafted", "right")
+    columns = ("workload", "drafts", "clients", "tokens/s", "without", "ratio", "from", "to", "drafted", "right")
     output.table(columns, [[str(value) for value in row.values()] for row in rows], "medians of the rounds")
     if args.json:
         args.json.write_text(json.dumps({"samples": samples, "medians": rows}, indent=1))
@@ -87,9 +91,16 @@ def parser_of(description: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--clients", default="1,8")
     parser.add_argument("--tokens", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--workloads", help="of these, between commas (all)")
+    parser.add_argument("--drafts", help="by these, between commas (all)")
     parser.add_argument("--no-guard", action="store_true", help="let all drafts through")
     parser.add_argument("--json", type=Path, metavar="FILE")
     return parser
+
+
+def chosen(found: dict[str, T], names: str | None) -> dict[str, T]:
+    """Those of these names, which are between commas; None: all."""
+    return found if names is None else {name: found[name] for name in names.split(",")}
 
 
 Make = Callable[[Texts], Drafter]
@@ -136,14 +147,14 @@ def workloads(tokenizer: Tokenizer, clients: int, num_tokens: int) -> dict[str, 
 def measure(
     engine: Engine, case: tuple[str, str, int], requests: Sequence[Request], make: Make, args: argparse.Namespace
 ) -> list[dict[str, Any]]:
-    """Each round once without drafts and once with; who begins changes."""
+    """Each round once without drafts and once with; who begins is drawn."""
     workload, drafts, clients = case
     room = max(map(int, args.clients.split(","))) * (2 * args.tokens + 500)
     texts = run(engine, requests, None, room).texts
-    samples = []
+    samples, chance = [], random.Random(0)
     for turn in range(args.rounds):
         found: dict[bool, Ran] = {}
-        for with_drafts in (True, False) if turn % 2 else (False, True):
+        for with_drafts in chance.sample((False, True), 2):
             found[with_drafts] = run(engine, requests, make(texts) if with_drafts else None, room)
         assert found[True].texts == found[False].texts == texts, "drafts changed what is written"
         with_, without = found[True], found[False]
@@ -191,6 +202,7 @@ def summarize(samples: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     rows = []
     for (workload, drafts, clients), group in groups.items():
         drafted, accepted = (sum(each[name] for each in group) for name in ("drafted", "accepted"))
+        ratio = cost([each["tokens_per_s"] / each["without_per_s"] for each in group])
         rows.append(
             {
                 "workload": workload,
@@ -198,7 +210,10 @@ def summarize(samples: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
                 "clients": clients,
                 "tokens_per_s": round(statistics.median(each["tokens_per_s"] for each in group), 2),
                 "without_per_s": round(statistics.median(each["without_per_s"] for each in group), 2),
-                "ratio": round(statistics.median(each["tokens_per_s"] / each["without_per_s"] for each in group), 3),
+                **{
+                    name: round(1 + ratio[key], 3)
+                    for name, key in (("ratio", "overhead"), ("low", "low"), ("high", "high"))
+                },
                 "drafted": drafted // len(group),
                 "right": round(accepted / drafted, 3) if drafted else 0.0,
             }

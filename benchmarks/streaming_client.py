@@ -1,9 +1,9 @@
 """Clients of a server in a process of their own: all ask at once, each reads its stream.
 
-    python benchmarks/streaming_client.py URL < prompts.json
+    python benchmarks/streaming_client.py URL < prompts.jsonl
 
-prompts.json: {"prompts": [token ids, …], "max_tokens": N}. Printed as JSON: the times at which each client heard
-something, and its text. Plain sockets, so that little of what is measured is the clients' own work.
+prompts.jsonl: lines of {"prompts": [token ids, …], "max_tokens": N}. Printed for each as a line of JSON: the times at
+which each client heard something, and its text. Plain sockets, so that little of what is measured is the clients' work.
 """
 
 import asyncio
@@ -15,11 +15,12 @@ from urllib.parse import urlsplit
 
 
 async def main() -> None:
-    """Ask, and print what was heard."""
-    given = json.load(sys.stdin)
+    """Ask, and print what was heard, line by line."""
     place = urlsplit(sys.argv[1])
-    asking = (_ask(place.hostname, place.port, prompt, given["max_tokens"]) for prompt in given["prompts"])
-    print(json.dumps(await asyncio.gather(*asking)))
+    for line in sys.stdin:
+        given = json.loads(line)
+        asking = (_ask(place.hostname, place.port, prompt, given["max_tokens"]) for prompt in given["prompts"])
+        print(json.dumps(await asyncio.gather(*asking)), flush=True)
 
 
 async def _ask(host: str | None, port: int | None, prompt: list[int], max_tokens: int) -> dict[str, Any]:

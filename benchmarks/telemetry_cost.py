@@ -1,17 +1,14 @@
 """What telemetry costs: a training step with all it records by default and without, and a token of decoding likewise.
 
-Interleaved: both kinds take turns on the same model, in pairs of short blocks of steps, which the machine's moods hit
-alike. Which of a pair comes first is drawn, so that without any cost the logarithm of their ratio is as often positive
-as negative and of the same size. Its centre is estimated by the median of all means of two (Hodges and Lehmann), and
-the interval that holds the true one with 95% by Wilcoxon's signed ranks, narrower than that of a plain median. Once of
-the clock, and once of the processor time of all threads, which does not run while others have the processor (but has
-what waiting threads spin in).
+Interleaved: both kinds take turns on the same model, in pairs of short blocks of steps in drawn order (see paired.py).
+Once of the clock, and once of the processor time of all threads, which does not run while others have the processor
+(but has what waiting threads spin in).
 
 Recorded while training: rows per expert, layer and domain, mean scores, entropies, margins and flips of logits, the
 line of metrics.jsonl, TensorBoard's scalars and Prometheus text. While decoding: every token's experts, from the
-engine's own buffers. That code is also timed by itself (`direct`: the median times of hearing a step and of adding up
-what was heard, once in 64 tokens, as a part of the median step): no noise of other code is in it, and nothing of what
-it may do to the caches. Two models train: that of benchmarks/train_step.py, and the demo's, whose short steps feel it
+engine's own buffers. That code is also timed by itself (`direct`: the median times of hearing a step and of writing it
+or adding it up, as a part of the median step): no noise of other code is in it, and nothing of what it may do to the
+caches. Two models train: that of benchmarks/train_step.py, and the demo's, whose short steps feel it
 most; one decodes, of 16 layers. Results with and without are compared bit by bit.
 
     python benchmarks/telemetry_cost.py [--rounds 60] [--cases decode] [--threads 2] [--json]
@@ -20,7 +17,6 @@ most; one decodes, of 16 layers. Results with and without are compared bit by bi
 import argparse
 import hashlib
 import json
-import math
 import random
 import statistics
 import tempfile
@@ -30,13 +26,16 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from paired import cost, interval, verdict
 
 from moesaic.data.loader import Batch
 from moesaic.engine.cache import Text
 from moesaic.engine.engine import Engine, Piece
 from moesaic.families import family
 from moesaic.models.decoder import Decoder
+from moesaic.routing import RoutingDecision
 from moesaic.telemetry.engine import EngineRecorder
+from moesaic.telemetry.load import StepLoad
 from moesaic.telemetry.prometheus import PrometheusFile
 from moesaic.telemetry.recorder import LoadRecorder
 from moesaic.telemetry.tensorboard import EventFile, line_scalars
@@ -77,6 +76,23 @@ MOST_COST = {"train_step": 0.03, "demo": 0.03, "decode": 0.01}
 """What telemetry may cost."""
 
 
+class TimedRecorder(LoadRecorder):
+    """A recorder that notes how long it listens."""
+
+    spent_s = 0.0
+
+    def hear(self, layer: int, decision: RoutingDecision) -> None:
+        started = time.perf_counter()
+        super().hear(layer, decision)
+        self.spent_s += time.perf_counter() - started
+
+    def finish_step(self, step: int | None = None) -> StepLoad:
+        started = time.perf_counter()
+        load = super().finish_step(step)
+        self.spent_s += time.perf_counter() - started
+        return load
+
+
 class Training:
     """One model in training, with or without its recorder."""
 
@@ -84,7 +100,8 @@ class Training:
         config = config_of(model, vocab_size)
         settings = TrainSettings(batch_size=batch_size, sequence_length=256)
         self.stepper = Stepper(Decoder(config).initialize(0), settings)
-        self.recorder = LoadRecorder.for_model(config, num_domains=NUM_DOMAINS)
+        self.recorder = TimedRecorder.for_model(config, num_domains=NUM_DOMAINS)
+        self.recorded_s: list[float] = []
         self.metrics = (folder / "metrics.jsonl").open("a", buffering=1)
         self.events, self.scraped = EventFile(folder, 1), PrometheusFile(folder / "metrics.prom")
         self.batch_size, self.vocab_size, self.taken = batch_size, vocab_size, 0
@@ -98,10 +115,17 @@ class Training:
         result = self.stepper.run(self.taken, [batch], self.recorder if recorded else None)
         self.taken += 1
         if result.load is not None:
+            started = time.perf_counter()
             line = {"step": self.taken, "loss": result.loss, "load": result.load.to_json()}
             self.metrics.write(json.dumps(line) + "\n")
             self.events.add(self.taken, line_scalars(line))
             self.scraped.add(result.load)
+            self.recorded_s.append(self.recorder.spent_s + time.perf_counter() - started)
+            self.recorder.spent_s = 0.0
+
+    def direct_s(self) -> float:
+        """What telemetry takes a step, by the median."""
+        return statistics.median(self.recorded_s)
 
     def bits(self) -> list[bytes]:
         """Everything that the steps have made."""
@@ -195,20 +219,6 @@ def measure(subject: Training | Decoding, steps: int, pairs: int) -> dict[str, A
     }
 
 
-def cost(ratios: list[float]) -> dict[str, float]:
-    """The centre of ratios less 1, and between what it lies with 95%: Hodges and Lehmann's, of their logarithms."""
-    logs, n = np.log(ratios), len(ratios)
-    means = np.sort(np.add.outer(logs, logs)[np.triu_indices(n)] / 2)
-    reach = 1.96 * math.sqrt(n * (n + 1) * (2 * n + 1) / 24)
-    low = max(0, math.floor((len(means) - 1) / 2 - reach))
-    ends = means[low], means[len(means) - 1 - low]
-    return {
-        "overhead": math.expm1(np.median(means)),
-        "low": math.expm1(ends[0]),
-        "high": math.expm1(ends[1]),
-    }
-
-
 def measured(name: str, rounds: int, threads: int, folder: Path) -> dict[str, Any]:
     """One case: whether results are the same, and the cost."""
     if name == "decode":
@@ -222,24 +232,20 @@ def measured(name: str, rounds: int, threads: int, folder: Path) -> dict[str, An
         each.mkdir()
     pair = [Training(model, vocab_size, batch_size, each) for each in folders]
     equal = same_bits(pair[0], pair[1], 3)
-    return {**measure(pair[0], steps, rounds), "bits_are_equal": equal}
+    found = measure(pair[0], steps, rounds)
+    return {**found, "direct": pair[0].direct_s() / found["step_s"], "bits_are_equal": equal}
 
 
 def line(name: str, result: dict[str, Any]) -> str:
     """A case in a line."""
     plain, recorded = result["step_s"] * 1e3, result["recorded_step_s"] * 1e3
-    shown = "shown" if result["high"] < MOST_COST[name] else "not shown" if result["low"] < MOST_COST[name] else "NO"
+    shown = verdict(result, MOST_COST[name])
     bits = "same bits" if result["bits_are_equal"] else "OTHER BITS"
-    direct = f", timed by itself {result['direct']:.2%}" if "direct" in result else ""
     return (
         f"{name:12s} {plain:8.2f} ms, {recorded:8.2f} ms recorded: {interval(result)}, of processor time "
-        f"{interval(result['processor'])}{direct}; below {MOST_COST[name]:.0%}: {shown}; {bits}"
+        f"{interval(result['processor'])}, timed by itself {result['direct']:.2%}; below {MOST_COST[name]:.0%}: "
+        f"{shown}; {bits}"
     )
-
-
-def interval(found: dict[str, float]) -> str:
-    """What `cost` has found."""
-    return f"{found['overhead']:+.2%} ({found['low']:+.2%} to {found['high']:+.2%})"
 
 
 def main() -> None:

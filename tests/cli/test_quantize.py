@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,15 @@ def test_the_report(moesaic, folder, tmp_path, monkeypatch):
     assert (out / "LICENSE").exists() and (out / "tokenizer.json").exists()
     assert moesaic("count", out, "--json").json["total"] == hub.read_config(folder).total
     assert moesaic("generate", out, "--prompt", "the", "--max-new-tokens", "2").exit_code == 0
+
+
+def test_the_next_command_opens_uneven_values_as_such(moesaic, folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    ran = moesaic("quantize", folder, "--bits", "4", "--values", "uneven")
+    assert ran.exit_code == 0, ran.err
+    following = ran.err.splitlines()[-1].removeprefix("next: moesaic ")
+    assert "--bits 4 --values uneven" in following
+    assert moesaic(*shlex.split(following), "--max-new-tokens", "2").exit_code == 0
 
 
 def test_judged_by_text(moesaic, folder, tmp_path, monkeypatch):

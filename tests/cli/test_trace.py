@@ -104,13 +104,13 @@ def test_drops_and_padding_are_shown(moesaic, tmp_path):
     assert dropped[1] == pytest.approx(1 - trace.rows(3).num_rows / trace.chosen(3).num_rows)
 
 
-def test_a_trace_of_nothing_can_be_shown(moesaic, tmp_path):
-    with TraceWriter(tmp_path / "trace.npz", two_layers()):
+def test_a_trace_of_nothing_is_refused_by_all_who_read_it(moesaic, tmp_path):
+    path = tmp_path / "trace.npz"
+    with TraceWriter(path, two_layers()):
         pass
-    ran = moesaic("trace", tmp_path / "trace.npz", "--json")
-    assert ran.exit_code == 0
-    assert ran.json["layers"][0]["load_entropy"] is None
-    assert moesaic("trace", tmp_path / "trace.npz").out.splitlines()[-1].split()[2:4] == ["-", "-"]
+    said = {moesaic(verb, path).err.splitlines()[-1] for verb in ("trace", "inspect")}
+    wanted = f"{path} is a whole trace and holds no tokens; record one of some text with `moesaic trace`"
+    assert said == {f"moesaic: error: {wanted}"}
 
 
 def test_mistakes(moesaic, moe_folder, dense_folder, text_file, tmp_path):

@@ -47,6 +47,10 @@ Guarded<int64_t> offsets_of(const std::vector<int64_t> &counts) {
     return whole(offsets);
 }
 
+void Results::expect_same(const Floats &found, const Floats &wanted) {
+    expect(found.size() == wanted.size() &&
+           !std::memcmp(found.data(), wanted.data(), static_cast<size_t>(found.size()) * sizeof(float)));
+}
 void Results::add(const Floats &x) { numbers_.insert(numbers_.end(), x.data(), x.data() + x.size()); }
 void Results::add(const Bytes &x) { numbers_.insert(numbers_.end(), x.data(), x.data() + x.size()); }
 void Results::add(const Halves &x) {
@@ -62,10 +66,10 @@ namespace {
 
 constexpr int several = 3;
 
-std::vector<float> run(const Operation &operation, int threads) {
+Results run(const Operation &operation, int threads) {
     Results results;
     operation(chosen(), threads, results);
-    return results.numbers();
+    return results;
 }
 
 bool same_bits(const std::vector<float> &a, const std::vector<float> &b) {
@@ -73,7 +77,9 @@ bool same_bits(const std::vector<float> &a, const std::vector<float> &b) {
 }
 
 // What is wrong with `found`; empty where nothing is.
-std::string compare(const std::vector<float> &found, const std::vector<float> &wanted, float tolerance) {
+std::string compare(const Results &results, const std::vector<float> &wanted, float tolerance) {
+    const std::vector<float> &found = results.numbers();
+    if (results.broken()) return std::to_string(results.broken()) + " of its own promises are broken";
     float largest = 0.0f;
     for (float x : wanted) largest = std::isfinite(x) ? std::max(largest, std::abs(x)) : largest;
     for (size_t i = 0; i < wanted.size(); ++i) {
@@ -103,13 +109,14 @@ void Suite::verdict(const std::string &name, const std::string &fault) {
 void Suite::check(const std::string &name, float tolerance, const Operation &operation) {
     static Pool pool(several);
     use_isa("portable");
-    const std::vector<float> wanted = run(operation, 1);
+    const Results wanted = run(operation, 1);
     for (const std::string &isa : available_isas()) {
         use_isa(isa);
-        const std::vector<float> found = isa == "portable" ? wanted : run(operation, 1);
-        verdict(isa + ", " + name, compare(found, wanted, tolerance));
+        const Results found = isa == "portable" ? wanted : run(operation, 1);
+        verdict(isa + ", " + name, compare(found, wanted.numbers(), tolerance));
         const Pool::Scope scope(pool);
-        verdict(isa + ", " + name + ", threads", same_bits(run(operation, several), found) ? "" : "other bits");
+        verdict(isa + ", " + name + ", threads",
+                same_bits(run(operation, several).numbers(), found.numbers()) ? "" : "other bits");
     }
 }
 
@@ -125,8 +132,10 @@ int main(int count, char **arguments) {
     for (const std::string &isa : isas) std::printf("%s%s", isa.c_str(), isa == isas.back() ? "\n" : ", ");
     moesaic::Suite suite;
     moesaic::check_packed(suite);
+    moesaic::check_packing(suite);
     moesaic::check_rows(suite);
     moesaic::check_attention(suite);
+    moesaic::check_company(suite);
     moesaic::check_training(suite);
     std::printf("%lld passed, %lld failed\n", static_cast<long long>(suite.passed),
                 static_cast<long long>(suite.failed));

@@ -1,23 +1,12 @@
 // Packing, and packed products and feed-forward blocks of every format.
 #include <limits>
 
+#include "formats.h"
 #include "pack.h"
 #include "packed_experts.h"
-#include "suite.h"
 
 namespace moesaic {
 namespace {
-
-struct Kind {
-    const char *name;
-    Format format;
-    int64_t group;
-};
-constexpr Kind kinds[] = {{"fp32", Format::f32, 0},     {"bf16", Format::b16, 0},      {"fp8", Format::fp8, 0},
-                          {"int8/32", Format::int8, 32}, {"int8/64", Format::int8, 64}, {"int8/128", Format::int8, 128},
-                          {"int4/32", Format::int4, 32}, {"int4/64", Format::int4, 64}, {"int4/128", Format::int4, 128},
-                          {"int6/32", Format::int6, 32}, {"int6/64", Format::int6, 64}, {"mxfp4", Format::mxfp4, 0},
-                          {"uneven4", Format::uneven4, 0}};
 
 // outputs, inputs, paired: one, primes, whole strips and blocks, one more and one less
 struct Size {
@@ -26,8 +15,6 @@ struct Size {
 };
 constexpr Size sizes[] = {{1, 1, false},   {33, 129, false}, {64, 128, false}, {97, 31, false},
                           {2, 127, true}, {62, 65, true},   {32, 300, true}};
-
-constexpr int64_t num_experts = 3;
 
 Bytes codes(int64_t size, uint32_t seed, int below) {
     const Floats x = random_floats(size, seed);
@@ -42,8 +29,9 @@ RowBlock rows_at(const Guarded<T> &x, int64_t rows) {
     return {reinterpret_cast<const uint8_t *>(x.data()), rows};
 }
 
-// Random matrices in the layout, by the kernels given.
-Bytes packed(const Kernels &kernels, const PackedShape &shape, int threads, uint32_t seed = 1) {
+}  // namespace
+
+Bytes packed(const Kernels &kernels, const PackedShape &shape, int threads, uint32_t seed) {
     const int64_t rows = shape.outputs, inputs = shape.inputs, numbers = num_experts * rows * inputs;
     Bytes out(num_experts * shape.bytes());
     const bool is_fp8 = shape.format == Format::fp8;
@@ -66,6 +54,8 @@ Bytes packed(const Kernels &kernels, const PackedShape &shape, int threads, uint
     return out;
 }
 
+namespace {
+
 struct Rows {
     std::vector<int64_t> counts;
     bool add;
@@ -85,7 +75,16 @@ void product(const Kernels &kernels, const PackedShape &shape, const Rows &rows,
     results.add(y);
 }
 
-void experts(const Kernels &kernels, const Kind &kind, bool paired, int threads, Results &results) {
+constexpr float infinite = std::numeric_limits<float>::infinity();
+constexpr PackedActivation plain = {ActivationKind::silu, infinite, 1.0f, 0.0f};
+
+// How tokens come to their experts: by rows that were chosen, or all to one; with a weight on what they bring.
+struct Way {
+    bool chosen, weight_on_input;
+};
+
+void experts(const Kernels &kernels, const Kind &kind, bool paired, const PackedActivation &activation, const Way &way,
+             int threads, Results &results) {
     constexpr int64_t hidden = 67, inner = 45, tokens = 11, top_k = 2;
     const PackedShape into{kind.format, paired ? 2 * inner : inner, hidden, kind.group, paired};
     const PackedShape down{kind.format, hidden, inner, kind.group, false};
@@ -96,10 +95,10 @@ void experts(const Kernels &kernels, const Kind &kind, bool paired, int threads,
     const Guarded<int64_t> offsets = offsets_of({13, 0, 8});
     Guarded<int64_t> row_of(tokens * top_k);
     for (int64_t i = 0; i < row_of.size(); ++i) row_of[i] = i == 4 ? -1 : (i * 5) % 21;
-    const float most = std::numeric_limits<float>::infinity();
     const PackedExperts block{into,        down,          into_weights.data(), down_weights.data(), into_bias.data(),
-                              down_bias.data(), num_experts, {ActivationKind::silu, most, 1.0f, 0.0f}};
-    kernels.packed_experts(block, {offsets.data(), weights.data(), row_of.data(), top_k, false},
+                              down_bias.data(), num_experts, activation};
+    const ExpertRows by_choice{offsets.data(), weights.data(), row_of.data(), top_k, way.weight_on_input};
+    kernels.packed_experts(block, way.chosen ? by_choice : ExpertRows{},
                            {tokens, x.data(), hidden, out.data(), hidden, 0.5f}, threads);
     results.add(out);
 }
@@ -127,9 +126,23 @@ void check_packed(Suite &suite) {
         for (bool paired : {false, true})
             suite.check(std::string("packed_experts ") + kind.name, kind.format == Format::f32 ? of_fp32 : of_bf16,
                         [&](const Kernels &kernels, int threads, Results &results) {
-                            experts(kernels, kind, paired, threads, results);
+                            experts(kernels, kind, paired, plain, {true, false}, threads, results);
+                        });
+        for (const Way &way : {Way{true, true}, Way{false, false}})
+            suite.check(std::string("packed_experts ") + kind.name + (way.chosen ? " weighted" : " of all tokens"),
+                        kind.format == Format::f32 ? of_fp32 : of_bf16,
+                        [&](const Kernels &kernels, int threads, Results &results) {
+                            experts(kernels, kind, true, plain, way, threads, results);
                         });
     }
+    using Kinds = ActivationKind;
+    for (Kinds activation : {Kinds::silu, Kinds::gelu, Kinds::gelu_tanh, Kinds::relu, Kinds::relu2})
+        for (bool paired : {false, true})
+            suite.check("packed_experts, activation " + std::to_string(static_cast<int>(activation)), of_fp32,
+                        [&](const Kernels &kernels, int threads, Results &results) {
+                            experts(kernels, kinds[0], paired, {activation, 1.5f, 1.7f, 1.0f}, {true, false}, threads,
+                                    results);
+                        });
 }
 
 }  // namespace moesaic

@@ -25,18 +25,23 @@ Guarded<int64_t> whole(const std::vector<int64_t> &numbers);
 // [0, counts[0], counts[0] + counts[1], ...]
 Guarded<int64_t> offsets_of(const std::vector<int64_t> &counts);
 
-// What an operation wrote.
+// What an operation wrote, and whether it kept what it promises of itself.
 class Results {
 public:
+    void expect(bool kept) { broken_ += !kept; }
+    // The same numbers, bit for bit.
+    void expect_same(const Floats &found, const Floats &wanted);
     void add(const Floats &x);
     void add(const Halves &x);
     void add(const Bytes &x);
     void add(float x) { numbers_.push_back(x); }
 
     const std::vector<float> &numbers() const { return numbers_; }
+    int64_t broken() const { return broken_; }
 
 private:
     std::vector<float> numbers_;
+    int64_t broken_ = 0;
 };
 
 using Operation = std::function<void(const Kernels &kernels, int threads, Results &results)>;
@@ -44,7 +49,8 @@ using Operation = std::function<void(const Kernels &kernels, int threads, Result
 class Suite {
 public:
     // Runs the operation with each instruction set, on one thread and on several, which must agree to the bit. No number
-    // may differ from the portable one by more than `tolerance` times the largest; what is not finite must be the same.
+    // may differ from the portable one by more than `tolerance` times the largest; what is not finite must be the same;
+    // and what the operation expects of itself must hold, of the portable one, too.
     void check(const std::string &name, float tolerance, const Operation &operation);
 
     void begin(const char *group);
@@ -57,8 +63,10 @@ private:
 constexpr float of_fp32 = 2e-5f, of_bf16 = 1.0f / 64, exact = 0.0f;
 
 void check_packed(Suite &suite);
+void check_packing(Suite &suite);
 void check_rows(Suite &suite);
 void check_attention(Suite &suite);
 void check_training(Suite &suite);
+void check_company(Suite &suite);
 
 }  // namespace moesaic

@@ -1,4 +1,6 @@
 // What training computes beside attention, in fp32 and bf16: forward and backward.
+#include <cstring>
+
 #include "suite.h"
 
 namespace moesaic {
@@ -69,6 +71,48 @@ void grouped(const Sizes &sizes, const Kernels &kernels, int threads, Results &r
     results.add(y), results.add(inner), results.add(dx), results.add(dw), results.add(sums);
 }
 
+// Gradients too large for the caches, into memory that has been written before.
+template <class T>
+void streamed(const Kernels &kernels, int threads, Results &results) {
+    constexpr int64_t outputs = 1040, inputs = 1024, count = 3;
+    const Guarded<int64_t> offsets = offsets_of({count});
+    const Guarded<T> x = random<T>(count * inputs, 1), dy = random<T>(count * outputs, 2);
+    const Floats dw = random_floats(outputs * inputs, 3);
+    kernels.of(x.data()).grouped_linear_weight_grad_wide(dy.data(), x.data(), dw.data(), Target::reused,
+                                                         {1, inputs, outputs, offsets.data(), 0, 1 << 20}, threads);
+    results.add(dw);
+}
+
+float widened(bf16 x) {
+    const uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
+    float value;
+    std::memcpy(&value, &bits, 4);
+    return value;
+}
+
+// Weights of bf16 beside rows of fp32: the bits of the same weights in fp32.
+void grouped_narrow(const Sizes &sizes, const Kernels &kernels, int threads, Results &results) {
+    const Guarded<int64_t> offsets = offsets_of(sizes.counts);
+    const int64_t experts = offsets.size() - 1, count = offsets[experts];
+    const Grouped g{experts, sizes.inputs, sizes.outputs, offsets.data(), sizes.few_rows, 1 << 20};
+    const Halves narrow = random_halves(experts * sizes.outputs * sizes.inputs, 2);
+    const Floats x = random_floats(count * sizes.inputs, 1), weight(narrow.size());
+    for (int64_t i = 0; i < narrow.size(); ++i) weight[i] = widened(narrow[i]);
+    const Floats y(count * sizes.outputs), wanted(y.size()), inner(y.size() / 2), wanted_inner(inner.size());
+    const auto hold = [&](const Floats &found, const Floats &to) {
+        results.add(found);
+        results.expect_same(found, to);
+    };
+    const Typed<float> &typed = kernels.of(x.data());
+    kernels.grouped_linear_b16(x.data(), narrow.data(), y.data(), g, threads);
+    typed.grouped_linear(x.data(), weight.data(), wanted.data(), g, threads);
+    hold(y, wanted);
+    kernels.grouped_gated_b16(x.data(), narrow.data(), y.data(), inner.data(), g, threads);
+    typed.grouped_gated(x.data(), weight.data(), wanted.data(), wanted_inner.data(), g, threads);
+    hold(y, wanted);
+    hold(inner, wanted_inner);
+}
+
 void moved(int64_t size, const Kernels &kernels, int threads, Results &results) {
     const Floats weight = random_floats(size, 1), first = random_floats(size, 2), second = random_floats(size, 3);
     const Floats gradient = random_floats(size, 4), average = random_floats(size, 5);
@@ -79,6 +123,9 @@ void moved(int64_t size, const Kernels &kernels, int threads, Results &results) 
     for (const Floats *each : {&weight, &first, &second, &average}) results.add(*each);
     results.add(rounded);
 }
+
+const std::vector<Sizes> grouped_sizes = {
+    {{0, 1, 0}, 1, 2, 16}, {{3, 0, 17}, 33, 10, 16}, {{40, 1, 2}, 31, 66, 0}, {{35}, 70, 34, 0}, {{7, 51}, 600, 6, 64}};
 
 template <class T>
 void check_type(Suite &suite, const char *type, float tolerance) {
@@ -92,8 +139,8 @@ void check_type(Suite &suite, const char *type, float tolerance) {
             combined<T>(size, kernels, threads, results);
         });
     }
-    for (const Sizes &sizes : {Sizes{{0, 1, 0}, 1, 2, 16}, Sizes{{3, 0, 17}, 33, 10, 16}, Sizes{{40, 1, 2}, 31, 66, 0},
-                               Sizes{{35}, 70, 34, 0}, Sizes{{7, 51}, 600, 6, 64}})
+    suite.check("grouped_linear_weight_grad_wide " + std::string(type), of_fp32, streamed<T>);
+    for (const Sizes &sizes : grouped_sizes)
         suite.check("grouped_linear " + std::string(type), tolerance,
                     [&](const Kernels &kernels, int threads, Results &results) {
                         grouped<T>(sizes, kernels, threads, results);
@@ -106,6 +153,11 @@ void check_training(Suite &suite) {
     suite.begin("training");
     check_type<float>(suite, "fp32", of_fp32);
     check_type<bf16>(suite, "bf16", of_bf16);
+    for (const Sizes &sizes : grouped_sizes)
+        suite.check("grouped_linear bf16 beside fp32", of_fp32,
+                    [&](const Kernels &kernels, int threads, Results &results) {
+                        grouped_narrow(sizes, kernels, threads, results);
+                    });
     for (int64_t size : {1, 7, 16, 67})
         suite.check("adamw " + std::to_string(size), of_bf16, [=](const Kernels &kernels, int threads, Results &results) {
             moved(size, kernels, threads, results);

@@ -34,12 +34,23 @@ def test_the_official_parser_reads_it():
     assert exposition(StepLoad(step=1, layers=())) == ""
 
 
-def test_the_file_counts_on_and_shows_the_last_window(tmp_path):
+def test_the_file_is_written_with_every_window_that_comes_late_enough(tmp_path, monkeypatch):
+    monkeypatch.setattr(PrometheusFile, "EVERY_S", 0.0)
     file = PrometheusFile(tmp_path / "metrics.prom")
-    file.add(load(30, 10))
-    file.add(load(20, 20, step=2))
+    for rows in (10, 20, 30):
+        file.add(load(10, 10))
+        assert f'expert="0"}} {rows}\n' in (tmp_path / "metrics.prom").read_text()
+
+
+def test_the_file_counts_on_and_shows_the_last_window(tmp_path):
+    with PrometheusFile(tmp_path / "metrics.prom") as file:
+        file.add(load(30, 10))
+        assert 'expert="0"} 30\n' in (tmp_path / "metrics.prom").read_text()
+        file.add(load(15, 20, step=2))
+        file.add(load(5, 0, step=3))
+        file.add(load(20, 20, step=4))
     text = (tmp_path / "metrics.prom").read_text()
-    assert 'moesaic_expert_rows_total{layer="2",expert="0"} 50\n' in text
+    assert 'moesaic_expert_rows_total{layer="2",expert="0"} 70\n' in text
     assert 'moesaic_router_max_violation{layer="2"} 0\n' in text
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.prom"]
     with pytest.raises(RunFolderError, match="cannot write"):

@@ -82,7 +82,9 @@ def run(args: argparse.Namespace) -> int:
         output.print_json(document)
     else:
         _print(document)
-    output.next_command(f'moesaic generate {folder} --prompt "Once upon a time"')
+    # Beside uneven values the head stays in the files, and is rounded as they are opened.
+    opened = " --bits 4 --values uneven" if args.values == "uneven" else ""
+    output.next_command(f'moesaic generate {folder}{opened} --prompt "Once upon a time"')
     return 0
 
 

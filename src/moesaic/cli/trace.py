@@ -60,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
     if args.out is not None:
         _record(args)
     path = args.out or Path(args.model)
-    document = describe(Trace.open(path))
+    document = describe(Trace.open(path).require_tokens())
     if args.json:
         output.print_json(document)
     else:
@@ -71,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def describe(trace: Trace) -> dict[str, Any]:
-    """What a trace holds, JSON-ready. Shares are of 1; what needs rows is None without any."""
+    """What a trace with tokens holds, JSON-ready. Shares are of 1; what needs rows is None without any."""
     return {
         "trace": str(trace.path),
         "bytes": trace.path.stat().st_size,
@@ -93,11 +93,11 @@ def _describe_layer(trace: Trace, layer: LayerFingerprint) -> dict[str, Any]:
     return {
         **layer._asdict(),
         "rows": num_rows,
-        "rows_per_token": num_rows / num_tokens if num_tokens else None,
+        "rows_per_token": num_rows / num_tokens,
         "max_over_mean": float(counts_E.max() / counts_E.mean()) if num_rows else None,
         "load_entropy": _or_none(load_entropy(counts_E)),
         "heaviest": int(counts_E.argmax()),
-        "share_of_tokens": float(counts_E.max() / num_tokens) if num_tokens else None,
+        "share_of_tokens": float(counts_E.max() / num_tokens),
         "dead": None if dead is None else list(dead),
         "dropped": 1 - num_rows / num_chosen if num_chosen else None,
         "domain_divergence": None if by_domain is None else _or_none(domain_divergence(by_domain)),

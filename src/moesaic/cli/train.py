@@ -202,7 +202,7 @@ def _train(trainer: "Trainer", folder: "RunFolder", args: argparse.Namespace) ->
         if args.tensorboard:
             listeners.append(_board(stack, folder.path / "tensorboard", trainer.step + 1))
         if args.prometheus:
-            listeners.append(_scraped(folder.path / "metrics.prom"))
+            listeners.append(_scraped(stack, folder.path / "metrics.prom"))
         profiler = None
         if args.profile is not None:
             profiler = stack.enter_context(StepProfiler(trainer, folder.path / "trace.json.gz", args.profile))
@@ -229,11 +229,11 @@ def _board(stack: ExitStack, folder: Path, first_step: int) -> "Listener":
     return lambda report, evaluation: events.add(report.step, line_scalars(metrics_line(report, evaluation)))
 
 
-def _scraped(place: Path) -> "Listener":
+def _scraped(stack: ExitStack, place: Path) -> "Listener":
     """A listener that keeps the newest routing as Prometheus text."""
     from moesaic.telemetry.prometheus import PrometheusFile
 
-    file = PrometheusFile(place)
+    file = stack.enter_context(PrometheusFile(place))
     return lambda report, evaluation: file.add(report.load)
 
 

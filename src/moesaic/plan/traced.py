@@ -21,12 +21,10 @@ class Traced:
     """
 
     def __init__(self, trace: Trace, config: ModelConfig) -> None:
-        trace.require(Fingerprint.of(config))
+        trace.require(Fingerprint.of(config)).require_tokens()
         self.name = f"trace {Path(trace.path).name}"
         generator = np.random.default_rng(0)
         tokens_N = np.flatnonzero(trace.token_facts["mask"])
-        if not len(tokens_N):
-            raise TraceError(f"{trace.path} holds no tokens but padding; record one with `moesaic trace`")
         self._tables = {layer: _distinct_table(trace, layer, tokens_N, generator) for layer in trace.layers}
         self._shares: dict[int, Shares] = {}
         for layer in trace.layers:

@@ -6,9 +6,10 @@ no package is needed to write it; the tests read it back with the official clien
 
 import math
 import os
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Self
 
 from moesaic.errors import RunFolderError
 from moesaic.telemetry.health import LayerHealth, RouterHealth
@@ -115,23 +116,47 @@ def _number(value: float) -> str:
 
 
 class PrometheusFile:
-    """A file that always holds the newest text: counters since this object was made, gauges of the last window.
+    """A file of the newest text: counters since this object was made, gauges of the last window.
 
-    Readers see the old text or the new one, never half. Raises RunFolderError where it cannot be written.
+    Written with the first window, then at most once in `EVERY_S` seconds, which is more often than anyone scrapes, and
+    when it is closed. Readers see the old text or the new one, never half. Raises RunFolderError where it cannot be
+    written.
     """
+
+    EVERY_S = 1.0
 
     def __init__(self, path: Path, labels: Mapping[str, str] | None = None) -> None:
         self.path, self.labels = path, dict(labels or {})
         self._total: StepLoad | None = None
+        self._waiting: list[StepLoad] = []
+        self._written_s = -math.inf
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *failure: object) -> None:
+        self.close()
 
     def add(self, load: StepLoad) -> None:
-        """Count one more window, and write."""
-        if not load.layers:
-            return
-        self._total = load if self._total is None else sum_loads([self._total, load])
+        """Count one more window."""
+        if load.layers:
+            self._waiting.append(load)
+            if time.monotonic() - self._written_s >= self.EVERY_S:
+                self._write()
+
+    def close(self) -> None:
+        """Write what was not written yet."""
+        if self._waiting:
+            self._write()
+
+    def _write(self) -> None:
+        window = self._waiting[-1]
+        self._total = sum_loads([*([self._total] if self._total else []), *self._waiting])
+        self._waiting.clear()
+        self._written_s = time.monotonic()
         beside = self.path.with_name(f".{self.path.name}.partial")
         try:
-            beside.write_text(exposition(self._total, load, self.labels), encoding="utf-8")
+            beside.write_text(exposition(self._total, window, self.labels), encoding="utf-8")
             os.replace(beside, self.path)
         except OSError as error:
             raise RunFolderError(f"cannot write {self.path}: {error.strerror}; free space") from error

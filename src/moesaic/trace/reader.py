@@ -155,6 +155,13 @@ class Trace:
             "model it was recorded with, or record this one with `moesaic trace`"
         )
 
+    def require_tokens(self) -> Self:
+        """This trace, if a token was routed in it. Raises TraceError for one of nothing, or of padding alone."""
+        if self.num_routed_tokens:
+            return self
+        held = f"{self.num_tokens} tokens that are all padding" if self.num_tokens else "no tokens"
+        raise TraceError(f"{self.path} is a whole trace and holds {held}; record one of some text with `moesaic trace`")
+
     def _what_is_wrong(self) -> str | None:
         offsets = self.forward_offsets
         if wrong := wrong_range(FORWARD_OFFSETS, offsets, 0, np.iinfo(np.int64).max):

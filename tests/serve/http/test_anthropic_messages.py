@@ -6,7 +6,7 @@ from typing import Any
 import anthropic
 import pytest
 
-from tests.serve.http.conftest import MODEL, Server
+from tests.serve.http.conftest import LONG, MODEL, Server
 from tests.serve.http.test_openai_chat import expected
 
 ASKED: list[Any] = [{"role": "user", "content": "the lazy dog"}]
@@ -90,6 +90,26 @@ def test_a_message_to_go_on_with(claude: anthropic.Anthropic) -> None:
     assert found.usage.input_tokens + (found.usage.cache_read_input_tokens or 0) < plain.usage.input_tokens + (
         plain.usage.cache_read_input_tokens or 0
     )
+
+
+def test_a_runner_of_tools_sends_the_whole_conversation(claude: anthropic.Anthropic) -> None:
+    """It asks for a thread, which the server keeps; told that there are none, it goes on without."""
+
+    @anthropic.beta_tool
+    def now(zone: str) -> str:
+        """The time.
+
+        Args:
+            zone: of the world
+        """
+        return "noon"
+
+    given: dict[str, Any] = {"model": LONG, "messages": ASKED, "max_tokens": 8}
+    answer = claude.beta.messages.tool_runner(**given, tools=[now]).until_done()
+    assert answer.stop_reason == "max_tokens"
+    with pytest.raises(anthropic.types.ThreadUnsupportedRequestError, match="send all messages") as refused:
+        claude.beta.messages.create(**given, thread={"type": "create"})
+    assert refused.value.details.unsupported == ["thread"]
 
 
 def test_stop_sequences(claude: anthropic.Anthropic) -> None:

@@ -49,6 +49,63 @@ CHAT: dict[str, dict[str, Any]] = {
         "guided_decoding_backend": "auto",
         "request_id": "r",
     },
+    "fields of vLLM and of llama.cpp's server that say what is so": {
+        "length_penalty": 1.0,
+        "early_stopping": False,
+        "detokenize": True,
+        "bad_words": [],
+        "return_tokens_as_token_ids": False,
+        "cache_prompt": True,
+        "typical_p": 1.0,
+        "mirostat": 0,
+    },
+    "nothing where vLLM wants a value": dict.fromkeys(
+        ("min_tokens", "ignore_eos", "include_stop_str_in_output", "include_reasoning", "add_generation_prompt",
+         "continue_final_message", "priority", "experts", "allowed_token_ids", "vllm_xargs",
+         "guided_whitespace_pattern")
+    ),
+    "all there is room for": {"max_tokens": -1, "stop": ["e"]},
+    "no alternatives of no probabilities": {"logprobs": False, "top_logprobs": 0},
+    "a schema by llama.cpp's name": {"response_format": {"type": "json_schema", "schema": {"enum": ["fox"]}}},
+    "a tool to be cached": {"tools": [{**NOW, "cache_control": {"type": "ephemeral"}}]},
+    "an answer that goes on": {"messages": [*ASKED, {"role": "assistant", "content": "the", "prefix": True}]},
+    "what LiteLLM sends back": {
+        "messages": [
+            *ASKED,
+            {"role": "assistant", "content": "", "function_call": None, "provider_specific_fields": {"refusal": None},
+             "tool_calls": [CALL]},
+            RESULT,
+        ]
+    },
+    "what OpenAI's client has parsed": {
+        "messages": [
+            *ASKED,
+            {"role": "assistant", "content": "x", "parsed": {"a": 1}, "refusal": None, "tool_calls": [
+                {**CALL, "function": {**CALL["function"], "parsed_arguments": {"zone": "UTC"}}}]},
+            RESULT,
+        ]
+    },
+    "what other providers and frameworks add": {
+        "messages": [
+            {"role": "user", "content": "the", "id": "m1", "cache_control": {"type": "ephemeral"}},
+            {"role": "assistant", "content": "", "thinking_blocks": [], "tool_calls": [{**CALL, "extra_content": {}}]},
+            RESULT,
+        ]
+    },
+    "arguments as an object": {
+        "messages": [
+            *ASKED,
+            {"role": "assistant", "tool_calls": [{**CALL, "function": {"name": "now", "arguments": {"zone": "UTC"}}}]},
+            RESULT,
+        ]
+    },
+    "no arguments": {
+        "messages": [
+            *ASKED,
+            {"role": "assistant", "tool_calls": [{**CALL, "function": {"name": "now", "arguments": None}}]},
+            RESULT,
+        ]
+    },
     "usage without a stream": {"stream_options": {"include_usage": True}},
     "an object by llama.cpp's name": {"response_format": {"type": "json_object", "schema": {"enum": ["fox"]}}},
     "the likeliest token alone": {"top_p": 0},
@@ -105,6 +162,10 @@ MESSAGES: dict[str, dict[str, Any]] = {
         "speed": "fast",
     },
     "fields that say nothing": {"mcp_servers": [], "container": None, "context_management": None, "tools": None},
+    "a cache's scope": {
+        "system": [{"type": "text", "text": "a", "cache_control": {"type": "ephemeral", "scope": "global"}}]
+    },
+    "an answer that is begun by nothing": {"messages": [*ASKED, {"role": "assistant", "content": ""}]},
     "thoughts": {"thinking": {"type": "enabled", "budget_tokens": 1024}},
     "an older place of the format": {"output_format": {"type": "json_schema", "schema": {"enum": ["fox"]}}},
     "a tool": {"tools": [{**CLAUDES, "type": "custom", "defer_loading": False, "allowed_callers": ["direct"]}]},
@@ -157,6 +218,7 @@ REFUSED: list[tuple[str, dict[str, Any], str | None, str]] = [
     ("messages", {"tools": [{**CLAUDES, "colour": "red"}]}, None, "tools.0.colour"),
     ("messages", {"messages": [{"role": "user", "content": ""}]}, None, "non-empty content"),
     ("messages", {"mcp_servers": [{"url": "x"}]}, None, "mcp_servers"),
+    ("messages", {"messages": [*ASKED, {"role": "assistant", "content": ""}, *ASKED]}, None, "non-empty content"),
     ("responses", {"input": [{"type": "item_reference", "id": "x"}]}, "input.0", "items here are of the types message"),
     ("responses", {"input": ASKED, "conversation": "conv_1"}, "conversation", "not supported here"),
 ]
@@ -194,6 +256,44 @@ def test_refused_by_name(http: httpx.Client, path: str, given: dict[str, Any], p
     assert answer.status_code == 400
     error = answer.json()["error"]
     assert words in error["message"] and error.get("param") == param
+
+
+def test_all_there_is_room_for(http: httpx.Client) -> None:
+    asked = {"model": "tiny", "prompt": "the lazy dog", "max_tokens": -1, "ignore_eos": True, "temperature": 0}
+    limit = http.get("models/tiny").json()["max_model_len"]
+    used = http.post("completions", json=asked).json()["usage"]
+    assert used["total_tokens"] == limit
+
+
+def test_an_answer_goes_on_from_its_prefix(http: httpx.Client) -> None:
+    begun = [*ASKED, {"role": "assistant", "content": "the lazy"}]
+    asked = {"model": MODEL, "max_tokens": 6, "temperature": 0}
+    marked = [*ASKED, {**begun[1], "prefix": True}]
+    going_on = {"messages": begun, "add_generation_prompt": False, "continue_final_message": True}
+    by_prefix = http.post("chat/completions", json={**asked, "messages": marked}).json()
+    assert by_prefix["choices"] == http.post("chat/completions", json={**asked, **going_on}).json()["choices"]
+    anew = http.post("chat/completions", json={**asked, "messages": begun}).json()
+    assert by_prefix["usage"]["prompt_tokens"] < anew["usage"]["prompt_tokens"]
+
+
+def test_the_count_of_what_a_beta_sends(http: httpx.Client) -> None:
+    more = {"thinking": {"type": "disabled"}, "context_management": {"edits": []}, "mcp_servers": [], "speed": None}
+    counted = [
+        http.post("messages/count_tokens?beta=true", json={"model": MODEL, "messages": ASKED, **each}).json()
+        for each in ({}, more)
+    ]
+    assert counted[0] == counted[1] and counted[0]["input_tokens"] > 0
+
+
+@pytest.mark.parametrize(
+    ("path", "right"),
+    [("/chat/completions", "/v1/chat/completions"), ("/v1/v1/messages", "/v1/messages"),
+     ("/v1//completions", "/v1/completions"), ("/v2/completions", None), ("/v1", None)],
+)  # fmt: skip
+def test_a_wrong_base_url_is_told(server: Server, path: str, right: str | None) -> None:
+    answer = httpx.post(f"{server.url}{path}", json={})
+    hint = f"; {right} is here: check the client's base URL" if right else ""
+    assert answer.status_code == 404 and answer.json()["error"]["message"] == f"unknown path: POST {path}{hint}"
 
 
 def test_a_token_that_ends(http: httpx.Client) -> None:

@@ -45,7 +45,7 @@ def expert_loads(config: ModelConfig, source: str = "recorded", *, seed: int = 0
     elif Path(source).suffix == ".json":
         counts = _from_json(Path(source))
     elif Path(source).is_file():
-        trace = Trace.open(source).require(Fingerprint.of(config))
+        trace = Trace.open(source).require(Fingerprint.of(config)).require_tokens()
         counts = np.stack([trace.counts(layer) for layer in config.moe_layers]).astype(np.float64)
     else:
         raise unknown_name("routing", source, [*NAMED, "FILE.json", "a trace"])

@@ -35,6 +35,7 @@ def create_app(served: Models, settings: HttpSettings | None = None) -> FastAPI:
     settings = settings or HttpSettings()
     app.state.models, app.state.settings = served, settings
     app.state.responses = ResponseStore(settings.stored_responses)
+    app.state.paths = frozenset(getattr(route, "path", "") for router in ROUTERS for route in router.routes)
     app.state.ending = lambda: False  # asked by what would otherwise go on for ever
     add_error_handlers(app)
     for router in ROUTERS:

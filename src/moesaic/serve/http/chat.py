@@ -114,10 +114,14 @@ class _Stream:
         self.answering = Answering(call.prepared, many=call.many)
         self._waiting: list[TokenInfo] = []
         self._calls = 0
+        self._plain = sse.Template(self._chunk({"content": sse.Template.hole}))
 
     def chunk(self, delta: dict[str, Any], **more: Any) -> bytes:
+        return sse.data(self._chunk(delta, **more))
+
+    def _chunk(self, delta: dict[str, Any], **more: Any) -> dict[str, Any]:
         choice = {"index": self.index, "delta": delta, "logprobs": None, "finish_reason": None, **more}
-        return sse.data({**self.call.head, "choices": [choice]})
+        return {**self.call.head, "choices": [choice]}
 
     def scored(self, event: PromptScored) -> list[bytes]:
         if self.call.body.prompt_logprobs is None:
@@ -139,6 +143,8 @@ class _Stream:
         return [part for part in parts if self.call.body.include_reasoning or not isinstance(part, Thought)]
 
     def _part(self, part: Part) -> bytes:
+        if isinstance(part, Said) and not self._waiting:
+            return self._plain.of(part.text)
         return self.chunk(self._delta(part), logprobs=self._take_logprobs())
 
     def _delta(self, part: Part) -> dict[str, Any]:

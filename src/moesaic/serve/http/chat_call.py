@@ -44,7 +44,7 @@ async def chat_call(body: ChatBody, served: Served, settings: HttpSettings) -> C
     """Raises ApiError, and GenerationError for a conversation that the model's template refuses."""
     if (body.n or 1) > settings.max_choices:
         raise refused(f"n={body.n}; ask for at most {settings.max_choices}", "n")
-    if body.top_logprobs is not None and not body.logprobs:
+    if body.top_logprobs and not body.logprobs:
         raise refused("top_logprobs needs logprobs to be true", "top_logprobs")
     prepared = await prepare(dialogue_of(body), body, served, settings)
     name, most = ("max_completion_tokens", body.max_completion_tokens)
@@ -108,7 +108,7 @@ def dialogue_of(body: ChatBody) -> Dialogue:
         documents=body.documents or (),
         variables={**effort, **(body.chat_template_kwargs or {})},
         add_generation_prompt=body.add_generation_prompt,
-        continue_final_message=body.continue_final_message,
+        continue_final_message=body.continue_final_message or bool(body.messages[-1].prefix),
     )
 
 

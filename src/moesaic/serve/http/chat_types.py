@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Field
 
 from moesaic.serve.http.bodies import Answer, Body
-from moesaic.serve.http.generation import MAX_INT, GenerationFields
+from moesaic.serve.http.generation import MAX_INT, GenerationFields, Unlimited
 from moesaic.serve.http.logprobs import ChatLogprobs, PromptLogprob
 from moesaic.serve.http.usage import UsageAnswer
 from moesaic.serve.request import MAX_TOP_LOGPROBS
@@ -35,20 +35,28 @@ ContentPart = Annotated[TextPart | RefusalPart | MediaPart, Field(discriminator=
 
 
 class CalledFunction(Body):
+    """parsed_arguments: what OpenAI's client adds to answers, and sends on with them."""
+
     name: str = Field(min_length=1, max_length=256)
-    arguments: str
+    arguments: str | dict[str, Any] | None = None
+    parsed_arguments: Any = None
 
 
 class ToolCall(Body):
+    """extra_content, provider_specific_fields: of other providers, whose answers clients send on."""
+
     id: str
     type: Literal["function"] = "function"
     function: CalledFunction
     index: int | None = None
+    extra_content: dict[str, Any] | None = None
+    provider_specific_fields: dict[str, Any] | None = None
 
 
 class ChatMessage(Body):
-    """reasoning_content, reasoning: what the assistant had thought. The last fields come back in answers that clients
-    send on as they are, and say nothing here.
+    """reasoning_content, reasoning: what the assistant had thought. prefix: the answer goes on with this message, as
+    DeepSeek and Mistral have it. The last fields come back in answers that clients send on as they are, and say nothing
+    here.
     """
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
@@ -58,6 +66,12 @@ class ChatMessage(Body):
     tool_call_id: str | None = None
     reasoning_content: str | None = None
     reasoning: str | None = None
+    prefix: bool | None = None
+    id: str | None = None
+    parsed: Any = None
+    cache_control: dict[str, Any] | None = None
+    provider_specific_fields: dict[str, Any] | None = None
+    thinking_blocks: list[Any] | None = None
     reasoning_details: list[Any] | None = None
     refusal: str | None = None
     annotations: list[Any] | None = None
@@ -75,6 +89,7 @@ class FunctionTool(Body):
 class ChatTool(Body):
     type: Literal["function"]
     function: FunctionTool
+    cache_control: dict[str, Any] | None = None
 
 
 class NamedFunction(Body):
@@ -109,8 +124,8 @@ class ChatBody(GenerationFields):
 
     model: str
     messages: list[ChatMessage] = Field(min_length=1)
-    max_tokens: NewTokens | None = None
-    max_completion_tokens: NewTokens | None = None
+    max_tokens: NewTokens | Unlimited | None = None
+    max_completion_tokens: NewTokens | Unlimited | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
     prompt_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)

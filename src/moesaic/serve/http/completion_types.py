@@ -5,7 +5,7 @@ from typing import Literal
 from pydantic import Field
 
 from moesaic.serve.http.bodies import Answer
-from moesaic.serve.http.generation import Count, GenerationFields
+from moesaic.serve.http.generation import Count, GenerationFields, Unlimited
 from moesaic.serve.http.logprobs import CompletionLogprobs, PromptLogprob
 from moesaic.serve.http.prompts import PromptField
 from moesaic.serve.http.usage import UsageAnswer
@@ -15,7 +15,7 @@ from moesaic.serve.request import MAX_TOP_LOGPROBS
 class CompletionBody(GenerationFields):
     model: str
     prompt: PromptField
-    max_tokens: Count | None = None
+    max_tokens: Count | Unlimited | None = None
     best_of: int | None = Field(None, ge=1, le=128)
     echo: bool | None = None
     logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)

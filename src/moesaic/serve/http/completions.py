@@ -102,10 +102,14 @@ class _Stream:
     def __init__(self, call: Call, prompt: Prompt, index: int) -> None:
         self.call, self.prompt, self.index = call, prompt, index
         self._offset = 0 if call.body.echo else len(prompt.text)
+        self._plain = sse.Template(self._chunk(sse.Template.hole))
 
     def chunk(self, text: str, logprobs: Any = None, **more: Any) -> bytes:
+        return sse.data(self._chunk(text, logprobs, **more))
+
+    def _chunk(self, text: str, logprobs: Any = None, **more: Any) -> dict[str, Any]:
         choice = {"index": self.index, "text": text, "logprobs": logprobs, "finish_reason": None, **more}
-        return sse.data({**self.call.head, "choices": [choice]})
+        return {**self.call.head, "choices": [choice]}
 
     def scored(self, event: PromptScored) -> bytes:
         """The prompt: its text where it is to be echoed, its log probabilities where these were asked for."""
@@ -117,6 +121,8 @@ class _Stream:
         return self.chunk(self.prompt.text, self._logprobs(event.tokens), **more)
 
     def progress(self, event: Progress) -> bytes:
+        if self.call.body.logprobs is None and event.experts is None:
+            return self._plain.of(event.text)
         logprobs = None if self.call.body.logprobs is None else self._logprobs(event.tokens)
         ends = self.call.requests[self.index].eos_token_ids
         return self.chunk(event.text, logprobs, **token_experts(event, self.call.served.token_texts, ends))

@@ -31,7 +31,9 @@ _NEVER_OURS = "the server failed; its log says how"
 
 
 class ApiError(Exception):
-    """An answer that is an error. param: the field it is about; code: what programs go by."""
+    """An answer that is an error. param: the field it is about; code: what programs go by. details: what Anthropic's
+    clients go by.
+    """
 
     def __init__(
         self,
@@ -41,9 +43,11 @@ class ApiError(Exception):
         param: str | None = None,
         code: str | None = None,
         headers: Mapping[str, str] | None = None,
+        details: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__(message)
         self.status, self.message, self.param, self.code, self.headers = status, message, param, code, headers
+        self.details = details
 
 
 def refused(message: str, param: str | None = None, code: str | None = None) -> ApiError:
@@ -55,7 +59,8 @@ def error_body(path: str, error: ApiError) -> dict[str, Any]:
     """An error in the shape of the protocol that a path belongs to."""
     if path.startswith(ANTHROPIC_PATHS):
         kind = _ANTHROPIC_TYPES.get(error.status, "api_error" if error.status >= 500 else "invalid_request_error")
-        return {"type": "error", "error": {"type": kind, "message": error.message}}
+        details = {"details": error.details} if error.details else {}
+        return {"type": "error", "error": {"type": kind, "message": error.message, **details}}
     kind = _OPENAI_TYPES.get(error.status, "server_error" if error.status >= 500 else "invalid_request_error")
     code = error.code or _CODES.get(error.status)
     return {"error": {"message": error.message, "type": kind, "param": error.param, "code": code}}
@@ -106,10 +111,17 @@ def add_error_handlers(app: FastAPI) -> None:
 def _of_http(request: Request, error: StarletteHTTPException) -> ApiError:
     where = f"{request.method} {request.url.path}"
     said = {
-        404: f"unknown path: {where}",
+        404: f"unknown path: {where}{_base_of(request)}",
         405: f"this path does not take {request.method}",
     }
     return ApiError(error.status_code, said.get(error.status_code, str(error.detail)), headers=error.headers)
+
+
+def _base_of(request: Request) -> str:
+    """What is wrong with the address that a client was given, where that can be told from the path."""
+    parts = [part for part in request.url.path.split("/") if part not in ("", "v1")]
+    found = "/".join(["", "v1", *parts])
+    return f"; {found} is here: check the client's base URL" if found in request.app.state.paths else ""
 
 
 def _unread(request: Request, error: RequestValidationError) -> ApiError | None:

@@ -4,11 +4,12 @@ import json
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, ValidationInfo, field_validator
 
 from moesaic.engine.sampling import Sampling
 from moesaic.serve.http.bodies import Body, parse
 from moesaic.serve.http.errors import refused
+from moesaic.serve.http.neutral import NeutralFields
 from moesaic.serve.request import Grammar
 
 MAX_INT = 2**31 - 1
@@ -17,6 +18,7 @@ MAX_SCHEMA_DEPTH = 64
 
 StopText = Annotated[str, Field(min_length=1, max_length=1000)]
 Count = Annotated[int, Field(ge=0, le=MAX_INT)]
+Unlimited = Literal[-1]  # as clients of llama.cpp's server ask for all that there is room for
 TokenId = Annotated[int, Field(ge=0, le=MAX_INT)]
 Schema = dict[str, Any] | bool
 
@@ -44,18 +46,16 @@ class JsonSchema(Body):
 
 
 class ResponseFormat(Body):
-    """schema: of a json_object, as llama.cpp's server takes it."""
+    """schema: where llama.cpp's server, and others, take it."""
 
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None
     schema_: Schema | None = Field(None, alias="schema")
 
 
-class GenerationFields(Body):
-    """How to draw tokens, when to stop, what the text must be; what several protocols share.
-
-    The fields of the last block are taken and change nothing: they speak of accounts and of machines, or may only be
-    what they are here anyway.
+class GenerationFields(NeutralFields):
+    """How to draw tokens, when to stop, what the text must be; what several protocols share. A field that is null says
+    as much as one that is left out: many clients send all that they know.
     """
 
     temperature: float | None = Field(None, ge=0, le=2)
@@ -84,21 +84,11 @@ class GenerationFields(Body):
     stream_options: StreamOptions | None = None
     experts: bool = False
 
-    user: str | None = None
-    metadata: dict[str, str] | None = None
-    service_tier: str | None = None
-    safety_identifier: str | None = None
-    prompt_cache_key: str | None = None
-    prompt_cache_retention: str | None = None
-    prompt_cache_options: dict[str, Any] | None = None
-    request_id: str | None = None
-    guided_decoding_backend: str | None = None
-    spaces_between_special_tokens: bool | None = None
-    skip_special_tokens: Literal[True] | None = None
-    return_token_ids: Literal[False] | None = None
-    use_beam_search: Literal[False] | None = None
-    truncate_prompt_tokens: None = None
-    moderation: None = None
+    @field_validator("*", mode="before")
+    @classmethod
+    def _left_out(cls, value: Any, info: ValidationInfo) -> Any:
+        field = cls.model_fields[info.field_name or ""]
+        return field.get_default() if value is None and not field.is_required() else value
 
     @property
     def stops(self) -> tuple[str, ...]:
@@ -163,6 +153,8 @@ def _of_format(wanted: ResponseFormat | None) -> list[Grammar]:
     if wanted.type == "json_object":
         return [Grammar("json_object") if wanted.schema_ is None else schema_grammar(wanted.schema_)]
     if wanted.json_schema is None or wanted.json_schema.schema_ is None:
+        if wanted.schema_ is not None:
+            return [schema_grammar(wanted.schema_)]
         raise refused(
             "Missing required parameter: 'response_format.json_schema.schema'.", "response_format.json_schema"
         )

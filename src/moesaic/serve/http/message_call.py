@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from moesaic.engine.sampling import Sampling
-from moesaic.serve.http.errors import refused
+from moesaic.serve.http.errors import ApiError, refused
 from moesaic.serve.http.generation import likeliest, schema_grammar
 from moesaic.serve.http.limits import room
 from moesaic.serve.http.message_types import (
@@ -43,6 +43,9 @@ class MessageCall(NamedTuple):
 
 def message_call(body: MessagesBody, served: Served, settings: HttpSettings) -> MessageCall:
     """Slow: it renders a template. Raises ApiError, and GenerationError for what the template refuses."""
+    if body.thread is not None:
+        told = {"error_code": "thread_unsupported_request", "unsupported": ["thread"]}
+        raise ApiError(400, "no conversations are kept here; send all messages, without thread", details=told)
     prepared = prepare(body, served, settings)
     num_prompt = len(prepared.prompt_ids)
     fits = num_prompt + body.max_tokens <= served.max_length  # what does not is cut, and stop_reason says so
@@ -77,7 +80,8 @@ def _dialogue(body: CountBody) -> Dialogue:
     kind = "auto" if choice is None else choice.type
     if choice is not None and (kind == "tool") != (choice.name is not None):
         raise refused('a tool_choice has a name where its type is "tool", and only there', "tool_choice")
-    messages = [*_system(body), *(each for index, one in enumerate(body.messages) for each in _messages(one, index))]
+    said = body.messages[:-1] if _is_unsaid(body.messages) else body.messages
+    messages = [*_system(body), *(each for index, one in enumerate(said) for each in _messages(one, index))]
     return Dialogue(
         messages=messages,
         tools=[_tool(tool, f"tools.{index}") for index, tool in enumerate(body.tools or ())],
@@ -87,6 +91,11 @@ def _dialogue(body: CountBody) -> Dialogue:
         variables=_variables(body),
         continue_final_message=messages[-1]["role"] == "assistant" and not messages[-1].get("tool_calls"),
     )
+
+
+def _is_unsaid(messages: Sequence[Message]) -> bool:
+    """Whether the last message only says that the assistant is next, as an empty one of its own may."""
+    return len(messages) > 1 and messages[-1].role == "assistant" and not messages[-1].content
 
 
 def _tool(tool: MessageTool, where: str) -> Tool:

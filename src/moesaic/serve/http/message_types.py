@@ -13,6 +13,7 @@ class CacheControl(Body):
 
     type: Literal["ephemeral"]
     ttl: str | None = None
+    scope: str | None = None
 
 
 class Block(Body):
@@ -50,7 +51,19 @@ class OtherBlock(Body):
 
     model_config = ConfigDict(extra="allow")
 
-    type: Literal["image", "document", "search_result", "server_tool_use", "web_search_tool_result"]
+    type: Literal[
+        "image",
+        "document",
+        "search_result",
+        "server_tool_use",
+        "web_search_tool_result",
+        "web_fetch_tool_result",
+        "code_execution_tool_result",
+        "tool_reference",
+        "container_upload",
+        "mcp_tool_use",
+        "mcp_tool_result",
+    ]
 
 
 class ToolResultBlock(Block):
@@ -112,6 +125,14 @@ class OutputConfig(Body):
     format: OutputFormat | None = None
 
 
+class Thread(Body):
+    """Of a conversation that the server keeps: refused so that Anthropic's clients send all of it instead."""
+
+    model_config = ConfigDict(extra="allow")
+
+    type: str
+
+
 class Metadata(Body):
     user_id: str | None = None
 
@@ -128,6 +149,9 @@ class CountBody(Body):
     output_config: OutputConfig | None = None
     output_format: OutputFormat | None = None  # an older place of output_config's
     cache_control: CacheControl | None = None
+    context_management: dict[str, Any] | None = None
+    mcp_servers: list[Any] | None = Field(None, max_length=0)
+    speed: str | None = None
 
 
 class MessagesBody(CountBody):
@@ -141,13 +165,11 @@ class MessagesBody(CountBody):
     top_k: Count | None = None
     metadata: Metadata | None = None
     service_tier: str | None = None
+    thread: Thread | None = None
     experts: bool = False
 
     inference_geo: str | None = None
-    speed: str | None = None
     diagnostics: dict[str, Any] | None = None
-    context_management: dict[str, Any] | None = None
-    mcp_servers: list[Any] | None = Field(None, max_length=0)
     container: None = None
 
 

@@ -59,7 +59,7 @@ def response_call(
     Raises ApiError, and GenerationError for what the template refuses.
     """
     messages = [*before, *_messages(body.input)]
-    prepared = prepare(body, messages, served, settings, body.max_output_tokens or 1)
+    prepared = prepare(body, messages, served, settings, max(1, body.max_output_tokens or 1))
     request = Request(
         prompt_ids=prepared.prompt_ids,
         max_new_tokens=room(served, settings, len(prepared.prompt_ids), body.max_output_tokens, "max_output_tokens"),

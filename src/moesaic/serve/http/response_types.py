@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Discriminator, Field, Tag
 
 from moesaic.serve.http.bodies import Answer, Body
-from moesaic.serve.http.generation import MAX_INT, Schema, StreamOptions
+from moesaic.serve.http.generation import MAX_INT, Schema, StreamOptions, Unlimited
 from moesaic.serve.request import MAX_TOP_LOGPROBS
 
 LOGPROBS = "message.output_text.logprobs"
@@ -191,7 +191,7 @@ class InputTokens(Answer):
 class ResponseBody(PromptFields):
     """The fields of the last block are taken, and change nothing."""
 
-    max_output_tokens: Annotated[int, Field(ge=1, le=MAX_INT)] | None = None
+    max_output_tokens: Annotated[int, Field(ge=1, le=MAX_INT)] | Unlimited | None = None
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, ge=0, le=1)
     store: bool | None = None

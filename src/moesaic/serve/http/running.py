@@ -6,7 +6,7 @@ A client that leaves takes its requests with it.
 import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Sequence
 from contextlib import aclosing
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from fastapi import Request as HttpRequest
@@ -111,7 +111,7 @@ async def _gone(http: HttpRequest) -> None:
 
 async def start(desk: Runs, requests: Sequence[Request]) -> AsyncGenerator[From, None]:
     """The events of several requests. Raises at once what the desk refuses: its status can then be an error's."""
-    events = events_of(desk, requests)
+    events: AsyncGenerator[Any, None] = desk.run(requests[0]) if len(requests) == 1 else events_of(desk, requests)
     first = asyncio.ensure_future(anext(events, None))
     compiles = any(request.grammar is not None for request in requests)
     try:
@@ -122,7 +122,23 @@ async def start(desk: Runs, requests: Sequence[Request]) -> AsyncGenerator[From,
     if first.done() and (error := first.exception()) is not None:
         await events.aclose()
         raise error
-    return _going_on(first, events)
+    return _one_going_on(first, events) if len(requests) == 1 else _going_on(first, events)
+
+
+async def _one_going_on(
+    first: "asyncio.Future[Event | None]", events: AsyncGenerator[Event, None]
+) -> AsyncGenerator[From, None]:
+    """`_going_on` of a single request, a generator less on the way of each token."""
+    try:
+        event = await first
+        if event is not None:
+            yield From(0, event)
+            async for event in events:
+                yield From(0, event)
+    finally:
+        if first.cancel():
+            await asyncio.wait({first})
+        await events.aclose()
 
 
 async def _going_on(

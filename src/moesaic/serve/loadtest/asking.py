@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -123,11 +123,11 @@ class Server:
 async def _read(answer: httpx.Response, asked: Asked, start: float, leaves_after: int | None) -> str | None:
     """Read a stream to its end; what went wrong, if anything did."""
     newest, pieces = None, 0
-    async for line in answer.aiter_lines():
-        if not line.startswith("data:"):
+    async for line in _lines(answer):
+        if not line.startswith(b"data:"):
             continue
         data = line[5:].strip()
-        if data == "[DONE]":
+        if data == b"[DONE]":
             return None
         chunk = json.loads(data)
         if "error" in chunk:
@@ -145,6 +145,17 @@ async def _read(answer: httpx.Response, asked: Asked, start: float, leaves_after
         if leaves_after is not None and pieces >= leaves_after:
             return "left"
     return "unfinished"
+
+
+async def _lines(answer: httpx.Response) -> AsyncIterator[bytes]:
+    """As they are sent: decoding them first takes processors that the server may be on, too."""
+    left = b""
+    async for part in answer.aiter_bytes():
+        *lines, left = (left + part).split(b"\n")
+        for line in lines:
+            yield line
+    if left:
+        yield left
 
 
 def _has_text(chunk: dict[str, Any]) -> bool:

@@ -7,6 +7,7 @@ from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from moesaic.serve.http.sse import DIRECT
 from moesaic.serve.operation.refusals import refuse
 from moesaic.serve.operation.settings import Limits
 
@@ -39,6 +40,7 @@ class LimitBody:
         if len(body) > self.limits.body_bytes:
             return await _refuse_rest(scope, receive, send, 413, too_large)
         exchange = _Exchange(body, receive, send, self.limits.stall_s)
+        scope[DIRECT] = exchange.send
         await self.app(scope, exchange.receive, exchange.send)
 
     async def _read(self, receive: Receive) -> bytes | None:

@@ -73,6 +73,7 @@ class Fleet:
                 await self.models.remove(name)
                 self._keep_times(name)
                 self.metrics.forget(name)
+                gc.unfreeze()  # `Server` has put aside what was there when it began
                 gc.collect()  # an engine's parts refer to each other, and hold all its memory
                 self._say(f"{name} is unloaded")
 

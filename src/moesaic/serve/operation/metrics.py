@@ -1,6 +1,6 @@
 """What the server counts, for Prometheus: requests, tokens, latencies, queue and cache, and what the experts do."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -89,15 +89,12 @@ class Metrics:
     def first_token(self, model: str, seconds: float) -> None:
         self._first.labels(model).observe(seconds)
 
-    def next_tokens(self, model: str) -> Callable[[float, int], None]:
-        """To be told of this model's tokens after the first: how long after the one before, and how many at once."""
-        observe = self._between.labels(model).observe  # found once: this is for every token
-
-        def tell(seconds: float, count: int) -> None:
+    def next_tokens(self, model: str, gaps: Iterable[tuple[float, int]]) -> None:
+        """Tokens after the first: how long after the one before, and how many at once."""
+        observe = self._between.labels(model).observe
+        for seconds, count in gaps:
             for _ in range(count):
                 observe(seconds / count)
-
-        return tell
 
     def finished(
         self, model: str, reason: str, seconds: float, *, prompt_tokens: int, cached_tokens: int, new_tokens: int

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import gc
 import os
 import signal
 import socket
@@ -86,6 +87,8 @@ class Server:
             self._uvicorn.should_exit = True
             await serving
             raise
+        gc.collect()
+        gc.freeze()  # what is there now stays: looking through it again and again would hold up tokens
         self.readiness.state = "ready"
         ready()
         await serving

@@ -8,7 +8,6 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from moesaic.errors import TraceError
 from moesaic.trace import Trace
 
 Counts = NDArray[np.int64]
@@ -22,10 +21,8 @@ class Choices:
     """
 
     def __init__(self, trace: Trace) -> None:
-        self.trace = trace
+        self.trace = trace.require_tokens()
         self.kept = np.flatnonzero(trace.token_facts["mask"])
-        if not self.kept.size:
-            raise TraceError(f"{trace.path} holds no tokens; record it again with some text")
         self.num_tokens = len(self.kept)
         self._place = np.full(trace.num_tokens, -1, dtype=np.int64)
         self._place[self.kept] = np.arange(self.num_tokens)
