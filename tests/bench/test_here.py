@@ -25,6 +25,8 @@ def test_kernels_are_timed_and_kept(monkeypatch):
     monkeypatch.setattr(probes, "_LEAST_CACHE", 2**18)
     monkeypatch.setattr(probes, "last_cache_bytes", lambda: 2**18)
     monkeypatch.setattr(here, "PASSES", 1)
+    monkeypatch.setattr(small_times, "SEEN", (8, 16, 32))
+    monkeypatch.setattr(small_times, "PROMPTS", (8, 16, 32))
     monkeypatch.setattr(kernel_times, "HOT_ROWS", (1, 8, 64))
     monkeypatch.setattr(kernel_times, "_SUSTAINED", 0)
     monkeypatch.setattr(here, "SETTINGS", {name: here.SETTINGS[name] for name in ("int4", "fp8")})
