@@ -18,7 +18,8 @@ from typing import Any
 import torch
 
 from moesaic.bench import reached
-from moesaic.bench.machine import Machine, ReadProbe, measure_machine
+from moesaic.bench.machine import Machine, measure_machine
+from moesaic.bench.probes import Probes
 from moesaic.bench.report import report
 from moesaic.cli import bench_plot, output
 from moesaic.engine.engine import Engine
@@ -30,7 +31,7 @@ def measure(
     """The machine, and the rows of `moesaic bench` for each model, batch by batch."""
     engines = {name: Engine(folder / name, bits=bits, max_length=192) for name in names}  # pyright: ignore[reportArgumentType]
     threads = next(iter(engines.values())).program.native.threads
-    machine, probe = measure_machine(threads), ReadProbe(threads)
+    machine, probes = measure_machine(threads), Probes(threads)
     kept = {name: reached.held(engine, torch.bfloat16) for name, engine in engines.items()}
     cases = {
         name: [reached.decode_case(engine, kept[name], batch) for batch in batches] for name, engine in engines.items()
@@ -40,7 +41,7 @@ def measure(
             for index in range(len(batches)):
                 for name, engine in engines.items():
                     reached.take_samples(
-                        engine, probe, cases[name][index : index + 1], 1, lambda note: advance(1, note=note)
+                        engine, probes, cases[name][index : index + 1], 1, lambda note: advance(1, note=note)
                     )
     return machine, {name: report(machine, kept[name], cases[name])["cases"] for name in names}
 

@@ -5,25 +5,29 @@
 Runs on folders of checkpoints, and on models of made_models.py, drawn in memory (all of them where no folder is given).
 Kernels are timed once on other made-up models (`moesaic.bench.here.measure`, kept for later runs; --measure: anew), and
 none of the cells below takes part in that. Each model and format runs in a process of its own, whose peak memory is
-measured first; then its cells are sampled in turns, each between two readings of the memory's bandwidth, and foretold
-at that bandwidth. What is measured is kept for `moesaic plan verify`, and in FILE once a model and format are done:
-a run that was stopped goes on from there. `moesaic plan verify FILE` adds FILE up alone.
+measured first. Then all processes take turns, one at a time, several times over (--samples): each samples every cell of
+its own once, between two readings of what memory, caches and processors give (bench/probes.py), and each sample is
+foretold at these. Where two readings are apart by more than a quarter, the sample is taken anew, up to twice, whatever
+it was. Of foretold and of measured seconds medians are compared. They are kept for `moesaic plan verify`, and in FILE;
+samples are kept beside it as they come (FILE.samples), and a run that was stopped goes on from there.
+`moesaic plan verify FILE` adds FILE up alone.
 """
 
 import argparse
 import json
+import statistics
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from made_models import MADE, made
 
 from moesaic.cli.main import main as moesaic
-from moesaic.plan.kernels import KernelRates, measured_rates
-from moesaic.plan.verify import Prediction, load, store
+from moesaic.plan.rates import KernelRates, measured_rates
+from moesaic.plan.verify import Prediction, Quantity, store
 
 if TYPE_CHECKING:
     from moesaic.bench.bound import Held
@@ -35,7 +39,6 @@ DECODE = ((1, 32), (8, 32), (2, 512), (16, 128))
 """Texts, and tokens that they have before."""
 PREFILL = (64, 320)
 LONGEST = 1024
-CELLS = len(DECODE) + len(PREFILL) + 1
 
 
 class Job(NamedTuple):
@@ -60,13 +63,28 @@ def weights_of(model: str) -> "Weights":
     return DrawnWeights(made(model)) if model in MADE else FileWeights(open_source(weights_place(model)))
 
 
-def work(job: Job, samples: int) -> list[Prediction]:
-    """One job: its peak memory, then its cells. Runs in a process of its own."""
+class Seen(NamedTuple):
+    """One sample of a cell: its name, tokens that a text has, seconds, and what was foretold at the speeds around it;
+    or the peak memory of a job."""
+
+    job: Job
+    what: Quantity
+    case: str
+    context: float
+    formats: str
+    measured: float
+    predicted: float
+    bandwidth: float = 0.0
+    compute: float = 0.0
+
+
+def work(job: Job) -> None:
+    """One job, in a process of its own: its peak memory, then all cells once for each line that comes."""
     import torch
 
     from moesaic.bench import reached
-    from moesaic.bench.foretold import predictions
-    from moesaic.bench.machine import ReadProbe
+    from moesaic.bench.foretold import foretold_seconds, step_of
+    from moesaic.bench.probes import Probes
     from moesaic.engine.engine import Engine
     from moesaic.train.memory import peak_memory_bytes
 
@@ -77,65 +95,153 @@ def work(job: Job, samples: int) -> list[Prediction]:
     kept = reached.held(engine, weights.dtype)
     cases = [(reached.decode_case(engine, kept, batch, context), context) for batch, context in DECODE]
     cases += [(reached.prefill_case(engine, kept, tokens), tokens) for tokens in PREFILL]
-    peak = peak_prediction(rates, engine, kept, peak_memory_bytes(torch.device("cpu")))
-    probe = ReadProbe(engine.program.native.threads)
-    reached.take_samples(engine, probe, [case for case, _ in cases], samples, lambda _: None)
-    middles = [
-        (case, context + case.steps / 2 if case.name.startswith("decode") else context) for case, context in cases
-    ]
-    found = [*predictions(rates, kept, job.name, middles), replace(peak, model=job.name)]
-    return [replace(each, setting={"packed": job.format, **each.setting}) for each in found]
+    formats = " ".join(sorted(set(kept.formats.values())))
+    peak, foretold = peak_memory_bytes(torch.device("cpu")), foretold_peak(rates, engine, kept)
+    tell([Seen(job, "peak_bytes", "peak memory", 0, formats, float(peak), foretold)])
+    probes = Probes(engine.program.native.threads)
+    for _ in sys.stdin:
+        found, before = [], probes.speeds()
+        for case, tokens in cases:
+            sample, before = reached.take_sample(engine, probes, case, before)
+            decodes = case.name.startswith("decode")
+            context = tokens + case.steps / 2 if decodes else float(tokens)
+            foretold = foretold_seconds(rates, kept, step_of(case, context), sample)
+            what: Quantity = "decode_s" if decodes else "prefill_s"
+            speeds = sample.speeds
+            found.append(
+                Seen(job, what, case.name, context, formats, sample.seconds, foretold, speeds.bandwidth, speeds.compute)
+            )
+        tell(found)
 
 
-def peak_prediction(rates: KernelRates, engine: "Engine", kept: "Held", measured: int) -> Prediction:
-    """Of the most that the process has held."""
+def tell(found: list[Seen]) -> None:
+    """The parent."""
+    print(json.dumps([each._asdict() for each in found]), flush=True)
+
+
+def foretold_peak(rates: KernelRates, engine: "Engine", kept: "Held") -> float:
+    """The most bytes that the process has held."""
     from moesaic.bench.foretold import held_formats
     from moesaic.engine.cache import BLOCK_TOKENS
     from moesaic.engine.engine import PREFILL_TOKENS
     from moesaic.plan.engine_memory import engine_peak_bytes
 
-    formats = held_formats(kept)
-    foretold = engine_peak_bytes(
+    return engine_peak_bytes(
         rates,
         kept.config,
-        formats,
+        held_formats(kept),
         tokens=PREFILL_TOKENS,
         texts=max(batch for batch, _ in DECODE),
         cache_tokens=engine.cache.num_blocks * BLOCK_TOKENS,
     )
+
+
+class Worker:
+    """A job's process, which waits between its turns."""
+
+    def __init__(self, job: Job) -> None:
+        command = [sys.executable, __file__, "--worker", *job]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.peak = self._hear()
+
+    def sample(self) -> list[Seen]:
+        """All its cells once."""
+        assert self._process.stdin is not None
+        self._process.stdin.write("\n")
+        self._process.stdin.flush()
+        return self._hear()
+
+    def _hear(self) -> list[Seen]:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            raise SystemExit(f"a worker ended with {self._process.wait()}; start again, and the run goes on")
+        return [seen_of(each) for each in json.loads(line)]
+
+    def end(self) -> None:
+        """Let it go."""
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait()
+
+
+def seen_of(tree: dict[str, Any]) -> Seen:
+    """The inverse of _asdict after JSON."""
+    return Seen(**{**tree, "job": Job(*tree["job"])})
+
+
+class Kept:
+    """All samples so far, in a file where one is given."""
+
+    def __init__(self, path: Path | None) -> None:
+        self._path = None if path is None else path.with_name(path.name + ".samples")
+        lines = self._path.read_text(encoding="utf-8").splitlines() if self._path and self._path.is_file() else []
+        self.seen = [seen_of(json.loads(line)) for line in lines]
+
+    def add(self, found: list[Seen]) -> None:
+        """And keep it."""
+        self.seen += found
+        if self._path:
+            with self._path.open("a", encoding="utf-8") as file:
+                file.writelines(f"{json.dumps(each._asdict())}\n" for each in found)
+
+    def turns(self, job: Job) -> int:
+        """That a job has had."""
+        cases = Counter(each.case for each in self.seen if each.job == job and each.what != "peak_bytes")
+        return min(cases.values(), default=0)
+
+    def of(self, job: Job) -> dict[str, list[Seen]]:
+        """A job's samples, cell by cell."""
+        cells: dict[str, list[Seen]] = {}
+        for each in self.seen:
+            if each.job == job:
+                cells.setdefault(each.case, []).append(each)
+        return cells
+
+
+def sample_all(jobs: list[Job], samples: int, kept: Kept) -> None:
+    """Until every job has had its turns."""
+    workers: dict[Job, Worker] = {}
+    for job in jobs:
+        if kept.turns(job) < samples:
+            workers[job] = Worker(job)
+            if not kept.of(job):
+                kept.add(workers[job].peak)
+    for turn in range(samples):
+        for job, worker in workers.items():
+            if kept.turns(job) <= turn:
+                kept.add(worker.sample())
+                print(f"turn {turn + 1} of {samples}: {job.name} {job.format}", file=sys.stderr, flush=True)
+    for worker in workers.values():
+        worker.end()
+
+
+def middle(samples: list[Seen], machine: str) -> Prediction:
+    """Of a cell's samples."""
+    first = samples[0]
+    setting: dict[str, Any] = {"packed": first.job.format, "case": first.case, "formats": first.formats}
+    if first.bandwidth:
+        setting |= {
+            "context": round(first.context),
+            "bandwidth": round(statistics.median(each.bandwidth for each in samples)),
+        }
     return Prediction(
         source="bench",
-        model="",
-        quantity="peak_bytes",
-        predicted=foretold,
-        measured=float(measured),
-        setting={"case": "peak memory", "formats": " ".join(sorted(set(kept.formats.values())))},
-        machine=rates.machine,
+        model=first.job.name,
+        quantity=first.what,
+        predicted=statistics.median(each.predicted for each in samples),
+        measured=statistics.median(each.measured for each in samples),
+        setting=setting,
+        machine=machine,
     )
 
 
-def run_apart(job: Job, samples: int) -> list[Prediction]:
-    """The same in another process."""
-    command = [sys.executable, __file__, "--worker", *job, "--samples", str(samples)]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-    return [Prediction(**each) for each in json.loads(done.stdout)]
-
-
-def is_done(job: Job, kept: list[Prediction]) -> bool:
-    """Whether all cells of it are there."""
-    cases = {
-        each.setting["case"] for each in kept if each.model == job.name and each.setting.get("packed") == job.format
-    }
-    return len(cases) == CELLS
-
-
-def show(job: Job, found: list[Prediction]) -> None:
-    """What one model in one format came to."""
-    for each in found:
-        scale, unit = (1e-6, "MB") if each.quantity == "peak_bytes" else (1e3, "ms")
-        figures = f"{each.predicted * scale:9.2f} {each.measured * scale:9.2f} {unit}"
-        at = f"  at {each.setting['bandwidth'] / 1e9:.1f} GB/s" if "bandwidth" in each.setting else ""
-        print(f"{job.name:<10} {job.format:<4} {each.setting['case']:<18} {figures} {each.error:+7.1%}{at}", flush=True)
+def show(each: Prediction) -> None:
+    """What one cell came to."""
+    scale, unit = (1e-6, "MB") if each.quantity == "peak_bytes" else (1e3, "ms")
+    figures = f"{each.predicted * scale:9.2f} {each.measured * scale:9.2f} {unit}"
+    at = f"  at {each.setting['bandwidth'] / 1e9:.1f} GB/s" if "bandwidth" in each.setting else ""
+    print(f"{each.model:<10} {each.setting['packed']:<4} {each.setting['case']:<18} {figures} {each.error:+7.1%}{at}")
 
 
 def jobs_of(options: argparse.Namespace) -> Iterator[Job]:
@@ -149,7 +255,7 @@ def jobs_of(options: argparse.Namespace) -> Iterator[Job]:
 
 
 def main() -> None:
-    """Measure every cell that is not kept yet, and print all beside their plans."""
+    """Sample every cell as often as is asked for, and print all beside their plans."""
     parser = argparse.ArgumentParser(description="Plans of this machine beside what it measures.")
     parser.add_argument("folders", nargs="*", metavar="FOLDER")
     parser.add_argument("--made", type=lambda text: text.split(","), help=f"of {', '.join(MADE)}")
@@ -161,7 +267,7 @@ def main() -> None:
     parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker is not None:
-        print(json.dumps([asdict(each) for each in work(Job(*options.worker), options.samples)]))
+        work(Job(*options.worker))
         return
     rates = None if options.measure else measured_rates()
     if rates is None:
@@ -170,13 +276,14 @@ def main() -> None:
         rates = here.measure().rates
     if rates.busy and not options.busy:
         raise SystemExit(f"the kernels were timed while {rates.busy}; --measure when it is quiet, or go on with --busy")
-    kept = load(options.json) if options.json else []
-    for job in jobs_of(options):
-        if is_done(job, kept):
-            continue
-        found = run_apart(job, options.samples)
-        store(found, *([options.json] if options.json else []))
-        show(job, found)
+    kept, jobs = Kept(options.json), list(jobs_of(options))
+    sample_all(jobs, options.samples, kept)
+    found = [middle(samples, rates.machine) for job in jobs for samples in kept.of(job).values()]
+    for each in found:
+        show(each)
+    if options.json:
+        options.json.unlink(missing_ok=True)
+    store(found, *([options.json] if options.json else []))
     if options.json:
         moesaic(["plan", "verify", str(options.json)])
 

@@ -19,7 +19,7 @@ from typing import Any
 from moesaic import families
 from moesaic.cli.main import main as moesaic
 from moesaic.config import ModelConfig
-from moesaic.plan.kernels import measured_rates
+from moesaic.plan.rates import measured_rates
 from moesaic.plan.training_kernels import TrainingCell, TrainingRates, measured_training
 from moesaic.plan.verify import Prediction, load, store
 

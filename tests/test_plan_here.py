@@ -1,14 +1,12 @@
 """benchmarks/plan_here.py: every cell once, however often it is started."""
 
-import json
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from moesaic.plan.verify import Prediction, load
+from moesaic.plan.verify import load
 from tests.benchmark_programs import imported
 from tests.plan.test_here import RATES
 
@@ -19,24 +17,40 @@ def test_a_stopped_run_goes_on_from_its_file(tmp_path: Path, monkeypatch: pytest
     with imported(["made_models", "plan_here"]) as programs:
         study = programs.plan_here
 
-        def run_apart(job, samples: int) -> list[Prediction]:
-            ran.append(job)
-            if len(ran) == 3:
-                raise subprocess.CalledProcessError(1, "stopped")
-            one = Prediction(source="bench", model=job.name, quantity="decode_s", predicted=1, measured=1, setting={})
-            return [replace(one, setting={"packed": job.format, "case": f"cell {n}"}) for n in range(study.CELLS)]
+        class Worker:
+            def __init__(self, job) -> None:
+                self.job = job
+                self.peak = [study.Seen(job, "peak_bytes", "peak memory", 0, "int8", 1e8, 1e8)]
 
-        monkeypatch.setattr(study, "run_apart", run_apart)
+            def sample(self):
+                if len(ran) == 5:
+                    ran.append(None)
+                    raise SystemExit("stopped")
+                ran.append(self.job)
+                return [
+                    study.Seen(self.job, "decode_s", f"cell {n}", 8, "int8", 1.0 + len(ran), 2.0, 1e9, 1.0)
+                    for n in range(3)
+                ]
+
+            def end(self) -> None:
+                pass
+
+        monkeypatch.setattr(study, "Worker", Worker)
         monkeypatch.setattr(study, "measured_rates", lambda: RATES)
-        monkeypatch.setattr(
-            sys, "argv", ["plan_here.py", "--made", "fine,dense", "--formats", "own,8", "--json", str(kept)]
-        )
-        with pytest.raises(subprocess.CalledProcessError):
+        asked = ["--made", "fine,dense", "--formats", "own,8", "--samples", "3", "--json", str(kept)]
+        monkeypatch.setattr(sys, "argv", ["plan_here.py", *asked])
+        with pytest.raises(SystemExit, match="stopped"):
             study.main()
-        assert len(load(kept)) == 2 * study.CELLS
+        assert not kept.exists()
         study.main()
-        assert [tuple(job) for job in ran[3:]] == [("dense", "own"), ("dense", "8")]
-        assert len({json.dumps(vars(each)) for each in load(kept)}) == 4 * study.CELLS
+        jobs = [study.Job(model, format_) for model in ("fine", "dense") for format_ in ("own", "8")]
+        assert ran[:5] == [*jobs, jobs[0]] and ran[6:] == [*jobs[1:], *jobs]  # in turns, none twice
+        found = load(kept)
+        assert len(found) == 4 * (3 + 1) and {each.predicted for each in found} == {2.0, 1e8}
+        first = [each.measured for each in found if each.model == "fine" and each.setting["packed"] == "own"]
+        assert first == [1e8, 6.0, 6.0, 6.0]  # the middle one of 2, 6 and 11
+        study.main()
+        assert len(ran) == 13 and load(kept)[0].measured == 1e8
         monkeypatch.setattr(study, "measured_rates", lambda: replace(RATES, about={"share": 0.5}))
         with pytest.raises(SystemExit, match="50% of the processors"):
             study.main()

@@ -10,43 +10,78 @@ from moesaic.errors import ConfigError
 from moesaic.plan.flops import Step
 from moesaic.plan.formats import engine_formats
 from moesaic.plan.hardware import Machine, find_machine
-from moesaic.plan.kernels import Curve, KernelRates, engine_step
+from moesaic.plan.kernels import engine_step
 from moesaic.plan.plan import ServingPlan, make_plan
+from moesaic.plan.rates import Curve, KernelRates, Outside, Pace, Routes, Scores, Speeds
 from moesaic.plan.training_kernels import TrainingCell, TrainingRates, fitted, memory_counts, time_counts
 from moesaic.plan.verify import Prediction, error_table, load, store
 from tests.tiny import tiny_config
 
 LINE = Curve([1.0, 8.0, 64.0], [1e-9, 1e-9, 4e-9], [0.1e-9, 0.5e-9, 4e-9])
+THIN = Curve([1.0, 8.0, 64.0], [2e-9, 2e-9, 8e-9], [0.2e-9, 1e-9, 8e-9])
+SCORES = Scores(layer=1e-6, row=1e-9, seen=[16.0, 64.0], seconds=[1e-9, 3e-9])
 RATES = KernelRates(
-    bandwidth=10e9, sizes=[1e6, 1e8, 1e9], bandwidths=[40e9, 10e9, 10e9], linear={"bf16": LINE, "fp32": LINE},
-    experts={"bf16": LINE}, head={"bf16": LINE}, score={"1": 1e-9, "4": 5e-10, "latent": 2e-10},
-    prompt_score={"1": 1e-10, "4": 1e-10, "latent": 1e-10}, norm=1e-10, row=1e-9, prompt_row=1e-9, route=1e-10,
-    layer=1e-6, outside=(1e-4, 1e-5, 1e-10), base_bytes=3e8,
+    bandwidth=10e9, compute=100.0, sizes=[1e6, 2e6, 1e8, 1e9], bandwidths=[40e9, 40e9, 10e9, 10e9],
+    linear={"bf16": LINE, "fp32": LINE}, latent={"bf16": LINE}, experts={"bf16": LINE}, fine={"bf16": THIN},
+    head={"bf16": LINE}, slender=(0.001, 0.005), decode={"1": SCORES, "4": SCORES, "latent": SCORES},
+    prompt={"1": SCORES, "4": SCORES, "latent": SCORES}, norm=(1e-6, 1e-10), route=Routes(1e-5, 1e-10, 1e-6, 1e-10),
+    outside=Outside(1e-4, 1e-5, 1e-6, 1e-10), base_bytes=3e8,
 )  # fmt: skip
+USUAL = Pace(1.0, 1.0)
 
 
 def test_a_curve_waits_for_memory_or_computes() -> None:
     """Few rows take as long as memory takes; many rows compute, however fast memory is; what is kept is hot."""
-    assert float(LINE.at(1, 0.5, 0.0)) == pytest.approx(2e-9, rel=0.02)
-    assert float(LINE.at(64, 0.5, 0.0)) == pytest.approx(4e-9)
-    assert float(LINE.at(1, 1.0, 1.0)) == pytest.approx(0.1e-9)
-    assert float(LINE.at(128, 1.0, 0.0)) == pytest.approx(8e-9)
+    slow_memory, slow_processors = Pace(0.5, 1.0), Pace(1.0, 0.5)
+    assert float(LINE.at(1, slow_memory, 0.0)) == pytest.approx(2e-9, rel=0.02)
+    assert float(LINE.at(1, slow_processors, 0.0)) == pytest.approx(1e-9, rel=0.02)
+    assert float(LINE.at(64, slow_memory, 0.0)) == pytest.approx(4e-9)
+    assert float(LINE.at(64, slow_processors, 0.0)) == pytest.approx(8e-9)
+    assert float(LINE.at(1, USUAL, 1.0)) == pytest.approx(0.1e-9)
+    assert float(LINE.at(1, slow_processors, 1.0)) == pytest.approx(0.2e-9)
+    assert float(LINE.at(128, USUAL, 0.0)) == pytest.approx(8e-9)
     assert RATES.kept(1e9) == 0.0 and RATES.kept(1e5) == 1.0
+
+
+def test_what_a_cache_keeps_is_read_from_what_it_gives_now() -> None:
+    now = Speeds(bandwidth=10e9, compute=100.0, near=(40e9, 40e9, 40e9, 10e9))
+    assert RATES.kept(5e7, now) == 1.0 and RATES.kept(5e7) < 0.5
+    assert RATES.kept(5e7, now._replace(near=(10e9,) * 4)) == 0.0
 
 
 def test_a_step_is_the_sum_of_its_parts() -> None:
     config = tiny_config(windows=(None, None))
     step = Step(kind="decode", texts=3, new=1, context=16)
-    found = engine_step(RATES, config, engine_formats(None), step, bandwidth=10e9)
+    now = Speeds(bandwidth=10e9, compute=100.0, near=(10e9,) * 4)  # no cache
+    found = engine_step(RATES, config, engine_formats(None), step, speeds=now)
     assert found.seconds == pytest.approx(sum(found.parts.values()))
-    kept = RATES.kept(found.num_bytes)
-    rows = np.arange(1, 4)
     chances = np.array([3 * 0.4 * 0.36, 3 * 0.16 * 0.6, 0.064])  # of 1, 2, 3 of three tokens choosing 2 of 5 experts
-    experts = 5 * np.sum(chances * LINE.at(rows, 1.0, kept)) * 3 * 13 * 20
+    experts = (
+        5 * np.sum(chances * THIN.at(np.arange(1, 4), USUAL, 0.0)) * 3 * 13 * 20
+    )  # narrow: 46 outputs, 780 weights
     assert found.parts["experts"] == pytest.approx(experts)
-    assert found.parts["attention"] == pytest.approx(2 * 3 * (1e-9 * 16 * 4 * 12 + 1e-9 * (4 + 4) * 6))
+    assert found.parts["attention"] == pytest.approx(2 * (1e-6 + 3 * (1e-9 * 16 * 4 * 12 + 1e-9 * (4 + 4) * 6)))
+    assert found.parts["outside kernels"] == pytest.approx(1e-4 + 3 * (1e-5 + 1e-10 * 61))
+    slow = engine_step(RATES, config, engine_formats(None), step, speeds=now._replace(compute=50.0))
+    assert slow.parts["attention"] == pytest.approx(2 * found.parts["attention"])
     with pytest.raises(ConfigError, match="int4 were not measured"):
         engine_step(RATES, config, engine_formats(4), step)
+
+
+def test_experts_stay_in_a_cache_less_than_what_every_step_reads() -> None:
+    """A step chooses a few of many experts: when they are chosen again, others have pushed them out."""
+    config = tiny_config(windows=(None, None))
+    num_bytes = engine_step(
+        RATES, config, engine_formats(None), Step(kind="decode", texts=1, new=1, context=4)
+    ).num_bytes
+    small = replace(RATES, sizes=[num_bytes / 4, num_bytes / 2, num_bytes * 1.01, num_bytes * 1.02])
+    near = Speeds(10e9, 100.0, (40e9, 40e9, 40e9, 10e9))
+    step = Step(kind="decode", texts=1, new=1, context=4)
+    some = engine_step(small, config, engine_formats(None), step, speeds=near)
+    none = engine_step(small, config, engine_formats(None), step, speeds=near._replace(near=(10e9,) * 4))
+    hot = LINE.at(1, USUAL, 1.0) / LINE.at(1, USUAL, 0.0)
+    assert some.parts["head"] == pytest.approx(none.parts["head"] * hot)
+    assert some.parts["experts"] > 1.5 * none.parts["experts"] * hot
 
 
 def test_rates_say_whether_others_ran_meanwhile() -> None:

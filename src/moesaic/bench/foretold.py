@@ -8,7 +8,8 @@ from moesaic.bench.reached import Case, Sample
 from moesaic.config import ModelConfig
 from moesaic.plan.flops import Step
 from moesaic.plan.formats import Formats
-from moesaic.plan.kernels import KernelRates, engine_step
+from moesaic.plan.kernels import engine_step
+from moesaic.plan.rates import KernelRates
 from moesaic.plan.verify import Prediction
 from moesaic.tensor_spec import ROLES, Role
 
@@ -36,15 +37,15 @@ def step_of(case: Case, context: float) -> Step:
 
 
 def foretold_seconds(rates: KernelRates, kept: Held, step: Step, sample: Sample) -> float:
-    """Of a step at the bandwidth around it."""
+    """Of a step at the speeds around it."""
     config: ModelConfig = kept.config
-    return engine_step(rates, config, held_formats(kept), step, bandwidth=sample.bandwidth).seconds
+    return engine_step(rates, config, held_formats(kept), step, speeds=sample.speeds).seconds
 
 
 def predictions(
     rates: KernelRates, kept: Held, model: str, cases: Sequence[tuple[Case, float]]
 ) -> Iterator[Prediction]:
-    """One for each case and its context: medians over its samples, each foretold at its own bandwidth."""
+    """One for each case and its context: medians over its samples, each foretold at its own speeds."""
     for case, context in cases:
         step = step_of(case, context)
         foretold = statistics.median(foretold_seconds(rates, kept, step, sample) for sample in case.samples)

@@ -19,6 +19,8 @@ _PEAK_ROUNDS = 5
 _PEAK_SECONDS = 0.2
 """Of one product: a machine without instructions for a number takes torch's plain loops, 200 times as slow."""
 _LEAST_PROBE_BYTES = 2**30
+_TELLING_BYTES = 2**28
+"""In readings of fewer a thread sleeps for much of the time, whoever else runs: till it wakes up, and at the end."""
 _CACHES_OF_PROBE = 8  # so that next to nothing of one pass is in the last cache when the next begins
 
 _EXTENSIONS = {
@@ -48,8 +50,8 @@ class Machine(NamedTuple):
 class ReadProbe:
     """Memory that no cache holds, and threads that read it as the engine's read weights."""
 
-    def __init__(self, threads: int) -> None:
-        memory = empty((_probe_bytes(),), torch.uint8, "cpu")
+    def __init__(self, threads: int, num_bytes: int | None = None) -> None:
+        memory = empty((num_bytes or _probe_bytes(),), torch.uint8, "cpu")
         self._memory = memory.fill_(1)  # pages that were never written are all one and the same page
         self._native = _native.ReadProbe(threads)
 
@@ -67,8 +69,8 @@ class ReadProbe:
 class WatchedProbe:
     """A probe that notes how evenly memory gave, and what of the processors its threads got: whether others run."""
 
-    def __init__(self, threads: int) -> None:
-        self.probe = ReadProbe(threads)
+    def __init__(self, threads: int, num_bytes: int | None = None) -> None:
+        self.probe = ReadProbe(threads, num_bytes)
         self._threads = threads
         self._rates: dict[int, list[float]] = {}
         self._wall = self._own = 0.0
@@ -77,8 +79,9 @@ class WatchedProbe:
         """As ReadProbe has it."""
         wall, own = time.perf_counter(), time.process_time()
         rate = self.probe.bandwidth(num_bytes)
-        self._wall += time.perf_counter() - wall
-        self._own += time.process_time() - own
+        if (num_bytes or self.probe.num_bytes) >= _TELLING_BYTES:
+            self._wall += time.perf_counter() - wall
+            self._own += time.process_time() - own
         self._rates.setdefault(num_bytes or self.probe.num_bytes, []).append(rate)
         return rate
 

@@ -1,5 +1,8 @@
 """Models that nobody trained, small and of sizes that no released model has, for timing kernels one by one."""
 
+from dataclasses import replace
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -18,7 +21,28 @@ from moesaic.hub.codes import CodedTensor, Codes, CodesFormat
 from moesaic.kernels.rounding import Bits
 from moesaic.tensor_spec import TensorSpec
 
-HIDDEN, INNER, EXPERTS, TOP_K, VOCABULARY, LAYERS = 896, 448, 16, 4, 8192, 6
+
+class Sizes(NamedTuple):
+    """Of a made-up model."""
+
+    hidden: int
+    inner: int
+    experts: int
+    top_k: int
+    vocabulary: int
+
+    @property
+    def layer_weights(self) -> int:
+        """Of all experts of a layer."""
+        return 3 * self.experts * self.hidden * self.inner
+
+    def near(self) -> "Sizes":
+        """The same matrices, but so few that a cache holds them; every token goes to every expert."""
+        return self._replace(experts=2, top_k=2, vocabulary=1024)
+
+
+WIDE = Sizes(hidden=896, inner=448, experts=16, top_k=4, vocabulary=8192)
+NARROW = Sizes(hidden=448, inner=160, experts=64, top_k=8, vocabulary=24_576)
 LONGEST = 2048
 ATTENTIONS: dict[str, AttentionConfig | MlaConfig] = {
     "1": AttentionConfig(num_heads=8, num_key_value_heads=8, head_dim=64),
@@ -28,16 +52,19 @@ ATTENTIONS: dict[str, AttentionConfig | MlaConfig] = {
 """By how many query heads share a key."""
 
 
-def made_up_config(attention: str = "4", layers: int = LAYERS, *, dense: bool = False) -> ModelConfig:
-    """Every layer the same: an attention of ATTENTIONS, and experts, or a narrow dense block."""
-    moe = MoeConfig(router=RouterConfig(name="softmax_topk", num_experts=EXPERTS, top_k=TOP_K), intermediate_size=INNER)
-    layer = LayerConfig(attention=ATTENTIONS[attention], feed_forward=MlpConfig(intermediate_size=64) if dense else moe)
+def made_up_config(attention: str = "4", layers: int = 1, sizes: Sizes = WIDE, *, dense: bool = False) -> ModelConfig:
+    """So many layers, all the same: an attention of ATTENTIONS, and experts, or a narrow dense block. Before them is
+    one more, always of the latter kind, in which threads wake up that have slept since the step before."""
+    router = RouterConfig(name="softmax_topk", num_experts=sizes.experts, top_k=sizes.top_k)
+    moe = MoeConfig(router=router, intermediate_size=sizes.inner)
+    first = LayerConfig(attention=ATTENTIONS[attention], feed_forward=MlpConfig(intermediate_size=64))
+    layer = first if dense else replace(first, feed_forward=moe)
     return ModelConfig(
         family="qwen3_moe",
-        vocab_size=VOCABULARY,
-        hidden_size=HIDDEN,
+        vocab_size=sizes.vocabulary,
+        hidden_size=sizes.hidden,
         context_length=LONGEST,
-        decoder=StackConfig(layers=(layer,) * layers),
+        decoder=StackConfig(layers=(first, *(layer,) * layers)),
     )
 
 
@@ -103,6 +130,6 @@ def made_up_engine(
     return Engine(MadeUpWeights(config, codes), bits=bits, threads=threads, max_length=LONGEST)
 
 
-def in_turn(num_tokens: int) -> Tensor:
+def in_turn(num_tokens: int, sizes: Sizes) -> Tensor:
     """Experts [T, K] for tokens such that each expert gets as many rows as any other."""
-    return (torch.arange(num_tokens)[:, None] * TOP_K + torch.arange(TOP_K)) % EXPERTS
+    return (torch.arange(num_tokens)[:, None] * sizes.top_k + torch.arange(sizes.top_k)) % sizes.experts

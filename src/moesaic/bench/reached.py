@@ -1,4 +1,4 @@
-"""What an engine reaches: its steps timed, each sample between two readings of the memory's bandwidth.
+"""What an engine reaches: its steps timed, each sample between two readings of what the machine gives.
 
 A machine that is shared may read twice as much in one second as in the next, so a sample is compared with the bound
 that its own two readings imply, and samples of all batches take turns.
@@ -6,7 +6,6 @@ that its own two readings imply, and samples of all batches take turns.
 
 import statistics
 import time
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -15,25 +14,33 @@ from typing import NamedTuple
 import torch
 
 from moesaic.bench.bound import Held, Number, Work, decode_work, prefill_work
-from moesaic.bench.machine import ReadProbe
+from moesaic.bench.probes import Probes, apart, middle, times
 from moesaic.engine.cache import Text
 from moesaic.engine.engine import Engine, Piece, in_steps
 from moesaic.engine.sampling import Sampling, sample
 from moesaic.errors import ConfigError
 from moesaic.kernels.blocks import Format
+from moesaic.plan.rates import Speeds
 
 SAMPLE_SECONDS = 0.5
 PROMPT_TOKENS, MOST_STEPS = 32, 128
+_APART, _TRIES = 0.25, 3
+"""Of two readings around a sample: what they may differ by, and how often it is tried."""
 _GREEDY = Sampling()
 _GENERATOR = _GREEDY.generator()
 
 
 class Sample(NamedTuple):
-    """Seconds of one step, bytes a second that memory gave just before and after, seconds in each part's kernels."""
+    """Seconds of one step, what the machine gave just before and after, seconds in each part's kernels."""
 
     seconds: float
-    bandwidth: float
+    speeds: Speeds
     parts: dict[str, float]
+
+    @property
+    def bandwidth(self) -> float:
+        """Bytes a second, of memory."""
+        return self.speeds.bandwidth
 
     @property
     def outside(self) -> float:
@@ -110,12 +117,14 @@ def prefill_case(engine: Engine, kept: Held, num_tokens: int) -> Case:
 
 
 def take_samples(
-    engine: Engine, probe: ReadProbe, cases: Sequence[Case], count: int, tell: Callable[[str], None]
+    engine: Engine, probes: Probes, cases: Sequence[Case], count: int, tell: Callable[[str], None]
 ) -> None:
     """So many samples of each case, in turns. tell: hears of each that is done."""
+    before = probes.speeds()
     for _ in range(count):
         for case in cases:
-            case.samples.append(_sample(engine, probe, case))
+            sample, before = take_sample(engine, probes, case, before)
+            case.samples.append(sample)
             tell(case.name)
 
 
@@ -124,17 +133,28 @@ def median(case: Case, of: Callable[[Sample], float]) -> float:
     return statistics.median(map(of, case.samples))
 
 
-def _sample(engine: Engine, probe: ReadProbe, case: Case) -> Sample:
-    before = probe.bandwidth()
+def take_sample(engine: Engine, probes: Probes, case: Case, before: Speeds) -> tuple[Sample, Speeds]:
+    """One of a case, and what the machine gave after it. before: what it gave just now.
+
+    Where these are far apart the sample is taken anew, a few times at the most, whatever it was.
+    """
+    for _ in range(_TRIES):
+        sample = _sample(engine, case)
+        after = probes.speeds()
+        found = Sample(sample[0], middle(before, after), sample[1]), after
+        if apart(before, after) <= _APART:
+            break
+        before = after
+    return found  # pyright: ignore[reportPossiblyUnboundVariable]  _TRIES is above 0
+
+
+def _sample(engine: Engine, case: Case) -> tuple[float, dict[str, float]]:
+    """Seconds of a step, and by part."""
     engine.program.native.reset_times()
     start = time.perf_counter()
     case.run()
     seconds = time.perf_counter() - start
-    after = probe.bandwidth()
-    parts: dict[str, float] = defaultdict(float)
-    for part, _layer, spent in engine.program.native.times():
-        parts[part] += spent / case.steps
-    return Sample(seconds / case.steps, (before + after) / 2, dict(parts))
+    return seconds / case.steps, {part: spent / case.steps for part, spent in times(engine).items()}
 
 
 def _decode(engine: Engine, texts: list[Text], ids_NB: Sequence[Sequence[int]]) -> None:

@@ -86,20 +86,21 @@ def _check(args: argparse.Namespace) -> list[int]:
 
 def _measure(args: argparse.Namespace, batches: list[int]) -> dict[str, Any]:
     from moesaic.bench import reached
-    from moesaic.bench.machine import ReadProbe, measure_machine
+    from moesaic.bench.machine import measure_machine
+    from moesaic.bench.probes import Probes
     from moesaic.bench.report import report
 
     prefill = _prefill(args)
     engine, dtype, drawn = _open(args, max(prefill + 1, reached.PROMPT_TOKENS + reached.MOST_STEPS))
     threads = engine.program.native.threads
     with output.progress("measuring the machine"):
-        machine, probe = measure_machine(threads), ReadProbe(threads)
+        machine, probes = measure_machine(threads), Probes(threads)
     kept = reached.held(engine, dtype)
     cases: list[Case] = [reached.decode_case(engine, kept, batch) for batch in batches]
     if prefill:
         cases.append(reached.prefill_case(engine, kept, prefill))
     with output.progress("sampling", total=args.samples * len(cases)) as advance:
-        reached.take_samples(engine, probe, cases, args.samples, lambda name: advance(1, note=name))
+        reached.take_samples(engine, probes, cases, args.samples, lambda name: advance(1, note=name))
     foretelling.keep_bench(args.model, kept, [(case, _context(case)) for case in cases], threads)
     settings = {
         "model": args.model,

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from moesaic.cli import output
 from moesaic.errors import ConfigError
 from moesaic.plan import verify
-from moesaic.plan.kernels import measured_rates
+from moesaic.plan.rates import measured_rates
 from moesaic.plan.training_kernels import TrainingCell, measured_training
 
 if TYPE_CHECKING:

@@ -11,9 +11,9 @@ from moesaic.cli.plan_options import Settings, read_count, read_layout, read_set
 from moesaic.errors import ConfigError
 from moesaic.plan import cost, hardware
 from moesaic.plan.formats import PACKINGS
-from moesaic.plan.kernels import measured_rates
 from moesaic.plan.memory import Training
 from moesaic.plan.plan import CONTEXT, ServingPlan, TrainingPlan, make_plan, read_model
+from moesaic.plan.rates import measured_rates
 from moesaic.plan.roofline import Speculation
 from moesaic.plan.units import quantity
 

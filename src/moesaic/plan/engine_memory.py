@@ -2,8 +2,8 @@
 
 from moesaic.config import AbsentConfig, AttentionConfig, LayerConfig, MlaConfig, MlpConfig, ModelConfig, MoeConfig
 from moesaic.plan.formats import PACKINGS, Formats, total_bytes
-from moesaic.plan.kernels import KernelRates
 from moesaic.plan.kinds import layer_kinds, part_specs
+from moesaic.plan.rates import KernelRates
 
 
 def engine_peak_bytes(

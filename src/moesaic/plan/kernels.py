@@ -1,14 +1,10 @@
-"""How long moesaic's own engine takes on a machine whose kernels were measured one by one. No torch here.
+"""How long moesaic's own engine takes on a machine whose kernels were measured one by one (rates.py). No torch here.
 
-What was measured are matrices of a made-up model, never one that is planned: seconds for each weight at so many rows,
-with weights in memory (cold) and in the processor's last cache (hot); attention, norms, routing and what lies outside
-of kernels for each number they touch. T tokens of a step, n rows of a matrix, E experts, K chosen, D hidden.
+T tokens of a step, n rows of a matrix, E experts, K chosen, D hidden.
 """
 
-import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,109 +13,9 @@ from moesaic.config import AttentionConfig, LayerConfig, MlaConfig, MlpConfig, M
 from moesaic.errors import ConfigError
 from moesaic.plan.flops import Step
 from moesaic.plan.formats import Formats, total_bytes
-from moesaic.plan.hardware import here_file
 from moesaic.plan.kinds import layer_kinds, part_specs
+from moesaic.plan.rates import Curve, KernelRates, Scores, Speeds
 from moesaic.plan.routing import Routing, Uniform
-
-QUIET_SHARE, EVEN_SPREAD = 0.9, 1.6
-"""Below this share of the processors, or above this ratio of fast to slow readings of memory, others were at work."""
-
-
-class Curve(NamedTuple):
-    """Seconds a weight of one matrix takes at so many rows: read from memory, and from the last cache."""
-
-    rows: list[float]
-    cold: list[float]
-    hot: list[float]
-
-    def at(self, rows: float | np.ndarray, speed: float, kept: float) -> np.ndarray:
-        """At these rows. speed: of memory, over that when it was measured. kept: the share of weights in the cache.
-
-        Faster memory makes the part of a cold product faster that waits for it; arithmetic takes what a hot one does.
-        """
-        cold = np.interp(rows, self.rows, self.cold)
-        hot = np.minimum(np.interp(rows, self.rows, self.hot), cold)
-        waiting = np.maximum(0.0, 1.0 - (hot / cold) ** 2)
-        beyond = np.maximum(1.0, np.asarray(rows, dtype=float) / self.rows[-1])  # products of many rows only compute
-        return beyond * (kept * hot + (1 - kept) * np.maximum(hot, cold * (1 + waiting * (1 / speed - 1))))
-
-
-@dataclass(frozen=True, kw_only=True)
-class KernelRates:
-    """What was measured. linear, experts, head: by format. sizes and bandwidths: of repeated reads of so many bytes.
-
-    score: seconds for each multiplication of a query's number with a key's, or of a weight with a value's, by how many
-    query heads share a key (latent attention: all), of one new token a text; prompt_score: of a prompt's tokens.
-    norm, row, prompt_row: seconds for each number of a row that is normed, or turned and written to the cache. route:
-    for each number of a router's product. layer: of each layer that is no kernel's work. outside: of a step, of each
-    text in it, of each logit. base_bytes: what a process takes before it holds a model. about: which machine, when, and
-    how much of it this program had ("share", "spread": see bench/machine.py, WatchedProbe).
-    """
-
-    bandwidth: float
-    sizes: list[float]
-    bandwidths: list[float]
-    linear: dict[str, Curve]
-    experts: dict[str, Curve]
-    head: dict[str, Curve]
-    score: dict[str, float]
-    prompt_score: dict[str, float]
-    norm: float
-    row: float
-    prompt_row: float
-    route: float
-    layer: float
-    outside: tuple[float, float, float]
-    base_bytes: float = 0.0
-    about: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def machine(self) -> str:
-        """What was measured, in words."""
-        about = self.about
-        return f"{about['processor']}, {about['threads']} threads, {about['isa']}" if "isa" in about else ""
-
-    @property
-    def busy(self) -> str | None:
-        """What other programs did meanwhile, in words; None: nothing that matters."""
-        share, spread = self.about.get("share", 1.0), self.about.get("spread", 1.0)
-        if share >= QUIET_SHARE and spread <= EVEN_SPREAD:
-            return None
-        return f"other programs had {1 - share:.0%} of the processors, and memory's bandwidth varied {spread:.1f}-fold"
-
-    def kept(self, num_bytes: float) -> float:
-        """The share of a step's bytes that the last cache still holds from the step before."""
-        in_memory, in_cache = self.bandwidths[-1], self.bandwidths[0]
-        if in_cache <= in_memory:
-            return 0.0
-        at = float(np.interp(math.log(num_bytes), np.log(self.sizes), self.bandwidths))
-        return min(1.0, max(0.0, (1 / in_memory - 1 / at) / (1 / in_memory - 1 / in_cache)))
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-ready."""
-        return asdict(self) | {
-            kind: {name: curve._asdict() for name, curve in getattr(self, kind).items()}
-            for kind in ("linear", "experts", "head")
-        }
-
-    @classmethod
-    def from_dict(cls, tree: Mapping[str, Any]) -> "KernelRates":
-        """The inverse of `to_dict`."""
-        curves = {
-            kind: {name: Curve(**curve) for name, curve in tree[kind].items()} for kind in ("linear", "experts", "head")
-        }
-        return cls(**{**tree, **curves, "outside": tuple(tree["outside"])})
-
-
-def measured_rates() -> KernelRates | None:
-    """What was measured of this machine before; None where nothing was. Raises ConfigError for a damaged file."""
-    path = here_file()
-    if not path.is_file():
-        return None
-    try:
-        return KernelRates.from_dict(json.loads(path.read_text(encoding="utf-8"))["kernels"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"{path} is damaged ({error!r}); take it away, and this machine is measured again") from error
 
 
 class EngineStep(NamedTuple):
@@ -139,134 +35,171 @@ def engine_step(
     formats: Formats,
     step: Step,
     *,
-    bandwidth: float | None = None,
+    speeds: Speeds | None = None,
     routing: Routing | None = None,
 ) -> EngineStep:
-    """One step of moesaic's engine. bandwidth: of memory at that moment; None: as when kernels were measured.
+    """One step of moesaic's engine. speeds: of the machine at that moment; None: as when kernels were measured.
 
     Raises ConfigError for a format that was not measured.
     """
-    clock = _Clock(rates, formats, step, (bandwidth or rates.bandwidth) / rates.bandwidth, routing or Uniform(), config)
-    return clock.step()
+    return _Clock(rates, formats, step, speeds or rates.speeds, routing or Uniform(), config).step()
 
 
 class _Clock:
     """Adds a step up. tokens T; outputs: rows of logits."""
 
     def __init__(
-        self, rates: KernelRates, formats: Formats, step: Step, speed: float, routing: Routing, config: ModelConfig
+        self, rates: KernelRates, formats: Formats, step: Step, speeds: Speeds, routing: Routing, config: ModelConfig
     ) -> None:
-        self.rates, self.formats, self.step_, self.speed = rates, formats, step, speed
+        self.rates, self.formats, self.step_, self.speeds = rates, formats, step, speeds
         self.routing, self.config = routing, config
-        self.num_bytes = self._num_bytes()
-        self.kept = rates.kept(self.num_bytes)
+        self.pace = rates.pace(speeds)
+        self.bytes = _Bytes.of(config, formats, step, self.routing)
+        self.kept = rates.kept(self.bytes.read, speeds)
         self.parts: dict[str, float] = {}
 
     def step(self) -> EngineStep:
-        config, tokens = self.config, self.step_.tokens
+        config, step = self.config, self.step_
         for layer, index, count in layer_kinds(config.decoder.layers):
             self._layer(layer, index, count)
-        self._add("norm", self.rates.norm * tokens * config.hidden_size)
-        self._add("head", self._product("head", "head", config.vocab_size * config.hidden_size, self.step_.outputs))
-        fixed, of_text, of_logit = self.rates.outside
-        outside = fixed + of_text * self.step_.texts + of_logit * self.step_.outputs * config.vocab_size
-        self._add("outside kernels", outside)
-        return EngineStep(self.parts, self.num_bytes)
+        self._small("norm", self._norm())
+        self._add("head", self._product("head", "head", config.vocab_size * config.hidden_size, step.outputs))
+        outside = self.rates.outside
+        prompt = outside.token * step.tokens if step.new > 1 else 0.0
+        logits = outside.logit * step.outputs * config.vocab_size
+        self._small("outside kernels", outside.step + outside.text * step.texts + prompt + logits)
+        return EngineStep(self.parts, self.bytes.read)
 
     def _layer(self, layer: LayerConfig, index: int, count: int) -> None:
         size, tokens = self.config.hidden_size, self.step_.tokens
-        self._add("norm", 2 * self.rates.norm * tokens * size * count)
-        self._add("layers", self.rates.layer * count)
-        for packing, numel in _projections(layer.attention, size, self.formats):
-            self._add("projections", self._curve("linear", packing, numel, tokens) * count)
-        self._add("attention", self._attention(layer) * count)
+        self._small("norm", 2 * self._norm() * count)
+        self._add("projections", self._projections(layer.attention) * count)
+        self._small("attention", self._attention(layer) * count)
         block = layer.feed_forward
         if isinstance(block, MoeConfig):
-            self._add("router", self.rates.route * tokens * block.num_experts * size * count)
+            route, weights = self.rates.route, block.num_experts * size
+            each = route.layer + route.weight * weights + tokens * (route.token + route.token_weight * weights)
+            self._small("router", each * count)
             self._add("experts", self._experts(block, index) * count)
             block = block.shared
         if isinstance(block, MlpConfig):
             numel = sum(spec.numel for spec in part_specs(block, size) if len(spec.shape) > 1)
-            self._add("mlp", self._product("experts", "mlp", numel, tokens) * count)
+            seconds = self._feed_forward(self.formats.by_role["mlp"], block.intermediate_size, tokens, self.kept)
+            self._add("mlp", numel * float(seconds) * count)
+
+    def _norm(self) -> float:
+        once, number = self.rates.norm
+        return once + number * self.step_.tokens * self.config.hidden_size
+
+    def _projections(self, attention: Any) -> float:
+        """Of latent attention as one: its matrices that heads read one by one have 8 bits where others have fewer, and
+        are unpacked to bf16 where files hold them in FP8."""
+        kind = "latent" if isinstance(attention, MlaConfig) else "linear"
+        numel = sum(spec.numel for spec in part_specs(attention, self.config.hidden_size) if len(spec.shape) > 1)
+        return self._product(kind, "attention", numel, self.step_.tokens)
 
     def _experts(self, moe: MoeConfig, index: int) -> float:
         """Rows of an expert are as many of T tokens as chance makes choose it: n with the probabilities of a binomial
         distribution, or where shares are known, as many as these let expect."""
         numel = sum(spec.numel for spec in part_specs(moe, self.config.hidden_size) if spec.role == "experts")
-        each = numel / moe.num_experts
-        tokens = self.step_.tokens
+        each, tokens = numel / moe.num_experts, self.step_.tokens
+        hit = self.routing.distinct(moe, index, tokens)
+        kept = self._kept_experts(hit / moe.num_experts)
+        packing, inner = self.formats.by_role["experts"], moe.intermediate_size
         if not isinstance(self.routing, Uniform):
-            hit = self.routing.distinct(moe, index, tokens)
             mean = tokens * moe.router.top_k / max(hit, 1e-9)
-            return hit * float(self._curve("experts", self.formats.by_role["experts"], each, mean))
+            return each * hit * float(self._feed_forward(packing, inner, mean, kept))
         chances = _binomial(round(tokens), moe.router.top_k / moe.num_experts)
         rows = np.arange(1, len(chances) + 1)
-        seconds = self._curve("experts", self.formats.by_role["experts"], each, rows)
-        return moe.num_experts * float(np.sum(chances * seconds))
+        return each * moe.num_experts * float(np.sum(chances * self._feed_forward(packing, inner, rows, kept)))
+
+    def _kept_experts(self, chance: float) -> float:
+        """The share of the experts' weights that a cache still holds since they were read: that was one step ago with
+        this chance, two with the next one's, and what was read meanwhile grows."""
+        if chance >= 1:
+            return self.kept
+        kept, left = 0.0, 1.0
+        for steps in range(1, _STEPS_BACK + 1):
+            between = self.bytes.others + self.bytes.experts * (1 - (1 - chance) ** steps)
+            kept += left * chance * self.rates.kept(between, self.speeds)
+            left *= 1 - chance
+        return kept
 
     def _attention(self, layer: LayerConfig) -> float:
         """Scores and weighted values over what tokens see, and what is done to each new row."""
-        attention, tokens = layer.attention, self.step_.tokens
+        attention, tokens, rates = layer.attention, self.step_.tokens, self.rates
         if isinstance(attention, MlaConfig):
             width, groups, kind = 2 * attention.latent_rank + attention.rope_dim, 1, "latent"
             own = attention.num_heads * attention.rope_dim + attention.latent_rank + attention.rope_dim
         elif isinstance(attention, AttentionConfig):
             width, groups = 2 * attention.head_dim, attention.num_key_value_heads
-            kind = _shared(attention.num_heads // groups, self.rates.score)
+            kind = _shared(attention.num_heads // groups, rates.decode)
             own = (attention.num_heads + 2 * groups) * attention.head_dim
         else:
             raise ConfigError("compressed or recurrent attention does not run in the engine; it has no times here")
-        seen = self.step_.seen
         reach = getattr(attention, "reach", None)
-        seen = min(seen, reach) if reach else seen
-        prompt = self.step_.new > 1
-        score = (self.rates.prompt_score if prompt else self.rates.score)[kind]
-        row = self.rates.prompt_row if prompt else self.rates.row
-        return tokens * (score * seen * attention.num_heads * width + row * own)
+        seen = min(self.step_.seen, reach) if reach else self.step_.seen
+        scores = (rates.prompt if self.step_.new > 1 else rates.decode)[kind]
+        return scores.layer + tokens * (scores.at(seen) * seen * attention.num_heads * width + scores.row * own)
 
     def _product(self, kind: str, role: str, numel: float, rows: float) -> float:
-        return float(self._curve(kind, self.formats.by_role[role], numel, rows))  # pyright: ignore[reportArgumentType]
+        return float(numel * self._curve(kind, self.formats.by_role[role]).at(rows, self.pace, self.kept))  # pyright: ignore[reportArgumentType]
 
-    def _curve(self, kind: str, packing: str, numel: float, rows: Any) -> Any:
+    def _feed_forward(self, packing: str, inner: int, rows: Any, kept: float) -> np.ndarray:
+        """Seconds a weight: between those of wide and of narrow matrices by how many outputs a weight has."""
+        wide, narrow = (self._curve(kind, packing).at(rows, self.pace, kept) for kind in ("experts", "fine"))
+        first, last = self.rates.slender
+        share = (slenderness(self.config.hidden_size, inner) - first) / (last - first)
+        return wide + min(1.0, max(0.0, share)) * (narrow - wide)
+
+    def _curve(self, kind: str, packing: str) -> Curve:
         curves: dict[str, Curve] = getattr(self.rates, kind)
         if packing not in curves:
             raise ConfigError(f"{kind} in {packing} were not measured here; known: {', '.join(curves)}")
-        return numel * curves[packing].at(rows, self.speed, self.kept)
+        return curves[packing]
 
-    def _num_bytes(self) -> float:
-        """Of weights and cache that a step reads."""
-        config, tokens = self.config, self.step_.tokens
-        whole = total_bytes(config, self.formats) - config.vocab_size * config.hidden_size * 2.0 * (
-            not config.tie_word_embeddings
-        )
-        for layer, index, count in layer_kinds(config.decoder.layers):
-            moe = layer.feed_forward
-            if isinstance(moe, MoeConfig):
-                held = sum(
-                    self.formats.tensor_bytes(spec)
-                    for spec in part_specs(moe, config.hidden_size)
-                    if spec.role == "experts"
-                )
-                whole -= count * held * (1 - self.routing.distinct(moe, index, tokens) / moe.num_experts)
-        return whole + self.step_.texts * self.formats.state_bytes(config, round(self.step_.context))
+    def _small(self, part: str, seconds: float) -> None:
+        """What waits for no memory."""
+        self._add(part, seconds / self.pace.compute)
 
     def _add(self, part: str, seconds: float) -> None:
         self.parts[part] = self.parts.get(part, 0.0) + float(seconds)
 
 
-def _projections(attention: Any, size: int, formats: Formats) -> list[tuple[str, float]]:
-    """Numbers of weights by format. Matrices that heads read one by one have 8 bits where others have fewer, and are
-    unpacked to bf16 where files hold them in FP8."""
-    packing = formats.by_role["attention"]
-    matrices = {spec.name: spec.numel for spec in part_specs(attention, size) if len(spec.shape) > 1}
-    if not isinstance(attention, MlaConfig):
-        return [(packing, float(sum(matrices.values())))]
-    by_head = next(numel for name, numel in matrices.items() if "kv_b_proj" in name)
-    one_by_one = {"int4": "int8", "uneven4": "int8", "fp8-128": "bf16"}.get(packing, packing)
-    return [(packing, float(sum(matrices.values()) - by_head)), (one_by_one, float(by_head))]
+_STEPS_BACK = 32
+"""Beyond so many steps a cache holds nothing that was not read again."""
 
 
-def _shared(heads: int, table: Mapping[str, float]) -> str:
+def slenderness(hidden: int, inner: int) -> float:
+    """Outputs for each weight of a gated block: 2F + D of 3DF."""
+    return (2 * inner + hidden) / (3 * hidden * inner)
+
+
+class _Bytes(NamedTuple):
+    """That a step reads: all; of what it reads in any case, and of all experts, read or not."""
+
+    read: float
+    others: float
+    experts: float
+
+    @classmethod
+    def of(cls, config: ModelConfig, formats: Formats, step: Step, routing: Routing) -> "_Bytes":
+        others = total_bytes(config, formats) - config.vocab_size * config.hidden_size * 2.0 * (
+            not config.tie_word_embeddings
+        )
+        experts = read = 0.0
+        for layer, index, count in layer_kinds(config.decoder.layers):
+            moe = layer.feed_forward
+            if isinstance(moe, MoeConfig):
+                specs = [spec for spec in part_specs(moe, config.hidden_size) if spec.role == "experts"]
+                held = count * sum(map(formats.tensor_bytes, specs))
+                experts += held
+                read += held * routing.distinct(moe, index, step.tokens) / moe.num_experts
+        others += step.texts * formats.state_bytes(config, round(step.context)) - experts
+        return cls(others + read, others, experts)
+
+
+def _shared(heads: int, table: Mapping[str, Scores]) -> str:
     """Of the measured numbers of query heads that share a key the nearest."""
     known = [name for name in table if name != "latent"]
     return min(known, key=lambda name: abs(math.log(int(name) / heads)))

@@ -15,12 +15,13 @@ from moesaic.plan.files import formats_of_files
 from moesaic.plan.flops import Step
 from moesaic.plan.formats import Formats, as_released, named, total_bytes
 from moesaic.plan.hardware import Machine, find_machine
-from moesaic.plan.kernels import EngineStep, engine_step, measured_rates
+from moesaic.plan.kernels import EngineStep, engine_step
 from moesaic.plan.kinds import with_shared_layers
 from moesaic.plan.layout import Layout
 from moesaic.plan.lifetime import Lifetime, lifetime
 from moesaic.plan.memory import DeviceMemory, Training
 from moesaic.plan.offload import Offload, offload
+from moesaic.plan.rates import measured_rates
 from moesaic.plan.roofline import Speculation, StepTime
 from moesaic.plan.routing import Routing
 from moesaic.plan.serving import CurvePoint, Serving, batch_curve, check_context, make_serving

@@ -14,10 +14,10 @@ import numpy as np
 from moesaic.config import ModelConfig, MoeConfig
 from moesaic.errors import ConfigError
 from moesaic.plan.hardware import here_file
-from moesaic.plan.kernels import QUIET_SHARE
 from moesaic.plan.kinds import layer_kinds, part_specs
 from moesaic.plan.layout import Layout
 from moesaic.plan.memory import Training, stage_activations
+from moesaic.plan.rates import QUIET_SHARE
 
 Precision = Literal["fp32", "bf16"]
 LOGITS_AT_ONCE = 2**22

@@ -21,6 +21,7 @@ from tests.serve.operation.whole import serving, settings
 KNOWN = replace(
     RATES,
     experts={"fp32": LINE},
+    fine={"fp32": LINE},
     head={"fp32": LINE},
     about={"threads": 1, "processor": "P", "isa": "avx2"},
 )

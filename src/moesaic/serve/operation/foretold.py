@@ -14,7 +14,8 @@ from moesaic.bench.reached import held
 from moesaic.engine.engine import Engine
 from moesaic.errors import ConfigError
 from moesaic.plan.flops import Step
-from moesaic.plan.kernels import KernelRates, engine_step, measured_rates
+from moesaic.plan.kernels import engine_step
+from moesaic.plan.rates import KernelRates, measured_rates
 from moesaic.plan.verify import Prediction, store
 from moesaic.serve.seen import StepSeen
 
