@@ -116,7 +116,7 @@ def test_layers_that_predict_further_tokens_do_no_harm(tmp_path):
             "another model",
         ),
         (lambda folder: written(folder / "e.npz", np.empty((0, 8), int)), "no tokens"),
-        (lambda folder: written(folder / "p.npz", even(3), mask_T=np.zeros(3, bool)), "no tokens"),
+        (lambda folder: written(folder / "p.npz", even(3), mask_T=np.zeros(3, bool)), "3 tokens that are all padding"),
     ],
     ids=["absent", "of another model", "empty", "all padding"],
 )
