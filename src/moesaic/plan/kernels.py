@@ -184,6 +184,7 @@ class _Bytes(NamedTuple):
 
     @classmethod
     def of(cls, config: ModelConfig, formats: Formats, step: Step, routing: Routing) -> "_Bytes":
+        """Those of a step: weights, of experts those that its tokens choose, and the state of its texts."""
         others = total_bytes(config, formats) - config.vocab_size * config.hidden_size * 2.0 * (
             not config.tie_word_embeddings
         )

@@ -31,6 +31,7 @@ class _LayerSums:
         self.has_heard = False
 
     def load(self, layer: int, top_k: int) -> LayerLoad:
+        """The sums as the load of a layer; means are over its tokens, NaN or None where there were none."""
         num_tokens = self.num_tokens
         return LayerLoad(
             layer=layer,
