@@ -187,14 +187,10 @@ class Guard(Drafter):
         """Of all texts, or of those for which a drafter that takes time is worth asking."""
         pairs = list(zip(wanted, self._in_step, strict=True))
         asked = [each for each, account in pairs if self.drafter.free or self._worth_asking(each, account, token_s)]
-        found = iter(self._ask(asked))
-        left, guesses = list(asked), []
+        found = dict(zip(map(id, asked), self._ask(asked), strict=True))
         for each, account in pairs:
-            guess = next(found) if left and left[0] is each else []
-            left = left[1:] if left and left[0] is each else left
-            account.guessed, account.place = guess, len(each.writing.token_ids)
-            guesses.append(guess)
-        return guesses
+            account.guessed, account.place = found.get(id(each), []), len(each.writing.token_ids)
+        return [account.guessed for account in self._in_step]
 
     def _worth_asking(self, each: Wanted, account: Account, token_s: float) -> bool:
         """Whether a drafter that takes time is to guess: where it pays, or a trial is due and allowed."""
