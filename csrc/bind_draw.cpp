@@ -30,8 +30,21 @@ std::vector<const float *> check_rows(const std::vector<Array> &rows_V) {
 // Temperature, top_k, top_p, min_p and number of each row.
 using RuleTuple = std::tuple<double, int64_t, double, double, double>;
 
+// The bits of each row's tokens; none where all may be drawn.
+using Mask = std::optional<Array>;
+
+std::vector<const uint8_t *> check_masks(const std::vector<Mask> &masks, size_t rows, int64_t vocab) {
+    if (masks.size() != rows) refuse("masks", "are not as many as there are rows");
+    std::vector<const uint8_t *> found;
+    for (const Mask &mask : masks) {
+        if (mask) check("mask", *mask, {Kind::u8}, {(vocab + 7) / 8});
+        found.push_back(mask ? data<uint8_t>(*mask) : nullptr);
+    }
+    return found;
+}
+
 std::vector<int64_t> draw_rows(const std::vector<Array> &rows_V, const std::vector<RuleTuple> &given,
-                               Program *program) {
+                               const std::vector<Mask> &masks, Program *program) {
     const std::vector<const float *> rows = check_rows(rows_V);
     if (given.size() != rows.size()) refuse("rules", "are not as many as there are rows");
     std::vector<DrawRule> rules;
@@ -43,10 +56,11 @@ std::vector<int64_t> draw_rows(const std::vector<Array> &rows_V, const std::vect
     }
     std::vector<int64_t> tokens(rows.size());
     const int64_t vocab = rows.empty() ? 0 : size(rows_V.front(), 0);
+    const std::vector<const uint8_t *> allowed = check_masks(masks, rows.size(), vocab);
     nb::gil_scoped_release release;
     for_each_row(static_cast<int64_t>(rows.size()), vocab, program, [&](int64_t i) {
         const auto row = static_cast<size_t>(i);
-        tokens[row] = draw_row(rows[row], vocab, rules[row]);
+        tokens[row] = draw_row(rows[row], vocab, rules[row], allowed[row]);
     });
     return tokens;
 }
@@ -76,19 +90,11 @@ std::vector<Scored> score_rows(const std::vector<Array> &rows_V, const std::vect
     return found;
 }
 
-bool bound_keep_allowed(const Array &logits, const Array &allowed, const Array &out) {
-    check("logits", logits, {Kind::f32}, {any});
-    check("allowed", allowed, {Kind::u8}, {size(logits, 0)});
-    check("out", out, {Kind::f32}, {size(logits, 0)});
-    return keep_allowed(data<float>(logits), data<uint8_t>(allowed), size(logits, 0), data<float>(out));
-}
-
 }  // namespace
 
 void bind_draw(nb::module_ &m) {
-    m.def("draw_rows", &draw_rows, nb::arg("rows_V"), nb::arg("rules"), nb::arg("program").none());
+    m.def("draw_rows", &draw_rows, nb::arg("rows_V"), nb::arg("rules"), nb::arg("masks"), nb::arg("program").none());
     m.def("score_rows", &score_rows, nb::arg("rows_V"), nb::arg("wanted"), nb::arg("program").none());
-    m.def("keep_allowed", &bound_keep_allowed, nb::arg("logits"), nb::arg("allowed"), nb::arg("out"));
 }
 
 }  // namespace moesaic

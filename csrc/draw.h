@@ -17,12 +17,11 @@ struct DrawRule {
     double number;       // at least 0, below 1: how far along the weights of those that are left, in the order of ids
 };
 
-int64_t draw_row(const float *logits, int64_t vocab, const DrawRule &rule);
+// allowed: bit id % 8 of byte id / 8 for each token; null: all. -1: none of them is possible. What is drawn is what the
+// whole row would give if the others' logits were minus infinity.
+int64_t draw_row(const float *logits, int64_t vocab, const DrawRule &rule, const uint8_t *allowed);
 
 // ln of the sum of e^logit; and the `count` likeliest tokens, from the first on.
 double score_row(const float *logits, int64_t vocab, int64_t count, std::vector<int64_t> &ids);
-
-// The logits whose token is allowed (not 0), the others -inf. Whether any is more than that.
-bool keep_allowed(const float *logits, const uint8_t *allowed, int64_t vocab, float *out);
 
 }  // namespace moesaic

@@ -1,6 +1,7 @@
 """Drawing a token: what sorting everything gives, and the distribution that the rules define."""
 
 import math
+import random
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from moesaic.engine.sampling import Sampling
-from moesaic.serve.choice.drawing import allowed_only, draw_by_sorting, draw_rows, random_number, score_rows
+from moesaic.serve.choice.drawing import NOTHING, draw_by_sorting, draw_rows, random_number, score_rows
 from tests.serve import tiny
 
 NUMBERS = st.floats(0, 1, exclude_max=True)
@@ -166,15 +167,61 @@ def test_what_cannot_be_drawn_from_is_refused() -> None:
     assert draw_rows([], [], []) == [] and score_rows([], [], []) == []
 
 
-@pytest.mark.parametrize("vocab", [1, 7, 64, 1000])
-def test_only_what_is_allowed_is_left(vocab: int) -> None:
-    logits = np.random.default_rng(0).standard_normal(vocab, np.float32)
-    logits[::5] = -np.inf
-    for share in (0.0, 0.5, 1.0):
-        allowed = np.random.default_rng(vocab).random(vocab) < share
-        wanted = np.where(allowed, logits, np.float32(-np.inf))
-        found = allowed_only(logits, allowed)
-        assert (found is None) == (wanted.max() == -np.inf)
-        assert found is None or np.array_equal(found, wanted)
-    with pytest.raises(ValueError, match="allowed"):
-        allowed_only(logits, np.ones(vocab + 1, bool))
+RULES: list[dict[str, float]] = [
+    {"temperature": 0.0},
+    {},
+    {"top_k": 1},
+    {"top_k": 50},
+    {"top_p": 0.9},
+    {"top_p": math.nextafter(1, 0)},
+    {"min_p": 0.1},
+    {"top_p": 0.95, "top_k": 100, "min_p": 0.001},
+]
+
+
+@pytest.mark.parametrize("vocab", [1, 7, 63, 64, 65, 200, 4099])
+@pytest.mark.parametrize("share", [0.0, 0.002, 0.1, 0.5, 0.97, 1.0])
+def test_what_is_not_allowed_is_as_if_impossible(vocab: int, share: float) -> None:
+    """The same token as of a row in which the others' logits are minus infinity."""
+    generator = np.random.default_rng(vocab)
+    for spread in (0.01, 4.0):
+        logits = (generator.standard_normal(vocab) * spread).astype(np.float32)
+        logits[::5] = -np.inf
+        allowed = generator.random(vocab) < share
+        allowed[vocab // 4 : vocab // 2] = False  # whole blocks, where there are some
+        left = np.where(allowed, logits, np.float32(-np.inf))
+        samplings = [Sampling(**{"temperature": 0.8, **rules}) for rules in RULES for _ in range(12)]  # type: ignore[arg-type]
+        numbers = [0.0, math.nextafter(1, 0), *generator.random(10)] * len(RULES)
+        count = len(numbers)
+        found = draw_rows([logits] * count, samplings, numbers, masks=[packed(allowed)] * count)
+        if left.max() == -np.inf:
+            assert found == [NOTHING] * count
+        else:
+            assert found == draw_rows([left] * count, samplings, numbers)
+
+
+@given(FEW | FLOATS, st.randoms(use_true_random=False), SAMPLINGS, NUMBERS)
+@settings(max_examples=250, deadline=None)
+def test_masks_and_any_rules(values: list[float], chance: random.Random, sampling: Sampling, number: float) -> None:
+    logits = np.array(values, np.float32)
+    allowed = np.array([chance.random() < 0.5 for _ in values])
+    left = np.where(allowed, logits, np.float32(-np.inf))
+    (found,) = draw_rows([logits], [sampling], [number], masks=[packed(allowed)])
+    assert found == (draw(left, sampling, number) if np.isfinite(left).any() else NOTHING)
+
+
+def test_rows_with_and_without_masks() -> None:
+    logits = np.random.default_rng(1).standard_normal((3, 100)).astype(np.float32)
+    seventh = packed(np.arange(100) == 7)
+    sampling, others = Sampling(temperature=1.0), [draw(row, Sampling(temperature=1.0), 0.3) for row in logits]
+    found = draw_rows(list(logits), [sampling] * 3, [0.3] * 3, masks=[None, seventh, None])
+    assert found == [others[0], 7, others[2]]
+    with pytest.raises(ValueError, match="mask"):
+        draw_rows([logits[0]], [sampling], [0.3], masks=[seventh[:-1]])
+    with pytest.raises(ValueError, match="masks are not as many as there are rows"):
+        draw_rows(list(logits), [sampling] * 3, [0.3] * 3, masks=[seventh])
+
+
+def packed(allowed: np.ndarray) -> np.ndarray:
+    """Bits; those behind the last token are set, and mean nothing."""
+    return np.packbits(np.append(allowed, np.ones(-len(allowed) % 8, bool)), bitorder="little")

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from moesaic.engine.program import Program
-from moesaic.serve.choice.drawing import allowed_only, draw_rows, random_number, score_rows
+from moesaic.serve.choice.drawing import NOTHING, draw_rows, random_number, score_rows
 from moesaic.serve.choice.writing import Writing
 from moesaic.serve.request import TokenInfo
 
@@ -46,25 +46,30 @@ def chosen_ids(logits_NV: np.ndarray, rows: Sequence[Row], program: Program | No
     """The token of each row alone."""
     changed = [_by_rules(logits_V, row) for logits_V, row in zip(logits_NV, rows, strict=True)]
     samplings, numbers = [row.writing.rules.sampling for row in rows], [_number(row) for row in rows]
-    return draw_rows(changed, samplings, numbers, program)
+    masks = [_mask(row) for row in rows]
+    found = draw_rows(changed, samplings, numbers, program, masks)
+    for place, token in enumerate(found):
+        if token == NOTHING:
+            found[place] = _draw_the_end(logits_NV[place], changed[place], rows[place], masks[place])
+    return found
 
 
 def _by_rules(logits_V: np.ndarray, row: Row) -> np.ndarray:
-    writing = row.writing
-    changed_V = writing.rules.apply(logits_V, writing.token_ids, row.drafts)
-    if writing.guide is None:
-        return changed_V
-    return _guided(changed_V, logits_V, writing.guide.allowed(row.drafts))
+    return row.writing.rules.apply(logits_V, row.writing.token_ids, row.drafts)
 
 
-def _guided(changed_V: np.ndarray, logits_V: np.ndarray, allowed_V: np.ndarray) -> np.ndarray:
-    """Only what a grammar allows. Where that is but an end that is too early, the end; where it is nothing, the text
-    has ended, and the token that is chosen will not be taken."""
-    for each_V in (changed_V, logits_V):
-        left_V = allowed_only(each_V, allowed_V)
-        if left_V is not None:
-            return left_V
-    return changed_V
+def _mask(row: Row) -> np.ndarray | None:
+    """What a grammar allows, where there is one."""
+    guide = row.writing.guide
+    return None if guide is None else guide.allowed(row.drafts)
+
+
+def _draw_the_end(logits_V: np.ndarray, changed_V: np.ndarray, row: Row, mask: np.ndarray | None) -> int:
+    """Where a grammar allows but an end that is too early, the end; where it allows nothing, the text has ended, and
+    the token that is chosen will not be taken."""
+    samplings, numbers = [row.writing.rules.sampling], [_number(row)]
+    (token,) = draw_rows([logits_V], samplings, numbers, masks=[mask])
+    return draw_rows([changed_V], samplings, numbers)[0] if token == NOTHING else token
 
 
 def _number(row: Row) -> float:

@@ -20,6 +20,7 @@ _native = compiled()
 _WORD = 2**64 - 1
 _PHILOX0, _PHILOX1 = 0xD2E7470EE14C6C93, 0xCA5A826395121157
 _WEYL0, _WEYL1 = 0x9E3779B97F4A7C15, 0xBB67AE8584CAA73B
+NOTHING = -1  # in place of a token: none that is allowed is possible
 _STEEPEST = 1e30  # 1 / temperature; times a difference of 0 it is still 0
 
 
@@ -52,23 +53,21 @@ def draw_rows(
     samplings: Sequence[Sampling],
     numbers: Sequence[float],
     program: Program | None = None,
+    masks: Sequence[np.ndarray | None] | None = None,
 ) -> list[int]:
     """A token of each row by temperature, top_k, top_p and min_p, at its number's way through what they leave.
 
     rows_V: contiguous fp32; at least one logit of each is finite, the others may be -inf. numbers: at least 0, below 1.
-    program: whose threads do it, while it does nothing else; None: this one.
+    program: whose threads do it, while it does nothing else; None: this one. masks: of each row, which tokens may be
+    drawn, uint8 [V / 8, rounded up], token t's bit t % 8 of byte t // 8; None: all. They change what is drawn as if the
+    logits of the others were -inf, and where nothing is left to draw, NOTHING is what is given.
     """
     rules = [
         (each.temperature, each.top_k or 0, each.top_p or 1.0, each.min_p or 0.0, number)
         for each, number in zip(samplings, numbers, strict=True)
     ]
-    return _native.draw_rows(list(rows_V), rules, program and program.native)
-
-
-def allowed_only(logits_V: np.ndarray, allowed_V: np.ndarray) -> np.ndarray | None:
-    """The logits of the tokens that are allowed, bool [V], and -inf for the others; None where nothing else is left."""
-    left_V = np.empty_like(logits_V)
-    return left_V if _native.keep_allowed(logits_V, allowed_V.view(np.uint8), left_V) else None
+    given = [None] * len(rules) if masks is None else list(masks)
+    return _native.draw_rows(list(rows_V), rules, given, program and program.native)
 
 
 def score_rows(

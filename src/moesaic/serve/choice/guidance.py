@@ -113,9 +113,8 @@ class Guidance:
             raise GenerationError(f"a {_name(grammar)} that cannot be used: {_line(str(error))}") from error
         if matcher.is_error():
             raise GenerationError(f"a {_name(grammar)} that cannot be used: {_line(matcher.get_error())}")
-        first_V = _bits(matcher, max(self.vocab_size, end_id + 1))
-        first_V[end_id] = False
-        if matcher.is_error() or not first_V.any():
+        first, _ = _bits(matcher, end_id)
+        if matcher.is_error() or not any(first):
             raise GenerationError(f"a {_name(grammar)} that no text fulfils, or only the empty one")
         return matcher
 
@@ -144,7 +143,7 @@ class Guide:
     def __init__(self, matcher: "LLMatcher", end_id: int, ends: Sequence[int], vocab_size: int) -> None:
         self.ended, self.error, self.mask_s = False, "", 0.0
         self._matcher, self._end_id = matcher, end_id
-        self._ends, self._vocab_size = list(ends), vocab_size
+        self._ends, self._mask_bytes = list(ends), (vocab_size + 7) // 8
         self._pending: Future[Any] | None = None
         self._drafts: list[int] = []
         self._masks: list[np.ndarray] = []  # what may follow the text, and each of the drafts
@@ -155,7 +154,8 @@ class Guide:
         return self._num_valid(drafts)
 
     def allowed(self, drafts: Sequence[int] = ()) -> np.ndarray:
-        """Which tokens may follow the text and these drafts, bool [V]; none where the text has ended.
+        """Which tokens may follow the text and these drafts, uint8 [V / 8, rounded up], token t's bit t % 8 of byte
+        t // 8 (others of the last byte mean nothing); none where the text has ended.
 
         All, after drafts that are not valid themselves.
         """
@@ -163,16 +163,18 @@ class Guide:
         count = len(drafts)
         if self._drafts[:count] != list(drafts) or not self._masks:
             self.compute(drafts)
-        return self._masks[count] if count < len(self._masks) else np.ones(self._vocab_size, bool)
+        return self._masks[count] if count < len(self._masks) else np.full(self._mask_bytes, 255, np.uint8)
 
     def add(self, token_id: int) -> bool:
         """Go on by a token. False: the grammar does not take it, and the text ends before it."""
         self._settle()
+        mask = self._masks[0] if self._masks else None
         self._masks, self._drafts = [], []
         if token_id in self._ends:
             self.ended = True
             return self._matcher.is_accepting()
-        if not self._num_valid([token_id]):
+        # A mask says it faster, but not of tokens that are valid where another spelling of the same text is forced.
+        if not (mask is not None and _has(mask, token_id)) and not self._num_valid([token_id]):
             self.ended = True
             if not (self._matcher.is_accepting() or self.error):
                 self.error = f"token {token_id} is not of the grammar"
@@ -210,10 +212,14 @@ class Guide:
             pending.result()
 
     def _mask(self) -> np.ndarray:
-        allowed_V = _bits(self._matcher, max(self._vocab_size, self._end_id + 1))
-        may_end, allowed_V[self._end_id] = bool(allowed_V[self._end_id]), False
-        allowed_V[self._ends] = may_end
-        return allowed_V[: self._vocab_size]
+        bits, may_end = _bits(self._matcher, self._end_id)
+        bits.extend(bytes(max(0, self._mask_bytes - len(bits))))
+        for token in self._ends:
+            if may_end:
+                bits[token >> 3] |= 1 << (token & 7)
+            else:
+                bits[token >> 3] &= ~(1 << (token & 7))
+        return np.frombuffer(bits, np.uint8, self._mask_bytes)
 
     def _check(self) -> None:
         """What llguidance has met on the way, a limit of its own for example."""
@@ -234,9 +240,17 @@ def _source(grammar: Grammar) -> str:
     return LLMatcher.grammar_from_json_schema(schema, overrides={"whitespace_pattern": JSON_SPACE})
 
 
-def _bits(matcher: "LLMatcher", size: int) -> np.ndarray:
-    """The mask of the next token, bool [size]."""
-    return np.unpackbits(np.frombuffer(matcher.compute_bitmask(), np.uint8), count=size, bitorder="little").view(bool)
+def _bits(matcher: "LLMatcher", end_id: int) -> tuple[bytearray, bool]:
+    """Which tokens may be next, the end apart: token t's bit t % 8 of byte t // 8; and whether the end may."""
+    bits = bytearray(matcher.compute_bitmask())
+    place, bit = end_id >> 3, 1 << (end_id & 7)
+    may_end = bool(bits[place] & bit)
+    bits[place] &= ~bit
+    return bits, may_end
+
+
+def _has(mask: np.ndarray, token_id: int) -> bool:
+    return token_id < 8 * len(mask) and bool(mask[token_id >> 3] >> (token_id & 7) & 1)
 
 
 def _name(grammar: Grammar) -> str:
