@@ -144,6 +144,22 @@ def test_faster_where_a_part_is_copied() -> None:
     assert seconds(dense, lambda place: 0.97 if place // 40 % 2 else 0.1, formula=sparse) < 1 / 1.3
 
 
+def test_in_a_long_rest_nothing_is_guessed_but_near_its_end() -> None:
+    drafter = Simulated(lambda place: 1.0, guess_s=0.0, chance=random.Random(0))
+    guard = Guard(drafter, StepTimes(sparse), lambda: 0.0)
+    writing = Writing(Request(prompt_ids=(0,), max_new_tokens=99), lambda ids: "", 999)
+    guard.times.observe(1, 1.0)
+    guard.propose([Wanted(writing, Text(), 9)])
+    account = guard._accounts[writing]
+    account.rest = 40
+    asked = []
+    for place in range(1, 30):
+        writing.token_ids.append(place)
+        assert guard.propose([Wanted(writing, Text(), 9)]) == [[]]
+        asked.append(bool(account.guessed))
+    assert asked == [rest <= 16 for rest in range(39, 10, -1)]
+
+
 def test_drafts_that_lose_are_given_up_for_longer_each_time() -> None:
     account = Account()
     rests = []

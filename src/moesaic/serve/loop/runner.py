@@ -184,27 +184,21 @@ class Runner:
 
     def _draft(self, turns: Sequence[Turn], drafter: Drafter) -> None:
         """Have drafts run behind newest tokens, as many as there is room for."""
-        takers = [(turn, writing, room) for turn in turns for writing, room in self._draft_room(turn)]
+        spare = self.scheduler.spare_tokens
+        takers = [(turn, writing, room) for turn in turns for writing, room in _draft_room(turn, spare)]
         try:
             proposed = drafter.propose([Wanted(writing, turn.piece.text, room) for turn, writing, room in takers])
         except GenerationError:
             _log.exception("the drafter failed; this step has no drafts")
             return
         for (turn, writing, room), drafts in zip(takers, proposed, strict=True):
+            if not drafts:
+                continue
             drafts = drafts[: min(room, self.scheduler.spare_tokens)]
             if writing.guide is not None:
                 drafts = drafts[: writing.guide.num_valid(drafts)]
             if drafts and self.scheduler.add_drafts(turn.owner.job, len(drafts)):
                 add_drafts(turn, drafts)
-
-    def _draft_room(self, turn: Turn) -> Iterator[tuple[Writing, int]]:
-        """Whose newest token is run, and how many drafts at the most; nothing where there may be none."""
-        owner = turn.owner
-        if isinstance(owner, Running) and turn.piece.wants == "last" and len(turn.piece.token_ids) == 1:
-            writing = owner.writing
-            room = min(writing.most - len(writing.token_ids) - 1, self.scheduler.spare_tokens)
-            if room > 0 and writing.request.speculate:
-                yield writing, room
 
     def _choose(
         self, turns: Sequence[Turn], rows: Sequence[np.ndarray], logits_NV: np.ndarray
@@ -317,6 +311,16 @@ class Runner:
 def can_share(engine: Engine) -> bool:
     """Whether texts may share blocks. Layers that predict further tokens keep what depends on the ones that follow."""
     return not engine.program.num_ahead and all(state.can_share_prefix for state in engine.config.states())
+
+
+def _draft_room(turn: Turn, spare: int) -> Iterator[tuple[Writing, int]]:
+    """Whose newest token is run, and how many drafts at the most; nothing where there may be none."""
+    owner = turn.owner
+    if isinstance(owner, Running) and turn.piece.wants == "last" and len(turn.piece.token_ids) == 1:
+        writing = owner.writing
+        room = min(writing.most - len(writing.token_ids) - 1, spare)
+        if room > 0 and writing.request.speculate:
+            yield writing, room
 
 
 def _guided(turns: Sequence[Turn]) -> Iterator[tuple[Guide, Sequence[int]]]:

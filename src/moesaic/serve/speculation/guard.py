@@ -25,6 +25,7 @@ _DEEPEST = 8  # drafts behind a text
 _UNKNOWN = 0.6  # drafts right, and as many wrong, that are taken as seen before any was
 _UNSEEN = 0.1, 1.0  # of guesses that can be watched before they are run: they must show themselves first
 _FIRST_WAIT, _LONGEST_WAIT = 8, 256  # steps between trials of drafts that are not predicted to pay
+_WATCHED = 16  # the last steps of a rest, in which free guesses are made again, to be looked at
 _HELD_UP = 3.0  # a step that takes so many times longer than expected was not held up by drafts
 
 
@@ -69,6 +70,8 @@ class Account:
 
     def look_back(self, token_ids: Sequence[int]) -> int:
         """Compare what was guessed with what was written since; how many were right before the first that was not."""
+        if not self.guessed:
+            return 0
         written = token_ids[self.place : self.place + len(self.guessed)]
         right = 0
         for guess, token in zip(self.guessed, written, strict=False):
@@ -80,6 +83,12 @@ class Account:
             right += 1
         self.guessed = []
         return right
+
+    @property
+    def is_watched(self) -> bool:
+        """Whether a free guess is to be made, and looked at: not where it could not be run for long, as it takes time,
+        too."""
+        return self.rest <= _WATCHED
 
     def settle(self, gained_s: float, spent_s: float) -> None:
         """What drafts that were run have gained of steps; what they took is in gained_s already."""
@@ -103,8 +112,8 @@ class _Run:
 class Guard(Drafter):
     """Asks a drafter, and lets through as many of its drafts as are predicted to pay.
 
-    One that is free guesses for every text, so that it is known how well; another only where it would be let through,
-    and now and then, as far as the text's account allows. clock: seconds.
+    One that is free guesses for every text that is not in a long rest, so that it is known how well; another only where
+    it would be let through, and now and then, as far as the text's account allows. clock: seconds.
     """
 
     free = True
@@ -125,6 +134,8 @@ class Guard(Drafter):
             return [[] for _ in wanted]
         token_s = self._token_s(len(wanted))
         guesses = self._guesses(wanted, token_s)
+        if not any(guesses):
+            return guesses
         room = max(1, 2 * self._longest)  # steps of a size that was not seen may take longer than predicted
         num_tokens, drafts = len(wanted), []
         for account, guess in zip(self._in_step, guesses, strict=True):
@@ -144,24 +155,25 @@ class Guard(Drafter):
 
     def hear(self, seen: StepSeen) -> None:
         """Learn what steps take, and put down to each text what its drafts took of this one."""
-        expected_s = self.times.predict(seen.num_tokens)
+        drafted = sum(run.count for run in self._runs) if seen.num_drafts else 0
+        expected_s = self.times.predict(seen.num_tokens) if drafted else 0.0
         self.times.observe(seen.num_tokens, seen.seconds)
-        drafted = sum(run.count for run in self._runs)
-        if drafted and seen.num_drafts:
+        if drafted:
             self._longest = max(self._longest, seen.num_drafts)
             took_s = expected_s if seen.num_tokens > MOST_TOKENS else min(seen.seconds, _HELD_UP * expected_s)
             extra_s = took_s - self.times.predict(seen.num_tokens - seen.num_drafts)
             for run in self._runs:
                 run.spent_s = extra_s * run.count / drafted
                 run.account.gained_s -= run.spent_s
+        share_s = seen.seconds / max(1, len(self._in_step))
         for account in self._in_step:
-            account.elapsed_s += seen.seconds / len(self._in_step)
+            account.elapsed_s += share_s
         self.drafter.hear(seen)
 
     def _settle(self, wanted: Sequence[Wanted]) -> None:
         """Look back at what was guessed before this step."""
         runs = {id(run.account): run for run in self._runs}
-        token_s = self._token_s(max(1, len(self._in_step)))
+        token_s = self._token_s(len(self._in_step)) if runs else 0.0
         self._runs, self._in_step = [], []
         for each in wanted:
             account = self._account(each.writing)
@@ -186,11 +198,13 @@ class Guard(Drafter):
     def _guesses(self, wanted: Sequence[Wanted], token_s: float) -> list[list[int]]:
         """Of all texts, or of those for which a drafter that takes time is worth asking."""
         pairs = list(zip(wanted, self._in_step, strict=True))
-        asked = [each for each, account in pairs if self.drafter.free or self._worth_asking(each, account, token_s)]
-        found = dict(zip(map(id, asked), self._ask(asked), strict=True))
-        for each, account in pairs:
-            account.guessed, account.place = found.get(id(each), []), len(each.writing.token_ids)
+        asked = [pair for pair in pairs if self._is_asked(*pair, token_s)]
+        for (each, account), guess in zip(asked, self._ask([each for each, _ in asked]), strict=True):
+            account.guessed, account.place = guess, len(each.writing.token_ids)
         return [account.guessed for account in self._in_step]
+
+    def _is_asked(self, each: Wanted, account: Account, token_s: float) -> bool:
+        return account.is_watched if self.drafter.free else self._worth_asking(each, account, token_s)
 
     def _worth_asking(self, each: Wanted, account: Account, token_s: float) -> bool:
         """Whether a drafter that takes time is to guess: where it pays, or a trial is due and allowed."""
