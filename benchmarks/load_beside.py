@@ -59,7 +59,8 @@ def main() -> None:
     print(f"p99 between tokens: {alone:.1f} ms alone, {loading:.1f} ms while another model loads, which took")
     print(f"{output.duration(result['load_s'])}; ratio {result['ratio']:.2f} (wanted: {WANTED} or less)")
     print(
-        f"these are of the worst of {result['spells']:.0f} spells each; ratio of their medians {result['median_ratio']:.2f}"
+        f"these are of the worst of {result['spells']:.0f} spells each; of the medians the ratio is "
+        f"{result['median_ratio']:.2f}"
     )
 
 

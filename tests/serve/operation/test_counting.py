@@ -84,6 +84,26 @@ def test_everything_is_counted_once() -> None:
     assert notes.prompts == ["(1, 2, 3)"]
 
 
+def test_each_time_between_tokens_is_counted_as_it_comes() -> None:
+    """As clients see them: of two that come together the second has waited for nothing."""
+    metrics, desk = Metrics(), FakeDesk()
+
+    async def run() -> list[float]:
+        counts = []
+        async for _ in counted(desk, metrics).run(REQUEST):
+            counts.append(values(metrics).get("moesaic_inter_token_seconds_count", 0.0))
+        return counts
+
+    assert asyncio.run(run()) == [0, 2, 2]
+    buckets = [
+        sample.value
+        for family in text_string_to_metric_families(metrics.exposition(ready=True).decode())
+        for sample in family.samples
+        if sample.name == "moesaic_inter_token_seconds_bucket"
+    ]
+    assert buckets[0] >= 1 and buckets[-1] == 2
+
+
 def test_one_more_than_may_wait_is_told_when_to_come_again() -> None:
     async def run() -> None:
         desk = FakeDesk(held=True)

@@ -19,7 +19,6 @@ from moesaic.serve.served import Runs
 _WEIGHT = 0.1  # of the newest request in the mean of their durations
 _FIRST_GUESS_S = 5.0
 _LONGEST_WAIT_S = 120.0
-_GAPS_TOGETHER = 32  # between tokens that are counted at once: one by one takes three times as long
 
 
 class Pace:
@@ -119,7 +118,7 @@ class _Counts:
         decode: Callable[[Sequence[int]], str] | None,
     ) -> None:
         self.model, self.metrics, self.notes, self._keeps_text = model, metrics, notes, decode is not None
-        self._gaps: list[tuple[float, int]] = []
+        self._between = metrics.between_tokens(model)
         self.started = time.perf_counter()
         self._newest: float | None = None
         self._num_prompt, self._num_new, self._num_cached, self._reason = len(request.prompt_ids), 0, 0, "cancelled"
@@ -140,7 +139,6 @@ class _Counts:
     def over(self) -> float:
         """Count the whole; its seconds."""
         seconds = time.perf_counter() - self.started
-        self._tell_gaps()
         self.metrics.finished(
             self.model,
             self._reason,
@@ -164,17 +162,11 @@ class _Counts:
             self.metrics.first_token(self.model, now - self.started)
             if self.notes is not None and self.notes.first_token_at is None:
                 self.notes.first_token_at = now
-            if count > 1:
-                self._gaps.append((0.0, count - 1))
         else:
-            self._gaps.append((now - self._newest, count))
-            if len(self._gaps) >= _GAPS_TOGETHER:
-                self._tell_gaps()
+            self._between(now - self._newest)
+        for _ in range(count - 1):  # which clients get at once
+            self._between(0.0)
         self._newest = now
         self._num_new += count
         if self.notes is not None and self._keeps_text:
             self.notes.texts[self._text_at] += event.text
-
-    def _tell_gaps(self) -> None:
-        self.metrics.next_tokens(self.model, self._gaps)
-        self._gaps.clear()

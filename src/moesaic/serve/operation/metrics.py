@@ -1,6 +1,6 @@
 """What the server counts, for Prometheus: requests, tokens, latencies, queue and cache, and what the experts do."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -89,12 +89,9 @@ class Metrics:
     def first_token(self, model: str, seconds: float) -> None:
         self._first.labels(model).observe(seconds)
 
-    def next_tokens(self, model: str, gaps: Iterable[tuple[float, int]]) -> None:
-        """Tokens after the first: how long after the one before, and how many at once."""
-        observe = self._between.labels(model).observe
-        for seconds, count in gaps:
-            for _ in range(count):
-                observe(seconds / count)
+    def between_tokens(self, model: str) -> Callable[[float], None]:
+        """What is told of the seconds from each token to the next."""
+        return self._between.labels(model).observe
 
     def finished(
         self, model: str, reason: str, seconds: float, *, prompt_tokens: int, cached_tokens: int, new_tokens: int
