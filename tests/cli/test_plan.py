@@ -1,11 +1,18 @@
 """`moesaic plan`."""
 
 import json
+from pathlib import Path
+from types import SimpleNamespace
 from xml.etree import ElementTree
 
 import pytest
 
+from moesaic.bench import here
+from moesaic.cli import plan
 from moesaic.cli.plan_verify import BEGIN, END
+from moesaic.errors import ConfigError
+from moesaic.plan import hardware
+from moesaic.plan.rates import measured_rates
 
 
 @pytest.fixture(autouse=True)
@@ -163,3 +170,21 @@ def test_what_makes_no_sense(moesaic, words, seen):
     ran = moesaic("plan", *words)
     assert ran.exit_code == 2
     assert seen in ran.err
+
+
+def test_what_an_older_version_measured_is_measured_again(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    path = hardware.here_file()
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps({"device": {}, "kernels": {"linear": {}}}))
+    for read in (measured_rates, hardware.measured_here):
+        with pytest.raises(ConfigError, match=r"here.json is of another version, or damaged; take it away"):
+            read()
+    machine = hardware.find_machine("h100")
+    rates = SimpleNamespace(busy="")
+    monkeypatch.setattr(here, "measure", lambda: here.Here(machine, rates))  # type: ignore[arg-type]
+    assert plan._here() is machine
+    said = capsys.readouterr().err
+    assert "of another version, or damaged: this machine is measured again" in said and "Error" not in said

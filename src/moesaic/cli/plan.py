@@ -185,13 +185,16 @@ def machine_of(text: str | None, price: str | None, settings: Settings) -> hardw
 
 def _here() -> hardware.Machine:
     """This machine: as it was measured before, or measured now, which takes half a minute and torch."""
-    found = hardware.measured_here()
+    try:
+        found, rates = hardware.measured_here(), measured_rates()
+    except ConfigError:
+        output.talk(f"{hardware.here_file()} is of another version, or damaged: this machine is measured again")
+        found = rates = None
     if found is None:
         from moesaic.bench import here
 
         with output.progress("measuring this machine"):
-            found = here.measure().machine
-    rates = measured_rates()
+            found, rates = here.measure()
     if rates is not None and rates.busy:
         output.talk(
             f"this machine was measured while {rates.busy}; when it is quiet, delete {hardware.here_file()}, and it is "

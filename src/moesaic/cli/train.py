@@ -223,11 +223,11 @@ def _train(trainer: "Trainer", folder: "RunFolder", args: argparse.Namespace) ->
 def _board(stack: ExitStack, folder: Path, first_step: int) -> "Listener":
     """A listener that writes what metrics.jsonl gets as TensorBoard's scalars."""
     from moesaic.telemetry.tensorboard import EventFile, line_scalars
-    from moesaic.train.reports import metrics_line
+    from moesaic.train.reports import losses_line
 
     events = stack.enter_context(EventFile(folder, first_step))
     return lambda report, evaluation: events.add(
-        report.step, line_scalars(metrics_line(report, evaluation), report.load)
+        report.step, line_scalars(losses_line(report, evaluation), report.load)
     )
 
 

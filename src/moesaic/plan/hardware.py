@@ -174,7 +174,9 @@ def measured_here() -> Machine | None:
         efficiency = Efficiency(memory=1.0, compute=1.0, network=1.0, kernel_s=entry.pop("kernel_s"))
         return Machine(device=Device(name="here", kind="cpu", efficiency=efficiency, **entry))
     except (ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"{path} is damaged ({error!r}); take it away, and this machine is measured again") from error
+        raise ConfigError(
+            f"{path} is of another version, or damaged; take it away, or run: moesaic plan MODEL --machine here"
+        ) from error
 
 
 def find_device(name: str, known: Mapping[str, Device] | None = None) -> Device:

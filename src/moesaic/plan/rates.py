@@ -184,5 +184,5 @@ def measured_rates() -> KernelRates | None:
         return KernelRates.from_dict(json.loads(path.read_text(encoding="utf-8"))["kernels"])
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(
-            f"{path} is damaged or of an older version ({error!r}); take it away, and this machine is measured again"
+            f"{path} is of another version, or damaged; take it away, or run: moesaic plan MODEL --machine here"
         ) from error
