@@ -51,10 +51,12 @@ export class ExpertsMap {
     context.textBaseline = "middle";
     const every = Math.ceil(13 / line);
     const box = (at, expert) => [LEFT + expert * cell, at * line, Math.max(1, cell - gap), Math.max(1, line - gap)];
+    const focused = this.layers.findIndex(({ layer }) => layer === this.focus.layer);
+    const isLabelled = (at) => at === focused || (at % every === 0 && (focused < 0 || Math.abs(at - focused) >= every));
     this.layers.forEach(({ layer, counts }, at) => {
       context.fillStyle = colours.ink;
-      context.globalAlpha = layer === this.focus.layer ? 1 : 0.6;
-      if (at % every === 0 || layer === this.focus.layer) context.fillText((layer === this.focus.layer ? "▸" : " ") + layer, 0, (at + 0.5) * line);
+      context.globalAlpha = at === focused ? 1 : 0.6;
+      if (isLabelled(at)) context.fillText((at === focused ? "▸" : " ") + layer, 0, (at + 0.5) * line);
       context.globalAlpha = 1;
       counts.forEach((_, expert) => {
         context.fillStyle = colours.of(this.ratios[at][expert]);
@@ -71,7 +73,6 @@ export class ExpertsMap {
       }
     };
     if (this.token) this.layers.forEach(({ layer }, at) => (this.token.experts[layer] || []).forEach((expert) => outline(at, expert, 1.5)));
-    const focused = this.layers.findIndex(({ layer }) => layer === this.focus.layer);
     if (this.focus.expert !== null && focused >= 0) outline(focused, this.focus.expert, 2.5);
     if (document.activeElement === this.canvas) outline(this.at.line, this.at.expert, 2);
     this.cell = cell;
