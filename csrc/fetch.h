@@ -19,8 +19,7 @@ static MOESAIC_INLINE void fetch(const uint8_t *p, int64_t bytes) {
 #endif
 }
 
-// While weights stream past once. Measured on AVX2 (Zen 3): further ahead the processor's own prefetching, which has
-// more room for what is under way than the first cache has, is left nothing to do.
+// While weights stream past once. By measurement: on AVX2 (Zen 3) one text takes 3 to 7% longer at 4096.
 #if defined(__AVX2__) && !defined(__AVX512F__)
 constexpr int64_t bytes_ahead = 1536;
 constexpr int locality_ahead = 0;
