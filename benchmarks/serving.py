@@ -1,28 +1,34 @@
-"""Tokens a second of servers under load, ours and llama.cpp's, taking turns.
+"""Tokens a second of servers under load, ours, llama.cpp's and vLLM's, taking turns.
 
     python benchmarks/serving.py MODEL --gguf MODEL-Q4_0.gguf --llama-server PATH [--rounds 5] [--json FILE]
-        [--clients 1,8,16,32] [--lengths 64:64,512:64,64:128,512:128] [--other vllm=http://127.0.0.1:8001]
+        [--peers PEERS --vllm MODEL[,MODEL-4bit]] [--clients 1,8,16,32] [--lengths 64:64,512:64,64:128,512:128]
+        [--other NAME=http://127.0.0.1:8001]
 
-For each number of clients the others' servers are started anew, with as many places; one is loaded at a time, while the
-rest are stopped (SIGSTOP). In each round each server gets the same prompts, which no earlier round had; no round begins
-once its lengths have had --minutes. Long requests come in fewer turns: three of each client up to 128 tokens, two up to
-192, else one. Clients wait for their answers, answers have
-exactly the length that was asked (greedy, without an end), and come as a stream. Printed: medians over the rounds of
-output tokens a second and of the 95th percentile of the time to the first token, and ours over the best other's.
+MODEL: a checkpoint folder in bf16; or `embedded`, the dense model of a registry's package, which llama-server reads
+from the same file (then without --gguf). For each number of clients llama-server is started anew, with as many places;
+one server is loaded at a time, while the rest are stopped (SIGSTOP). In each round each server gets the same prompts,
+which no earlier round had; no round begins once its lengths have had --minutes. Long requests come in fewer turns:
+three of each client up to 128 tokens, two up to 192, else one. Clients wait for their answers, answers have exactly the
+length that was asked (greedy, without an end), and come as a stream. Printed: medians over the rounds of output tokens
+a second and of the 95th percentile of the time to the first token, and ours over the best other's.
 """
 
 import argparse
 import json
+import signal
 import statistics
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from servers import ServerProcess, load, moesaic
+from servers import ServerProcess, load, moesaic, vllm
 
 from moesaic.cli import output
+from moesaic.hub.embedded import embedded_gguf
 
+EMBEDDED = "embedded"
 MOST_TURNS, TOKENS_OF_A_CLIENT = 3, 384
 LEAST_REQUESTS = 6
 
@@ -56,20 +62,27 @@ Contender = ServerProcess | Other
 def main() -> None:
     """Measure, and print a table."""
     args = parser_of(__doc__).parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # by the way on which servers that rest are ended
+    if args.model == EMBEDDED:
+        args.model = str(embedded_gguf())
+        args.gguf = args.gguf or Path(args.model)
     samples: list[dict[str, Any]] = []
     lengths = [Lengths(*map(int, word.split(":"))) for word in args.lengths.split(",")]
     counts = list(map(int, args.clients.split(",")))
     minutes = args.minutes / len(counts)
-    ours = start_ours(args)
+    context = max(sum(each) for each in lengths)
+    lasting: list[Contender] = []
     try:
+        start_lasting(args, context, lasting)
         for clients in counts:
-            others = start_others(args, clients, max(sum(each) for each in lengths))
+            others: list[Contender] = []
             try:
-                samples += measure([*ours, *others], clients, lengths, args.rounds, 60 * minutes)
+                start_llama(args, clients, context, others)
+                samples += measure([*lasting, *others], clients, lengths, args.rounds, 60 * minutes)
             finally:
                 stop(others)
     finally:
-        stop(ours)
+        stop(lasting)
     rows = summarize(samples)
     show(rows)
     if args.json:
@@ -79,11 +92,14 @@ def main() -> None:
 def parser_of(description: str | None) -> argparse.ArgumentParser:
     """With the servers and the cases."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", help="a checkpoint folder in bf16")
+    parser.add_argument("model", help=f"a checkpoint folder in bf16, or {EMBEDDED}")
     parser.add_argument("--ours", default="4,bf16", help="ways to pack it: 4, 8, bf16 (%(default)s)")
     parser.add_argument("--gguf", type=Path, help="the same model for llama.cpp")
     parser.add_argument("--llama-server", type=Path, help="its llama-server")
     parser.add_argument("--flash-attention", default="on,off", help="of llama-server, each a contender (%(default)s)")
+    parser.add_argument("--peers", type=Path, help="what benchmarks/peers/install.py wrote, for vLLM")
+    parser.add_argument("--vllm", default="", help="checkpoint folders that it serves, comma-separated")
+    parser.add_argument("--vllm-engines", default="vllm", help="vllm, vllm+zentorch, each a contender (%(default)s)")
     parser.add_argument("--other", action="append", default=[], metavar="NAME=URL", help="a server that runs already")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--clients", default="1,8,16,32")
@@ -96,30 +112,33 @@ def parser_of(description: str | None) -> argparse.ArgumentParser:
     return parser
 
 
-def start_ours(args: argparse.Namespace) -> list[Contender]:
-    """Our servers, at rest."""
+def start_lasting(args: argparse.Namespace, context: int, found: list[Contender]) -> None:
+    """Ours and vLLM's, at rest, added one by one: what has started is to be ended whatever becomes of the next."""
     threads = str(args.threads)
-    found: list[Contender] = []
     for way in args.ours.split(","):
         bits = [] if way == "bf16" else ["--bits", way]
         found.append(moesaic(f"moesaic {way}", args.model, *bits, "--threads", threads, "--max-running", "32"))
         found[-1].rest()
-    return found
-
-
-def start_others(args: argparse.Namespace, clients: int, context: int) -> list[Contender]:
-    """The others', at rest."""
-    threads = str(args.threads)
-    found: list[Contender] = []
-    if args.gguf is not None:
-        room = str(clients * (context + 64))  # a slot holds a whole request
-        command = [str(args.llama_server), "-m", str(args.gguf), "--port", "{port}", "-t", threads, "-tb", threads]
-        command += ["--parallel", str(clients), "-c", room, "-cb", "-b", "2048", "-ub", "512"]
-        for flash in args.flash_attention.split(","):
-            name = f"llama.cpp {args.gguf.stem.rpartition('-')[2]}, flash attention {flash}"
-            found.append(ServerProcess(name, [*command, "-fa", flash]))
+    for model in filter(None, args.vllm.split(",")):
+        for engine in args.vllm_engines.split(","):
+            name, zentorch = f"{engine} {Path(model).name}", engine.endswith("zentorch")
+            found.append(vllm(name, args.peers, model, args.threads, context=context + 64, zentorch=zentorch))
             found[-1].rest()
-    return found + [Other(*word.split("=", 1)) for word in args.other]
+    found.extend(Other(*word.split("=", 1)) for word in args.other)
+
+
+def start_llama(args: argparse.Namespace, clients: int, context: int, found: list[Contender]) -> None:
+    """llama-server in every way, at rest, likewise."""
+    if args.gguf is None:
+        return
+    threads = str(args.threads)
+    room = str(clients * (context + 64))  # a slot holds a whole request
+    command = [str(args.llama_server), "-m", str(args.gguf), "--port", "{port}", "-t", threads, "-tb", threads]
+    command += ["--parallel", str(clients), "-c", room, "-cb", "-b", "2048", "-ub", "512"]
+    for flash in args.flash_attention.split(","):
+        name = f"llama.cpp {args.gguf.stem.rpartition('-')[2]}, flash attention {flash}"
+        found.append(ServerProcess(name, [*command, "-fa", flash]))
+        found[-1].rest()
 
 
 def stop(contenders: Sequence[Contender]) -> None:

@@ -6,7 +6,6 @@ Raises MissingPeerError, with the command that installs it (see README.md for wh
 import json
 import sys
 from collections.abc import Callable, Mapping
-from ctypes.util import find_library
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
@@ -14,6 +13,7 @@ from pathlib import Path
 
 from contender import Case, Contender, Program, Worker
 from held import of_folder, of_gguf
+from vllm_threads import vllm_threads
 
 HERE = Path(__file__).parent
 GGUF_KINDS = ("bf16", "Q8_0", "Q4_0", "Q4_K_M")
@@ -124,25 +124,10 @@ def _vllm(setup: Setup, model: str, engine: str, python_path: str) -> list[Conte
     for name, folder in (("bf16", model), ("8-bit", f"{model}-8bit"), ("4-bit", f"{model}-4bit")):
         path = setup.models / folder
         if path.is_dir():
-            environment = _vllm_threads(setup) | {"PYTHONPATH": python_path}
+            environment = vllm_threads(setup.peers, setup.threads) | {"PYTHONPATH": python_path}
             worker = _worker("vllm", python, setup, str(path), environment=environment)
             found.append(Contender(engine, name, worker, partial(of_folder, path)))
     return found
-
-
-def _vllm_threads(setup: Setup) -> dict[str, str]:
-    """As vLLM itself sets it for its worker processes: Intel's OpenMP, which its package brings, threads that stay.
-
-    Preloaded, since torch and vLLM else come with an OpenMP each, whose threads wait in each other's way.
-    """
-    library = setup.peers.resolve() / "vllm/lib/libiomp5.so"
-    if not library.exists():
-        return {}
-    malloc = find_library("tcmalloc_minimal")  # where the system has it
-    preloaded = f"{library}:{malloc}" if malloc else str(library)
-    places = ",".join(map(str, range(setup.threads)))
-    affinity = f"granularity=fine,explicit,proclist=[{places}]"
-    return {"LD_PRELOAD": preloaded, "KMP_AFFINITY": affinity, "KMP_BLOCKTIME": "5", "KMP_TPAUSE": "0"}
 
 
 def _require(path: Path, setup: Setup, name: str) -> None:
