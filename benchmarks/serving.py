@@ -4,13 +4,12 @@
         [--peers PEERS --vllm MODEL[,MODEL-4bit]] [--clients 1,8,16,32] [--lengths 64:64,512:64,64:128,512:128]
         [--other NAME=http://127.0.0.1:8001]
 
-MODEL: a checkpoint folder in bf16; or `embedded`, the dense model of a registry's package, which llama-server reads
-from the same file (then without --gguf). For each number of clients llama-server is started anew, with as many places;
-one server is loaded at a time, while the rest are stopped (SIGSTOP). In each round each server gets the same prompts,
-which no earlier round had; no round begins once its lengths have had --minutes. Long requests come in fewer turns:
-three of each client up to 128 tokens, two up to 192, else one. Clients wait for their answers, answers have exactly the
-length that was asked (greedy, without an end), and come as a stream. Printed: medians over the rounds of output tokens
-a second and of the 95th percentile of the time to the first token, and ours over the best other's.
+For each number of clients llama-server is started anew, with as many places; one server is loaded at a time, while the
+rest are stopped (SIGSTOP). In each round each server gets the same prompts, which no earlier round had; no round begins
+once its lengths have had --minutes. Long requests come in fewer turns: three of each client up to 128 tokens, two up to
+192, else one. Clients wait for their answers, answers have exactly the length that was asked (greedy, without an end),
+and come as a stream. Printed: medians over the rounds of output tokens a second and of the 95th percentile of the time
+to the first token, and ours over the best other's.
 """
 
 import argparse
@@ -26,9 +25,7 @@ from typing import Any, NamedTuple
 from servers import ServerProcess, load, moesaic, vllm
 
 from moesaic.cli import output
-from moesaic.hub.embedded import embedded_gguf
 
-EMBEDDED = "embedded"
 MOST_TURNS, TOKENS_OF_A_CLIENT = 3, 384
 LEAST_REQUESTS = 6
 
@@ -63,9 +60,6 @@ def main() -> None:
     """Measure, and print a table."""
     args = parser_of(__doc__).parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # by the way on which servers that rest are ended
-    if args.model == EMBEDDED:
-        args.model = str(embedded_gguf())
-        args.gguf = args.gguf or Path(args.model)
     samples: list[dict[str, Any]] = []
     lengths = [Lengths(*map(int, word.split(":"))) for word in args.lengths.split(",")]
     counts = list(map(int, args.clients.split(",")))
@@ -92,7 +86,7 @@ def main() -> None:
 def parser_of(description: str | None) -> argparse.ArgumentParser:
     """With the servers and the cases."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", help=f"a checkpoint folder in bf16, or {EMBEDDED}")
+    parser.add_argument("model", help="a checkpoint folder in bf16")
     parser.add_argument("--ours", default="4,bf16", help="ways to pack it: 4, 8, bf16 (%(default)s)")
     parser.add_argument("--gguf", type=Path, help="the same model for llama.cpp")
     parser.add_argument("--llama-server", type=Path, help="its llama-server")

@@ -15,6 +15,7 @@
 namespace moesaic {
 namespace {
 
+// 16 to 22 are packed_multiply.h's.
 enum Slot { greatest_slot = 9, weights_slot, sums_slot, ids_slot, kept_slot, some_slot, blocks_slot, starts_slot = 23 };
 
 constexpr float steepest = 1e30f, flattest = 1e-37f;  // times a difference of 0, or an infinite one, it stays so

@@ -8,7 +8,6 @@ process counts in a loop on the first processor and has no other right to it tha
 their model beside it, too, which is not in their samples.
 """
 
-import argparse
 import json
 import os
 import statistics
@@ -20,8 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from contender import Case, Contender
-from peers import Setup
-from run import Arena, find_contenders
+from run import Arena, chosen_contenders, parser_of
 
 from moesaic.cli import output
 
@@ -71,20 +69,12 @@ def kept(samples: Sequence[dict[str, Any]], name: str) -> dict[str, Any]:
 
 def main() -> None:
     """Take the samples, and print a table."""
-    parser = argparse.ArgumentParser(description="Engines beside a busy foreign process.")
-    parser.add_argument("model", help="a name that make_models.py knows")
-    parser.add_argument("--models", type=Path, required=True, help="what make_models.py wrote")
-    parser.add_argument("--gguf", type=Path, required=True, help="what to_gguf.py wrote")
-    parser.add_argument("--peers", type=Path, required=True, help="what install.py wrote")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--engines", default="moesaic,llama.cpp", help="comma-separated (%(default)s)")
-    parser.add_argument("--variants", default="4-bit;Q4_0", help="formats, separated by semicolons (%(default)s)")
+    words = "Engines beside a busy foreign process."
+    parser = parser_of(words, engines="moesaic,llama.cpp", variants="4-bit;Q4_0")
     parser.add_argument("--case", default="decode 1", help="(%(default)s)")
     parser.add_argument("--json", type=Path, help="write every sample to this file")
     options = parser.parse_args()
-    setup = Setup(models=options.models, gguf=options.gguf, peers=options.peers, threads=options.threads)
-    contenders = find_contenders(setup, options.model, options.engines.split(","), options.variants.split(";"))
+    contenders = chosen_contenders(options)
     arena = Arena()
     try:
         samples = measure(contenders, Case.named(options.case), options.rounds, arena)

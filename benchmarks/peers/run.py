@@ -126,25 +126,38 @@ def _name(sample: dict[str, Any]) -> str:
     return f"{sample['engine']} {sample['variant']}"
 
 
-def main() -> None:
-    """Take the samples in turns, print the table, and write all samples where asked."""
-    parser = argparse.ArgumentParser(description="Engines against each other on this machine.")
+def parser_of(description: str, *, engines: str, variants: str) -> argparse.ArgumentParser:
+    """With what says whom to sample: which model, where it and the engines lie; the defaults of two options."""
+    parser = argparse.ArgumentParser(description=description)
     parser.add_argument("model", help="a name that make_models.py knows")
     parser.add_argument("--models", type=Path, required=True, help="what make_models.py wrote")
     parser.add_argument("--gguf", type=Path, required=True, help="what to_gguf.py wrote")
     parser.add_argument("--peers", type=Path, required=True, help="what install.py wrote")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--engines", default=",".join(PEERS), help="comma-separated (%(default)s)")
-    parser.add_argument("--variants", help="only these formats, separated by semicolons")
+    parser.add_argument("--engines", default=engines, help="comma-separated (%(default)s)")
+    parser.add_argument(
+        "--variants", default=variants, help="only these formats, separated by semicolons; '': all (%(default)s)"
+    )
+    return parser
+
+
+def chosen_contenders(options: argparse.Namespace) -> list[Contender]:
+    """Those that the options of `parser_of` name, as far as they are installed."""
+    setup = Setup(models=options.models, gguf=options.gguf, peers=options.peers, threads=options.threads)
+    variants = options.variants.split(";") if options.variants else []
+    return find_contenders(setup, options.model, options.engines.split(","), variants)
+
+
+def main() -> None:
+    """Take the samples in turns, print the table, and write all samples where asked."""
+    parser = parser_of("Engines against each other on this machine.", engines=",".join(PEERS), variants="")
     parser.add_argument("--cases", default=CASES, help="comma-separated (%(default)s)")
     parser.add_argument("--json", type=Path, help="write everything, every sample included, to this file")
     options = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # by the way on which engines that are stopped are ended
-    setup = Setup(models=options.models, gguf=options.gguf, peers=options.peers, threads=options.threads)
     config, cases = read_config(options.models / options.model), [Case.named(name) for name in options.cases.split(",")]
-    variants = options.variants.split(";") if options.variants else []
-    contenders = find_contenders(setup, options.model, options.engines.split(","), variants)
+    contenders = chosen_contenders(options)
     machine, probe, arena = measure_machine(options.threads), ReadProbe(options.threads), Arena()
     try:
         samples = measure(contenders, cases, options.rounds, probe, arena)
