@@ -137,7 +137,7 @@ def test_gale_church_merges_and_skips():
     assert align_lengths([300, 20, 300], [300, 300], 1.0)[1].other_first == 1
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     lengths=st.lists(st.integers(1, 300), max_size=9),
     other=st.lists(st.integers(1, 300), max_size=9),

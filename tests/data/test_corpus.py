@@ -3,7 +3,7 @@ import json
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from moesaic.data.corpus import build_corpus, cut, folder_corpus
@@ -30,7 +30,6 @@ def test_a_text_is_cut_at_paragraph_ends() -> None:
     assert all(piece.endswith("\n\n") for piece in pieces)
 
 
-@settings(deadline=None)
 @given(
     st.dictionaries(st.sampled_from("abc"), st.lists(st.text("xyz é", min_size=1), min_size=2, max_size=30), min_size=1)
 )

@@ -13,7 +13,7 @@ from moesaic.errors import DataError
 from tests.data.conftest import numbered
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(
     sizes=st.lists(st.integers(20, 400), min_size=1, max_size=4),
     batch_size=st.integers(1, 9),

@@ -12,7 +12,6 @@ from moesaic.errors import DataError
 WEIGHTS = st.lists(st.one_of(st.just(0.0), st.floats(1e-6, 1e6)), min_size=1, max_size=20).filter(any)
 
 
-@settings(deadline=None)
 @given(weights=WEIGHTS, seed=st.integers(0, 2**32), pieces=st.lists(st.integers(1, 900), min_size=1, max_size=6))
 def test_samples_are_the_same_however_they_are_asked_for(weights: list[float], seed: int, pieces: list[int]) -> None:
     total = sum(pieces)
@@ -49,7 +48,7 @@ def test_the_order_within_a_deck_is_shuffled_and_follows_the_seed() -> None:
     assert 200 < np.count_nonzero(np.diff(one)) < 400  # neither in blocks nor in turn
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(weights=st.lists(st.floats(0.1, 10), min_size=1, max_size=6), first=st.integers(0, 10_000))
 def test_no_domain_is_ever_far_from_its_share(weights: list[float], first: int) -> None:
     mixture = Mixture(weights, 0)

@@ -75,7 +75,7 @@ def test_the_index_says_what_there_is(corpus: Corpus, tokenizer: Tokenizer, tmp_
     assert not list((tmp_path / "p").glob(".*")) and [path.name for path in tmp_path.iterdir()] == ["p"]
 
 
-@settings(deadline=None, max_examples=15)
+@settings(max_examples=15)
 @given(
     sizes=st.lists(st.integers(1, 40), min_size=2, max_size=40),
     shard_tokens=st.integers(1, 120),

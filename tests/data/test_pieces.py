@@ -25,7 +25,7 @@ def trained(name: str) -> Tokenizer:
 CUT = {name: trained(name) for name in ("gpt-2", "smollm")}
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(name=st.sampled_from(list(CUT)), texts=st.lists(TEXTS, min_size=1, max_size=4))
 def test_pieces_have_the_ids_of_the_whole(name: str, texts: list[str]) -> None:
     """Against the library on whole texts, over every kind of white space and what clings to it."""

@@ -42,7 +42,7 @@ def test_a_text_file_is_one_document(tmp_path: Path, compression: str) -> None:
     assert list(read_documents(path)) == ["one é\ntwo\n"]
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     texts=st.lists(st.text(max_size=30), max_size=12),
     chunk_bytes=st.integers(1, 40),

@@ -4,7 +4,7 @@ import dataclasses
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from moesaic.data.loader import Batches
@@ -23,7 +23,6 @@ def packed_with_sentinels(**sizes: int):
     return dataclasses.replace(numbered(sizes), sentinel_ids=tuple(range(50_099, 49_999, -1)))
 
 
-@settings(deadline=None)
 @given(
     ids=st.lists(st.integers(0, 898), min_size=2, max_size=600),
     density=st.floats(0.01, 0.99),

@@ -10,7 +10,7 @@ from typing import Any
 import gguf
 import pytest
 import tokenizers
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import models
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
@@ -64,7 +64,6 @@ def test_training_gives_the_size_asked_for_and_splits_digits(trained: Tokenizer)
     assert trained.eos_id == trained.bos_id == trained.pad_id == 0
 
 
-@settings(deadline=None)
 @given(text=st.text())
 def test_decoding_gives_back_any_text_and_byte_lengths_are_exact(trained: Tokenizer, text: str) -> None:
     (token_ids,) = trained.encode_batch([text])

@@ -64,7 +64,7 @@ def test_no_held_out_segment_is_trained_on(corpus, pairs):
     assert pairs.num_train_pairs == 6 * (~corpus.is_held_out).sum()
 
 
-@settings(deadline=None, max_examples=15)
+@settings(max_examples=15)
 @given(batch_size=st.integers(1, 9), seed=st.integers(0, 2**32), stops=st.sets(st.integers(0, 60), max_size=3))
 def test_every_pair_once_an_epoch_also_over_stops(pairs, batch_size, seed, stops):
     batches = PairBatches(pairs, batch_size, 64, seed, START, "uniform")

@@ -235,7 +235,7 @@ layers_of_any = st.builds(LayerConfig, attention=attentions, feed_forward=mlps |
     tied=st.booleans(),
     eos=st.lists(st.integers(0, 60), max_size=2, unique=True),
 )
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 def test_every_decoder_of_our_parts_reads_back(
     layers: list[LayerConfig], final_norm: NormConfig, tied: bool, eos: list[int]
 ) -> None:

@@ -83,7 +83,7 @@ def test_the_layout_has_its_version() -> None:
     assert (packed_files.LAYOUT_VERSION, digest.hexdigest()[:16]) == (2, "e8d19af035d8d27c")
 
 
-@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
 def test_a_file_that_was_cut_short_is_refused(written: Path, tmp_path: Path, data: st.DataObject) -> None:
     whole = written.read_bytes()
@@ -95,7 +95,7 @@ def test_a_file_that_was_cut_short_is_refused(written: Path, tmp_path: Path, dat
         read_packed(short, SOURCE, REMEDY)
 
 
-@settings(deadline=None, max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
 def test_a_damaged_header_is_refused_in_one_line(written: Path, tmp_path: Path, data: st.DataObject) -> None:
     whole = bytearray(written.read_bytes())

@@ -17,7 +17,7 @@ def numbers(rows: int, inputs: int, bits: int) -> torch.Tensor:
 
 
 @given(**MATRICES)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_what_is_packed_comes_back(rows: int, inputs: int, bits: int) -> None:
     values = numbers(rows, inputs, bits)
     words = packed_ints.pack(values, bits)
@@ -28,7 +28,7 @@ def test_what_is_packed_comes_back(rows: int, inputs: int, bits: int) -> None:
 
 
 @given(**MATRICES)
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_words_are_theirs(rows: int, inputs: int, bits: int) -> None:
     values = numbers(max(rows, 1), inputs, bits)
     assert torch.equal(packed_ints.pack(values, bits), pack_to_int32(values, bits))

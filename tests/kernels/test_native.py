@@ -183,7 +183,7 @@ def test_results_are_bit_equal_on_any_number_of_threads(dtype: torch.dtype) -> N
         assert all(torch.equal(one, other) for one, other in zip(results[0], others, strict=True))
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(st.data())
 def test_select_topk_agrees_on_ties_and_specials(data: st.DataObject) -> None:
     num_tokens, num_experts = data.draw(st.integers(0, 5)), data.draw(st.integers(1, 40))
@@ -195,7 +195,7 @@ def test_select_topk_agrees_on_ties_and_specials(data: st.DataObject) -> None:
     assert torch.equal(native.select_topk(scores_TE, top_k), reference.select_topk(scores_TE, top_k))
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(st.data())
 def test_sort_rows_agrees(data: st.DataObject) -> None:
     num_tokens, top_k, num_experts = (data.draw(st.integers(low, 9)) for low in (0, 1, 1))

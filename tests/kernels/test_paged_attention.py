@@ -144,7 +144,7 @@ def test_attention_is_its_definition(shape: Shape, format: CacheFormat, isa: str
         assert_is_defined(shape, LENGTHS if shape.heads < 16 else (33, 40), format, sight)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.data())
 def test_all_sizes(data: st.DataObject) -> None:
     small = st.integers(1, 20)
@@ -256,7 +256,7 @@ def test_keys_and_values_are_rounded_as_torch_rounds(isa: str) -> None:
     assert torch.equal(paged.values_at(*places), steps.v_TGV.bfloat16())
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     size=st.integers(1, 100),
     seed=st.integers(0, 2**31),

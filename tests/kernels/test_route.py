@@ -101,7 +101,7 @@ def agrees(choice: Choice, token: int, ids_TM: Tensor, weights_TM: Tensor) -> bo
 def test_routers_choose_and_weigh_as_their_definitions(name: str, bias: bool, groups: bool) -> None:
     tokens, excused = 0, 0
 
-    @settings(deadline=None, max_examples=40)
+    @settings(max_examples=40)
     @given(st.data())
     def run(data: Any) -> None:
         nonlocal tokens, excused
@@ -122,7 +122,7 @@ def test_routers_of_many_experts(name: str) -> None:
 
 @pytest.mark.parametrize("name", NATIVE_ROUTERS)
 def test_choices_made_before_are_weighed_anew(name: str) -> None:
-    @settings(deadline=None, max_examples=40)
+    @settings(max_examples=40)
     @given(st.data())
     def run(data: Any) -> None:
         config = data.draw(configs((name,)))
@@ -235,7 +235,7 @@ def test_bias_and_running_means_come_before_everything() -> None:
     assert assert_agrees(config, RouterInput(normal), *router.route(logits_TC)) == 0
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(st.integers(0, 9), st.integers(1, 4), st.integers(1, 6), st.integers(0, 2**31))
 def test_sorting_is_what_rows_are(tokens: int, columns: int, num_experts: int, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)

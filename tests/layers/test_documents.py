@@ -1,5 +1,5 @@
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from moesaic.layers.documents import has_several, number_documents, positions, row_numbers, segments
@@ -14,7 +14,6 @@ def packed(draw):
     return torch.tensor(begins).long().cumsum(1), torch.tensor(mask)
 
 
-@settings(deadline=None)
 @given(packed())
 def test_documents_are_numbered_over_the_batch_and_positions_count_their_tokens(drawn):
     ids_BS, mask_BS = drawn
@@ -43,7 +42,6 @@ def test_rows_of_one_document_each():
     assert not has_several(number_documents(ids[:, :0]))
 
 
-@settings(deadline=None)
 @given(packed())
 def test_bundles_hold_every_document_and_go_back(drawn):
     documents = number_documents(drawn[0])

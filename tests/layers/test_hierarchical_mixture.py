@@ -119,7 +119,7 @@ BRANCHINGS = [(1,), (3,), (2, 2), (1, 3), (2, 3), (2, 1, 2), (2, 2, 2)]
     seed=st.integers(0, 10_000),
     gate_steps=st.integers(1, 5),
 )
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_no_step_of_em_lowers_the_log_likelihood(branching, num_cases, input_size, output_size, seed, gate_steps):
     x, y = drawn_data(num_cases, input_size, output_size, seed)
     model = HierarchicalMixture(input_size, output_size, branching, seed=seed)

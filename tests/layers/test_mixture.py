@@ -69,7 +69,7 @@ def cases():
 
 @pytest.mark.parametrize("objective", ["cooperative", "competitive", "likelihood"])
 @given(case=cases())
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_the_error_and_both_of_its_gradients(objective, case):
     mixture, target = case.tensors()
     (error,) = OBJECTIVES[objective](mixture, target)
@@ -93,7 +93,7 @@ PRINTED = {
 
 @pytest.mark.parametrize("objective", PRINTED)
 @given(case=cases())
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_an_expert_is_told_what_the_paper_prints(objective, case):
     mixture, target = case.tensors()
     (d_outputs,) = torch.autograd.grad(OBJECTIVES[objective](mixture, target).sum(), mixture.outputs_TEO)
@@ -103,7 +103,7 @@ def test_an_expert_is_told_what_the_paper_prints(objective, case):
 
 
 @given(case=cases())
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_the_gate_follows_the_posterior(case):
     mixture, target = case.tensors()
     h_TE = posterior(mixture, target)

@@ -70,7 +70,7 @@ def rooms(draw: st.DrawFn) -> tuple[list[list[int]], dict[str, int]]:
     return loads, {"num_slots": slots, "num_ranks": ranks, "num_nodes": nodes, "num_groups": groups}
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(rooms())
 def test_what_holds_for_every_load(case: tuple[list[list[int]], dict[str, int]]) -> None:
     loads, room = case

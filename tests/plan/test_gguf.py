@@ -216,7 +216,7 @@ def test_a_model_in_several_files(tmp_path):
     assert isinstance(whole, ServingPlan) and whole.serving.config.total == describe_config(first).total
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(share=st.floats(0, 1, exclude_max=True))
 def test_cut_anywhere_it_is_refused(tmp_path, share):
     path = header(tmp_path / "whole.gguf", MIXED)
@@ -227,7 +227,7 @@ def test_cut_anywhere_it_is_refused(tmp_path, share):
         make_plan(short)
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(at=st.integers(4, 20_000), byte=st.integers(0, 255))
 def test_a_wrong_byte_is_no_traceback(tmp_path, at, byte):
     path = header(tmp_path / "whole.gguf", MIXED)

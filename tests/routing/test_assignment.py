@@ -19,7 +19,7 @@ def assert_even(expert_ids_T, num_experts):
     assert len(counts) == num_experts and counts.max() - counts.min() <= 1
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(st.data())
 def test_no_even_assignment_is_better(data):
     """All of them, tried one by one; whole numbers make many that are equally good."""

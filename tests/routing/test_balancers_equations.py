@@ -136,25 +136,25 @@ def test_every_balance_loss_has_an_equation_here():
 
 
 @pytest.mark.parametrize("name", sorted(set(COVERED) - {"load", "sequence", "relu_sparsity"}))
-@settings(deadline=None, max_examples=80)
+@settings(max_examples=80)
 @given(case=cases())
 def test_a_loss_is_its_equation(name, case):
     check(name, case)
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(case=cases(score="softmax"))
 def test_the_document_s_loss_is_its_equation(case):
     check("sequence", case)
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(case=cases(score="relu"))
 def test_the_relu_penalty_is_its_equation(case):
     check("relu_sparsity", case)
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(case=cases(score="softmax"))
 def test_the_smooth_load_is_its_equation(case):
     if case.top_k == case.num_experts:

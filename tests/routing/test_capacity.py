@@ -58,7 +58,7 @@ def test_every_combination_follows_the_rules(drop, overflow, level, ragged):
     assert changed > 100  # they were limits indeed
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(data=st.data())
 def test_any_settings_over_any_routing_follow_the_rules(data):
     num_experts = data.draw(st.integers(1, 7))

@@ -164,7 +164,7 @@ def check(config, batch, seen):
 
 @pytest.mark.parametrize("name", list(ROUTER_KINDS))
 def test_routers_follow_their_equations(name):
-    @settings(deadline=None, max_examples=25)
+    @settings(max_examples=25)
     @given(st.data())
     def run(data):
         config = data.draw(configs((name,)))
@@ -176,7 +176,7 @@ def test_routers_follow_their_equations(name):
 
 @pytest.mark.parametrize("name", RANKING)
 def test_routers_with_a_selection_bias_follow_their_equations(name):
-    @settings(deadline=None, max_examples=15)
+    @settings(max_examples=15)
     @given(st.data())
     def run(data):
         config = data.draw(configs((name,), bias=True))
@@ -189,7 +189,7 @@ def test_routers_with_a_selection_bias_follow_their_equations(name):
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("name", GROUPING)
 def test_routers_with_groups_follow_their_equations(name, bias):
-    @settings(deadline=None, max_examples=15)
+    @settings(max_examples=15)
     @given(st.data())
     def run(data):
         config = data.draw(configs((name,), bias=bias, groups=True))
@@ -199,7 +199,7 @@ def test_routers_with_groups_follow_their_equations(name, bias):
     run()
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(st.data())
 def test_noisy_topk_adds_learned_noise_while_training(data):
     config = data.draw(configs(("noisy_topk",)))
@@ -217,7 +217,7 @@ def test_noisy_topk_adds_learned_noise_while_training(data):
         assert found == pytest.approx(wanted, rel=1e-12)
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(st.data())
 def test_gshard_drops_seconds_while_training(data):
     config = data.draw(configs(("gshard_top2",)))
@@ -228,7 +228,7 @@ def test_gshard_drops_seconds_while_training(data):
     check(config, batch, seen_by_router(config, batch))
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(st.data())
 def test_sparsemixer_samples_while_training(data):
     config = data.draw(configs(("sparsemixer",)))
@@ -244,7 +244,7 @@ def test_sparsemixer_samples_while_training(data):
     check(config, batch, seen_by_router(config, batch))
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(st.data())
 def test_base_assigns_evenly_and_best_while_training(data):
     num_experts = data.draw(st.integers(1, 3))
@@ -264,7 +264,7 @@ def test_base_assigns_evenly_and_best_while_training(data):
         )
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(st.data())
 def test_sinkhorn_chooses_by_scaled_scores_while_training(data):
     """Among values that are equal to rounding either may be chosen: what is compared is what was chosen."""
@@ -559,7 +559,7 @@ def test_sparsemixer_draws_experts_by_their_probability():
 # --- hash tables ------------------------------------------------------------------------------------------------------
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(st.integers(1, 9), st.integers(1, 60), st.data())
 def test_balanced_tables_differ_by_one_id_at_most_after_every_id(num_experts, vocab_size, data):
     top_k = data.draw(st.integers(1, num_experts))

@@ -2,7 +2,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from moesaic.errors import ConfigError
@@ -19,7 +19,6 @@ def choices(draw):
     return torch.tensor(ids, dtype=torch.int64).reshape(num_tokens, top_k), num_experts, torch.tensor(mask).bool()
 
 
-@settings(deadline=None)
 @given(choices())
 def test_rows_hold_every_choice_once_sorted_by_expert_then_token(drawn):
     expert_ids_TK, num_experts, mask_T = drawn
@@ -44,7 +43,6 @@ def test_rows_hold_every_choice_once_sorted_by_expert_then_token(drawn):
     assert rows.counts_E.sum() == len(expected)
 
 
-@settings(deadline=None)
 @given(choices())
 def test_as_topk_gives_back_what_rows_were_made_of(drawn):
     expert_ids_TK, num_experts, mask_T = drawn
@@ -56,7 +54,6 @@ def test_as_topk_gives_back_what_rows_were_made_of(drawn):
     assert (weights[~mask_T] == 0).all()
 
 
-@settings(deadline=None)
 @given(choices())
 def test_by_token_lists_each_tokens_rows_in_the_order_of_its_choices(drawn):
     expert_ids_TK, num_experts, mask_T = drawn
@@ -78,7 +75,6 @@ def test_rows_without_a_fixed_number_of_choices_refuse_as_topk():
         rows.as_topk()
 
 
-@settings(deadline=None)
 @given(choices())
 def test_weighed_rows_differ_in_their_weights_alone(drawn):
     expert_ids_TK, num_experts, mask_T = drawn

@@ -33,7 +33,7 @@ def test_flipped_bits_are_noticed_all_over_the_file(tmp_path):
             Trace.open(broken)
 
 
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_any_damage_is_noticed(data, tmp_path):
     whole = write_trace(tmp_path / "trace.npz").read_bytes()
@@ -150,7 +150,7 @@ def seal_by_hand(path: Path) -> Path:
     return path
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(case=cases())
 def test_numpy_can_write_a_trace_too(case: Case, tmp_path):
     ours = write_trace(tmp_path / "ours.npz", case)
@@ -160,7 +160,7 @@ def test_numpy_can_write_a_trace_too(case: Case, tmp_path):
         assert theirs.counts(layer).tolist() == Trace.open(ours).counts(layer).tolist()
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(case=cases())
 def test_sums_are_those_of_plain_loops(case: Case, tmp_path):
     trace = Trace.open(write_trace(tmp_path / "trace.npz", case))

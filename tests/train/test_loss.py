@@ -57,7 +57,7 @@ def test_gradcheck(rows_at_once, monkeypatch):
     assert torch.autograd.gradcheck(lambda x, w: linear_cross_entropy(x, w, targets_T), (x_TD, weight_VD))
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(tokens=st.integers(0, 10_000), hidden=st.integers(1, 5000), vocabulary=st.integers(1, 300_000))
 def test_chunks_cover_all_rows_evenly_and_bound_the_logits(tokens, hidden, vocabulary):
     rows = loss._rows_at_once(tokens, hidden, vocabulary)

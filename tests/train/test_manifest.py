@@ -44,7 +44,7 @@ def test_sha256sum_reads_it_too(folder):
 
 
 @given(data=st.data())
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_no_flipped_bit_goes_unnoticed(tmp_path_factory, data):
     folder = tmp_path_factory.mktemp("flipped")
     (folder / "weights.bin").write_bytes(bytes(range(60)))

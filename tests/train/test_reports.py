@@ -14,7 +14,7 @@ def steps(place):
 
 
 @given(st.integers(0, 12), st.integers(0, 12), st.integers(0, 400))
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 def test_whatever_was_cut_off_the_steps_follow_each_other(tmp_path_factory, written, kept, cut_bytes):
     """A run of `written` steps that lost the last `cut_bytes` of its file, resumed at `kept`."""
     place = tmp_path_factory.mktemp("run") / "metrics.jsonl"

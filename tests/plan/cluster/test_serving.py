@@ -54,7 +54,7 @@ def living(run: Serving) -> list[tuple[Request, float]]:
     return [*((request, request.written) for request in waiting), *writing]
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(WORKLOADS, TROUBLES, st.sampled_from([1, 2]), st.integers(0, 3))
 def test_nothing_is_lost(workload: Workload, troubles: Troubles, new: int, seed: int) -> None:
     run = Serving(pools(new=new), workload, troubles, seconds=0.15, seed=seed).run()

@@ -66,7 +66,7 @@ def test_dualpipe_hides_sending_where_chunks_run_in_pairs() -> None:
     assert plain.exposed > 3 * sending.exposed
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(
     st.sampled_from([1, 2, 4]),
     st.sampled_from([1, 2]),

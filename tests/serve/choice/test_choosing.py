@@ -43,7 +43,7 @@ def penalized(prompt: list[int], new: list[int], sampling: Sampling, logits_V: T
 
 
 @given(TOKENS, TOKENS, TOKENS, st.integers(0, 12))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_penalties_and_drafts(prompt: list[int], new: list[int], drafts: list[int], looked_at: int) -> None:
     sampling = Sampling(repetition_penalty=1.3, presence_penalty=0.7, frequency_penalty=-0.4)
     rules = Rules(Request(prompt_ids=tuple(prompt), max_new_tokens=99, sampling=sampling))
@@ -116,7 +116,7 @@ def test_impossible_tokens_have_a_number_too(count: int) -> None:
 
 
 @given(st.lists(st.integers(-3, 3), min_size=1, max_size=90), st.integers(0, 20))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_the_likeliest_with_ties(values: list[int], count: int) -> None:
     wanted = sorted(range(len(values)), key=lambda token: (-values[token], token))[:count]
     (info,) = scored([np.array(values, np.float32)], [0], [count])

@@ -32,7 +32,7 @@ def draw(logits: np.ndarray, sampling: Sampling, number: float) -> int:
 
 
 @given(FEW | FLOATS, SAMPLINGS, NUMBERS)
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=250)
 def test_draws_what_sorting_gives(values: list[float], sampling: Sampling, number: float) -> None:
     logits = np.array([*values, 0.0], np.float32)[: len(values)]
     if not np.isfinite(logits).any():
@@ -80,7 +80,6 @@ def test_the_same_row_elsewhere_in_memory() -> None:
 
 
 @given(st.integers(-(2**63), 2**70), st.integers(0, 2**40))
-@settings(deadline=None)
 def test_random_numbers_are_those_of_numpy(seed: int, position: int) -> None:
     words = np.random.Philox(key=seed % 2**64, counter=position)
     assert random_number(seed, position) == np.random.Generator(words).random()
@@ -201,7 +200,7 @@ def test_what_is_not_allowed_is_as_if_impossible(vocab: int, share: float) -> No
 
 
 @given(FEW | FLOATS, st.randoms(use_true_random=False), SAMPLINGS, NUMBERS)
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=250)
 def test_masks_and_any_rules(values: list[float], chance: random.Random, sampling: Sampling, number: float) -> None:
     logits = np.array(values, np.float32)
     allowed = np.array([chance.random() < 0.5 for _ in values])

@@ -133,7 +133,7 @@ def test_tokens_that_the_tokenizer_lacks_are_never_allowed(guidance: Guidance) -
 
 
 @given(st.integers(0, 40), st.lists(st.tuples(st.integers(0, 5), st.booleans(), st.integers(0, 99)), max_size=8))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_drafts_change_nothing(guidance: Guidance, number: int, ways: list[tuple[int, bool, int]]) -> None:
     """Masks behind drafts are those behind the same tokens; wrong drafts are cut; looking ahead moves nothing."""
     text = json.dumps(schema(number))

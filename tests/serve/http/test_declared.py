@@ -34,7 +34,7 @@ def document(server: Server) -> Any:
 @pytest.mark.parametrize("mode", list(GenerationMode), ids=lambda mode: mode.name)
 @pytest.mark.parametrize("path", PATHS)
 def test_generated_requests(document: Any, path: str, mode: GenerationMode) -> None:
-    @settings(max_examples=25, deadline=None, derandomize=True, database=None, suppress_health_check=CHECKS)
+    @settings(max_examples=25, derandomize=True, database=None, suppress_health_check=CHECKS)
     @given(case=document[path]["POST"].as_strategy(generation_mode=mode))
     def ask(case: schemathesis.Case) -> None:
         if isinstance(case.body, dict):

@@ -136,7 +136,7 @@ def with_place(request: Request, priority: int, client: str) -> Request:
 
 
 @given(ARRIVALS, st.integers(6, 70), st.integers(1, 6))
-@settings(deadline=None, max_examples=12, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=12, suppress_health_check=[HealthCheck.too_slow])
 def test_whatever_comes_beside_it(arrivals: list[tuple], step_tokens: int, max_running: int) -> None:
     assert_same_whatever_comes(arrivals, KINDS[0], step_tokens=step_tokens, max_running=max_running)
 
@@ -144,7 +144,7 @@ def test_whatever_comes_beside_it(arrivals: list[tuple], step_tokens: int, max_r
 @pytest.mark.slow
 @pytest.mark.parametrize("case", KINDS)
 @given(ARRIVALS, st.integers(6, 70), st.integers(1, 6))
-@settings(deadline=None, max_examples=80, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=80, suppress_health_check=[HealthCheck.too_slow])
 def test_whatever_comes_beside_it_at_length(
     case: str, arrivals: list[tuple], step_tokens: int, max_running: int
 ) -> None:

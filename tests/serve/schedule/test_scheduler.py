@@ -32,7 +32,7 @@ def wishes(draw: st.DrawFn) -> Wish:
 
 
 @given(st.lists(wishes(), min_size=1, max_size=8), st.integers(1, 5), st.integers(5, 90))
-@settings(deadline=None, max_examples=120)
+@settings(max_examples=120)
 def test_every_request_ends(given_wishes: list[Wish], max_running: int, step_tokens: int) -> None:
     simulation = Simulation(num_blocks=BLOCKS, step_tokens=step_tokens, max_running=max_running)
     jobs = simulation.run(given_wishes)
@@ -44,7 +44,7 @@ def test_every_request_ends(given_wishes: list[Wish], max_running: int, step_tok
 
 
 @given(st.lists(wishes(), min_size=2, max_size=8), st.integers(1, 5), st.integers(5, 90))
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_the_most_important_that_runs_goes_on_in_every_step(
     given_wishes: list[Wish], max_running: int, step_tokens: int
 ) -> None:
@@ -117,7 +117,7 @@ def test_who_gives_way_takes_no_block_of_the_step() -> None:
 
 
 @given(st.lists(wishes(), min_size=2, max_size=6), st.integers(2, 4), st.integers(5, 90), st.data())
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 def test_drafts_and_requests_that_leave_keep_the_accounts(
     given_wishes: list[Wish], max_running: int, step_tokens: int, data: st.DataObject
 ) -> None:

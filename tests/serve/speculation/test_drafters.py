@@ -119,7 +119,7 @@ def writing(tokens: list[int]) -> Writing:
 
 
 @given(st.lists(st.integers(0, 2), min_size=1, max_size=40), st.integers(1, 12), st.integers(1, 9))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_n_grams_are_found(tokens: list[int], first: int, room: int) -> None:
     """As a search through the whole text finds them, however the text has grown."""
     first = min(first, len(tokens))

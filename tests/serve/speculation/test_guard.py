@@ -103,7 +103,7 @@ def test_never_much_slower(right: Right, times: Callable[[int], float], guess: f
     assert seconds(times, right, guess=guess, texts=texts) < 1 / 0.97
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     fixed=st.floats(0.0, 4.0),
     per_expert=st.floats(0.0, 4.0),

@@ -175,7 +175,7 @@ def test_answers_in_pieces(name: str, size: int) -> None:
     assert summed([*parts, *it.close()]) == (case.said, case.thought, list(case.calls))
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(name=st.sampled_from(sorted(FORMATS)), data=st.data())
 def test_whatever_comes_is_read_alike_in_pieces(name: str, data: st.DataObject) -> None:
     marks = [mark for case in CASES.values() for mark in case.text.replace(">", "> ").split(" ") if mark]

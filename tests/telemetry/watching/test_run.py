@@ -124,7 +124,7 @@ def _places(tree: Any, place: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]
 
 
 @given(data=st.data())
-@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_a_line_with_any_wrong_value_harms_no_other(data, tmp_path_factory):
     folder = run_folder(tmp_path_factory.mktemp("run"))
     lines = [line(step, held_out_bits_per_byte=2.0, held_out_by_domain={"a": 2.0}) for step in range(1, 7)]
