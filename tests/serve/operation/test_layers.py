@@ -1,8 +1,11 @@
 """The layers before the routes, each alone."""
 
 import asyncio
+import gc
+import weakref
 
 import pytest
+from starlette.types import Message, Receive, Scope, Send
 
 from moesaic.serve.operation.access import LOOPBACK_NAMES, RequireHost, RequireKey
 from moesaic.serve.operation.body import LimitBody
@@ -160,3 +163,28 @@ def test_request_ids_are_echoed(given: str, kept: bool) -> None:
     assert (answer.headers["x-request-id"] == given) is kept
     assert heard[0].notes.request_id == answer.headers["x-request-id"]
     assert (heard[0].status, heard[0].route, heard[0].client) == (200, "other", "10.0.0.1")
+
+
+@pytest.mark.parametrize(("size", "is_kept"), [(1, True), ((1 << 18) + 1, False)], ids=["short", "long"])
+def test_what_a_long_body_left_is_given_back(size: int, is_kept: bool) -> None:
+    class Invalid(Exception):
+        """That can be looked at without being held."""
+
+    left: list[weakref.ref[Invalid]] = []
+
+    async def fail(scope: Scope, receive: Receive, send: Send) -> None:
+        """As a body that does not fulfil a schema: an error that refers to itself."""
+        error = Invalid((await receive())["body"])
+        error.__context__ = RuntimeError(error)
+        left.append(weakref.ref(error))
+        await echo(scope, receive_nothing, send)
+
+    async def receive_nothing() -> Message:
+        return {"type": "http.request", "body": b"", "more_body": False}
+
+    gc.disable()
+    try:
+        answer = asyncio.run(ask(LimitBody(fail, Limits()), scope_of(), [b"x" * size]))
+        assert (answer.status, left[0]() is not None) == (200, is_kept)
+    finally:
+        gc.enable()

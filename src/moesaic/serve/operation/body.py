@@ -2,16 +2,19 @@
 
 import asyncio
 import contextlib
+import gc
 from collections.abc import Callable
 from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from moesaic.engine.memory import give_back_freed
 from moesaic.serve.http.sse import DIRECT
 from moesaic.serve.operation.refusals import refuse
 from moesaic.serve.operation.settings import Limits
 
 _LINGER_S = 2.0
+_LONG_BYTES = 1 << 18  # of a body: read, it takes ten times as much, and errors that say what is wrong hold all of it
 
 
 class LimitBody:
@@ -39,9 +42,15 @@ class LimitBody:
             return
         if len(body) > self.limits.body_bytes:
             return await _refuse_rest(scope, receive, send, 413, too_large)
-        exchange = _Exchange(body, receive, send, self.limits.stall_s)
+        exchange, is_long = _Exchange(body, receive, send, self.limits.stall_s), len(body) > _LONG_BYTES
         scope[DIRECT] = exchange.send
-        await self.app(scope, exchange.receive, exchange.send)
+        del body
+        try:
+            await self.app(scope, exchange.receive, exchange.send)
+        finally:
+            if is_long:
+                gc.collect()  # errors and their frames refer to each other
+                give_back_freed()
 
     async def _read(self, receive: Receive) -> bytes | None:
         """The body, or a little more than is allowed of it; None when the client has left."""
