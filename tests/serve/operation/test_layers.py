@@ -167,14 +167,14 @@ def test_request_ids_are_echoed(given: str, kept: bool) -> None:
 
 @pytest.mark.parametrize(("size", "is_kept"), [(1, True), ((1 << 18) + 1, False)], ids=["short", "long"])
 def test_what_a_long_body_left_is_given_back(size: int, is_kept: bool) -> None:
-    class Invalid(Exception):
+    class InvalidError(Exception):
         """That can be looked at without being held."""
 
-    left: list[weakref.ref[Invalid]] = []
+    left: list[weakref.ref[InvalidError]] = []
 
     async def fail(scope: Scope, receive: Receive, send: Send) -> None:
         """As a body that does not fulfil a schema: an error that refers to itself."""
-        error = Invalid((await receive())["body"])
+        error = InvalidError((await receive())["body"])
         error.__context__ = RuntimeError(error)
         left.append(weakref.ref(error))
         await echo(scope, receive_nothing, send)
